@@ -1,0 +1,68 @@
+"""Limits and time limits, in one place. Frozen, valid once built; reads no environment.
+
+Every number that bounds something stands here, with its unit and bound in its name, and what happens at the bound in
+its comment. Relations between limits are asserted.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+SLOTS: Final = 1024
+"""Number of routing slots. Never changes: rows in stores belong to their slot."""
+
+PROTOCOL: Final = 1
+"""Version of the wire protocol; a peer with another one is rejected with both numbers."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """All bounds of a bus. The defaults are the product's; tests make them small."""
+
+    # -- frames and messages
+    batch_events_max: int = 256  # a batch leaves when full; larger ones buy nothing (measured 64 … 1024)
+    batch_bytes_target: int = 256 * 1024  # a batch is closed once its bodies reach this
+    event_bytes_max: int = 1024 * 1024  # a larger message is refused by `publish`
+    key_bytes_max: int = 1024  # a longer key is refused by `publish`
+    name_bytes_max: int = 128  # a longer message name is refused at registration
+    headers_max: int = 32  # more headers on one message are refused by `publish`
+    frame_bytes_max: int = 2 * 1024 * 1024  # a larger frame costs its sender the connection (ZMQ_MAXMSGSIZE)
+
+    # -- publisher
+    outbox_events_max: int = 65_536  # per shard, sent or not; when full, `publish` waits
+    outbox_bytes_max: int = 32 * 1024 * 1024  # likewise
+    route_cache_max: int = 65_536  # keys whose slot is remembered; when full, it starts over
+    commands_in_flight_max: int = 16_384  # per shard; when full, `execute` waits
+
+    # -- worker
+    sessions_max: int = 256  # live publishers; one more is rejected and tries again
+    credit_events_max: int = 131_072  # unfinished events of all publishers together
+    credit_bytes_max: int = 128 * 1024 * 1024  # likewise, in bytes of packed events
+    session_credit_events_max: int = 16_384  # unfinished events of one publisher; when spent, its outbox holds
+    lane_events_max: int = 1024  # events waiting behind one key in memory; more go to the store
+    queued_events_max: int = 8192  # events waiting behind all busy keys; above it, each longer lane goes to the store
+    store_rows_max: int = 2_000_000  # dead letters and waiting events; when full, nothing more is acked as stored
+    blocked_peers_max: int = 4096  # peers that sent garbage and are ignored; the oldest is forgotten
+
+    # -- time, in seconds
+    session_silence_s: float = 30.0  # a publisher that is silent for longer is forgotten
+    ping_interval_s: float = 1.0  # how often a publisher with unfinished events asks for a full ack
+    hello_interval_s: float = 0.5  # how often an unanswered greeting is repeated
+
+    def __post_init__(self) -> None:
+        assert self.batch_bytes_target + self.event_bytes_max + 64 * 1024 <= self.frame_bytes_max
+        assert self.outbox_events_max >= 2 * self.batch_events_max
+        assert self.session_credit_events_max >= 2 * self.batch_events_max
+        # One unfinished event must not keep the next full batch from leaving, however many publishers share the credit.
+        assert self.credit_events_max >= self.sessions_max * 2 * self.batch_events_max
+        assert self.ping_interval_s * 3 <= self.session_silence_s
+
+    def credit_share(self, sessions: int) -> tuple[int, int]:
+        """Events and bytes of credit for each of `sessions` live publishers."""
+        sessions = max(1, sessions)
+        events = min(self.session_credit_events_max, max(2 * self.batch_events_max, self.credit_events_max // sessions))
+        return events, self.credit_bytes_max // sessions
+
+
+DEFAULT_LIMITS: Final = Limits()

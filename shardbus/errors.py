@@ -1,0 +1,140 @@
+"""Every error that shardbus raises, by whose fault it is.
+
+    ShardbusError
+    ├── UsageError                  you did: the program or the call is wrong
+    │   ├── RegistrationError       a handler, a type or a key that cannot be registered
+    │   ├── InvalidKey              a key that cannot be routed
+    │   ├── MessageTooLarge         one message above the limit
+    │   ├── ClientClosed            a call on a client that has been closed
+    │   └── ConfigError             an option or an address that cannot be used
+    ├── RemoteProtocolError         the peer did: bytes that no sound peer sends
+    ├── BusUnreachable              the world did: nobody answers at the address
+    ├── BusRejected                 the bus answered, and said no
+    ├── NotDelivered                events that were published and not finished
+    ├── CommandFailed               the remote handler raised
+    ├── CommandLost                 the worker died; whether the command ran is unknown
+    └── BootError                   an application that cannot start
+
+Errors carry their facts as fields, and keep them through pickling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ShardbusError(Exception):
+    """Base of all errors raised by shardbus."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle by calling the class with `args`; subclasses here take named fields.
+        return (_rebuild, (self.__class__, self.args, self.__dict__.copy()))
+
+
+def _rebuild(cls: type[ShardbusError], args: tuple[Any, ...], fields: dict[str, Any]) -> ShardbusError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
+
+
+class UsageError(ShardbusError):
+    """The calling program did something that cannot work."""
+
+
+class RegistrationError(UsageError):
+    """A message type or a handler cannot be registered; raised where it is declared."""
+
+
+class InvalidKey(UsageError):
+    """A key is none of `str`, `int` (64 bits), `bytes` (up to 1,024) and `UUID`."""
+
+
+class MessageTooLarge(UsageError):
+    """One encoded message is larger than the limit. Nothing was published."""
+
+    def __init__(self, type_name: str, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(
+            f"{type_name}: the encoded message has {size_bytes:,} bytes, the limit is {limit_bytes:,}; "
+            "send a reference to the data instead of the data"
+        )
+        self.type_name = type_name
+        self.size_bytes = size_bytes
+        self.limit_bytes = limit_bytes
+
+
+class ClientClosed(UsageError):
+    """The client was closed, or its block was left, before this call."""
+
+
+class ConfigError(UsageError):
+    """An option, an address or a store URL cannot be used as given."""
+
+
+class RemoteProtocolError(ShardbusError):
+    """The peer sent bytes that no sound peer sends."""
+
+
+class BusUnreachable(ShardbusError):
+    """No bus answered at the address in the given time."""
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        super().__init__(
+            f"no bus answered at {address} within {timeout_s:g} s; start one with `shardbus serve`, "
+            "or name another address with --connect or $SHARDBUS_URL"
+        )
+        self.address = address
+        self.timeout_s = timeout_s
+
+
+class BusRejected(ShardbusError):
+    """The bus refused this client for good; the message says why."""
+
+
+class NotDelivered(ShardbusError):
+    """Events were published and are neither handled, dead nor waiting when the time was up.
+
+    `in_flight` is how many. They may or may not have been handled.
+    """
+
+    def __init__(self, in_flight: int, timeout_s: float) -> None:
+        super().__init__(
+            f"{in_flight:,} events were published and not finished within {timeout_s:g} s; "
+            "they may or may not be handled (see `shardbus status`)"
+        )
+        self.in_flight = in_flight
+        self.timeout_s = timeout_s
+
+
+class CommandFailed(ShardbusError):
+    """The command's handler raised, or there is none.
+
+    `error_type` and `error` are the remote exception's class name and text, `remote_traceback` its traceback
+    as text (empty where the handler was never entered).
+    """
+
+    def __init__(self, command: str, error_type: str, error: str, remote_traceback: str = "") -> None:
+        super().__init__(f"{command} failed: {error_type}: {error}")
+        self.command = command
+        self.error_type = error_type
+        self.error = error
+        self.remote_traceback = remote_traceback
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{text}\n\n{self.remote_traceback.rstrip()}" if self.remote_traceback else text
+
+
+class CommandLost(ShardbusError):
+    """The worker died after the command was sent: it may have run, wholly, partly or not at all."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(
+            f"{command}: the worker died after the command was sent, so its outcome is unknown; "
+            "ask the application's state before sending it again"
+        )
+        self.command = command
+
+
+class BootError(ShardbusError):
+    """The application cannot start: it does not import, or its lifespan raised."""

@@ -1,0 +1,713 @@
+"""Runs handlers: first in, first out per key, different keys side by side, no task for a handler that does not suspend.
+
+A *leader* task takes messages one after another and awaits each handler itself. Beside it one callback is armed in the event
+loop; when that runs, the leader is suspended in a handler, because nothing else could have let it run. Then the key of that
+handler becomes busy, the suspended task stays with its handler until it ends, and a new leader goes on with the rest. So a
+handler always runs inside a task of its own choosing of time: `asyncio.timeout`, `TaskGroup` and `current_task` work, and a
+handler that never suspends costs no task. (A task for every handler caps a worker near 250,000 events/s.)
+
+Every leader runs in a copy of the worker's clean context. A handler that leaves a context variable changed ends its leader,
+so that no later handler sees the change.
+
+A lane that grows too long in memory goes to the shard's store, whole, with the message that is running: the store then owns
+it, and a successor of a killed worker finds it there in order. Later events of the key follow it there until the lane is
+empty.
+
+Owns: which handler runs when, and what became of each message. Knows nothing of sockets, databases or processes; those are
+behind `LaneHost`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import compress, islice, repeat
+from operator import length_hint
+from types import TracebackType
+from typing import Any, Final, Protocol
+
+import msgspec
+import xxhash
+
+from shardbus.clock import NowNs
+from shardbus.config import Limits
+from shardbus.context import Context
+from shardbus.messages import Message, WireKey
+from shardbus.metrics import PublisherBook
+from shardbus.registry import Plan, Registered
+from shardbus.wire.codec import Columns, Extra
+from shardbus.wire.frames import REPLY_EXPIRED, REPLY_FAILED, REPLY_OK
+from shardbus.wire.session import WorkerSession
+
+_SLICE_NS: Final = 1_000_000  # a leader gives the event loop a turn about once a millisecond
+_SLICE_EVENTS_MAX: Final = 4096
+_ERROR_CHARS_MAX: Final = 2000
+_PLACES_MAX: Final = 1024
+_LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
+
+_UNKNOWN: Final = Plan(Message, ())  # stands for every type that has no handler here
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a message was not handled; the fields are those of a dead letter."""
+
+    handlers: tuple[str, ...]
+    reason: str
+    error_type: str
+    error: str
+    place: str = ""
+    traceback: str = ""
+
+
+class Delivery:
+    """One message on its way through a lane, apart from its batch. Built only where the fast path does not apply."""
+
+    __slots__ = (
+        "attempt",
+        "body",
+        "book",
+        "deadline_ns",
+        "extra",
+        "intended_ns",
+        "key",
+        "name",
+        "ordinal",
+        "plan",
+        "position",
+        "publisher",
+        "seq",
+        "session",
+    )
+
+    def __init__(
+        self,
+        session: WorkerSession | None,
+        book: PublisherBook | None,
+        publisher: bytes,
+        seq: int,
+        name: str,
+        plan: Plan,
+        key: WireKey,
+        body: bytes,
+        ordinal: int,
+        intended_ns: int,
+        attempt: int,
+        extra: Extra | None = None,
+        deadline_ns: int = 0,
+        position: int = 0,
+    ) -> None:
+        self.session = session  # None: it came from the store, nobody waits for its ack
+        self.book = book
+        self.publisher = publisher
+        self.seq = seq
+        self.name = name
+        self.plan = plan
+        self.key = key
+        self.body = body
+        self.ordinal = ordinal
+        self.intended_ns = intended_ns
+        self.attempt = attempt
+        self.extra = extra
+        self.deadline_ns = deadline_ns  # of a command, by the worker's clock; 0: an event
+        self.position = position  # its row in the store; 0: none
+
+
+class _Stored:
+    """A stretch of a lane that lies in the store only."""
+
+    __slots__ = ("after", "count")
+
+    def __init__(self, after: int, count: int) -> None:
+        self.after = after  # its rows have positions above this
+        self.count = count
+
+
+class LaneHost(Protocol):
+    """What lanes ask of the worker around them. No call blocks; what is written is acked by the host once committed."""
+
+    shard: int
+
+    def touched(self, session: WorkerSession) -> None:
+        """Something of this session finished: an ack is due at the end of the turn."""
+
+    def reply(self, delivery: Delivery, status: str, body: bytes) -> None:
+        """Send a command's outcome."""
+
+    def bury(self, delivery: Delivery, failure: Failure) -> None:
+        """Make it a dead letter; when that is committed, finish it."""
+
+    def can_keep(self) -> bool:
+        """Whether the store has room for waiting events."""
+
+    def keep(self, deliveries: Sequence[Delivery]) -> None:
+        """Give each a position and write it to the store as waiting; when that is committed, finish it as waiting."""
+
+    def forget(self, position: int) -> None:
+        """A waiting event reached its outcome; its row may go."""
+
+    def load(self, key: WireKey, after: int, limit: int, then: Callable[[list[Delivery]], None]) -> None:
+        """Read waiting events back, behind every write that was asked for before, and hand them to `then`."""
+
+    def handled(self, count: int) -> None:
+        """So many messages reached an outcome."""
+
+    def broken(self, error: BaseException) -> None:
+        """A defect: what runs here cannot be trusted any more."""
+
+
+class _Lane:
+    """The messages of one busy key. When it is full in memory, it goes to the store, and later ones follow."""
+
+    __slots__ = ("key", "queue", "running", "stored")
+
+    def __init__(self, key: WireKey, running: Delivery | None) -> None:
+        self.key = key
+        self.running = running
+        self.queue: deque[Delivery | _Stored] = deque()
+        self.stored = False
+
+
+class Inbound:
+    """A batch that was taken, as the leader's cursor over it.
+
+    `rows` is shared by the leaders that work on it one after another; what was done in order is reported as one range.
+    """
+
+    __slots__ = ("_run_start", "attempt", "book", "columns", "end", "first", "received_ns", "rows", "seqs", "session")
+
+    def __init__(
+        self,
+        session: WorkerSession,
+        book: PublisherBook | None,
+        first: int,
+        count: int,
+        attempt: int,
+        skip: tuple[int, ...],
+        columns: Columns,
+        plans: Mapping[str, Plan],
+        received_ns: int,
+    ) -> None:
+        self.session = session
+        self.book = book
+        self.first = first
+        self.end = first + count
+        self.attempt = attempt
+        self.columns = columns
+        self.received_ns = received_ns
+        self._run_start = first
+        self.seqs: Iterator[int] = iter(range(first, self.end))
+        names = columns.names
+        self.rows: Iterator[tuple[int, Plan, WireKey, bytes, int, int]] = zip(
+            self.seqs,
+            repeat(plans.get(names, _UNKNOWN)) if isinstance(names, str) else [plans.get(n, _UNKNOWN) for n in names],
+            columns.keys,
+            columns.bodies,
+            repeat(0) if columns.ordinals is None or book is None else columns.ordinals,
+            repeat(0) if columns.intended_ns is None or book is None else columns.intended_ns,
+            strict=False,
+        )
+        if skip:
+            wanted = bytearray(b"\x01") * count
+            for at in range(0, len(skip), 2):
+                low, high = skip[at] - first, skip[at + 1] - first
+                wanted[low:high] = bytes(high - low)
+            self.rows = compress(self.rows, wanted)
+
+    def finish_before(self, seq: int) -> int:
+        """Report what was done in order below `seq`; return how many messages that were."""
+        start, self._run_start = self._run_start, seq
+        return self.session.finish_range(start, seq) if start < seq else 0
+
+    def hold(self, seq: int) -> int:
+        """As `finish_before`, and leave `seq` to whoever takes it out of the batch."""
+        done = self.finish_before(seq)
+        self._run_start = seq + 1
+        return done
+
+    def delivery(self, seq: int, plan: Plan, key: WireKey, body: bytes, ordinal: int, intended_ns: int) -> Delivery:
+        """One message of the batch, apart."""
+        at = seq - self.first
+        names = self.columns.names
+        extra = self.columns.extras.get(at) if self.columns.extras else None
+        return Delivery(
+            self.session,
+            self.book,
+            self.session.publisher,
+            seq,
+            names if isinstance(names, str) else names[at],
+            plan,
+            key,
+            body,
+            ordinal,
+            intended_ns,
+            self.attempt,
+            extra,
+            self.received_ns + extra.timeout_ns if extra is not None and extra.timeout_ns else 0,
+        )
+
+
+class Lanes:
+    """The lanes of one shard.
+
+    `push` takes a batch and returns at once. Memory is bounded by what the sessions' credit lets in.
+    """
+
+    def __init__(self, plans: Mapping[str, Plan], host: LaneHost, limits: Limits, now: NowNs) -> None:
+        self.plans = plans
+        self.queued = 0  # messages in memory behind busy keys
+        self.leaders_started = 0
+        self._host = host
+        self._limits = limits
+        self._now = now
+        self._clean = contextvars.copy_context()
+        self._inbox: deque[Inbound] = deque()  # bounded by credit
+        self._cursor: Inbound | None = None
+        self._busy: dict[WireKey, _Lane] = {}
+        self._ready: deque[_Lane] = deque()
+        self._leader: object | None = None
+        self._armed = False
+        self._closing = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._slice_events = 64
+        # Where the leader is, for whoever overtakes it.
+        self._row: tuple[int, Plan, WireKey, bytes, int, int] | None = None
+        self._running: Delivery | None = None
+        self._places: dict[tuple[Any, ...], tuple[str, str]] = {}
+
+    # -- what the shard calls
+
+    def push(self, inbound: Inbound) -> None:
+        """Take a batch; its handlers run later, never inside this call."""
+        self._inbox.append(inbound)
+        if not self._armed:
+            self._turn()
+
+    def adopt(self, key: WireKey, count: int) -> None:
+        """Make a lane of `count` waiting events that a predecessor left in the store."""
+        lane = self._busy[key] = _Lane(key, None)
+        lane.stored = True
+        lane.queue.append(_Stored(0, count))
+        self._continue(lane)
+
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing is queued."""
+        return not (self._tasks or self._inbox or self._busy or self._cursor or self._ready)
+
+    @property
+    def busy_keys(self) -> int:
+        """Keys whose handler is running or whose lane is not empty."""
+        return len(self._busy)
+
+    def running(self) -> list[str]:
+        """What is running or waiting, for people: one line a busy key, the longest lanes first."""
+        lanes = sorted(self._busy.values(), key=lambda lane: -len(lane.queue))
+        return [
+            f"key {lane.key!r}: {lane.running.name if lane.running else 'nothing'} is running, {len(lane.queue)} behind it"
+            for lane in lanes
+        ]
+
+    async def close(self) -> None:
+        """Cancel what runs. What has not reached an outcome stays unfinished."""
+        self._closing = True
+        self._inbox.clear()
+        self._ready.clear()
+        self._cursor = None
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # -- leaders and followers
+
+    def _turn(self) -> None:
+        """Once a turn of the event loop while there is work: overtake a leader that is suspended, start the next one."""
+        self._armed = False
+        if self._leader is not None:
+            self._overtake()
+        if self._closing or not (self._cursor or self._inbox or self._ready):
+            return
+        loop = asyncio.get_running_loop()
+        token = self._leader = object()
+        context = self._clean.copy()
+        task = loop.create_task(self._lead(token, context), context=context)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        self.leaders_started += 1
+        # Behind the task's first step in the loop's queue: when it runs, that step has ended or is suspended in a handler.
+        self._armed = True
+        loop.call_soon(self._turn, context=self._clean)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # No handler raises through here, so this is a defect of the lanes: the worker must not go on.
+            self._host.broken(error)
+
+    def _overtake(self) -> None:
+        """The leader is suspended in a handler: its key is busy from now on, and the task is no longer leader."""
+        self._leader = None
+        running = self._running
+        cursor = self._cursor
+        if running is None and cursor is not None and self._row is not None:
+            self._host.handled(cursor.hold(self._row[0]))
+            self._host.touched(cursor.session)
+            running = cursor.delivery(*self._row)
+        self._running = self._row = None
+        if running is not None and running.key is not None:
+            lane = self._busy.get(running.key)
+            if lane is None:
+                self._busy[running.key] = _Lane(running.key, running)
+            else:
+                lane.running = running
+
+    async def _lead(self, token: object, context: contextvars.Context) -> None:
+        """Run messages until there are none, a slice is used up, or this task is overtaken inside a handler."""
+        started_ns = self._now()
+        budget = allowed = self._slice_events
+        ready = self._ready
+        while budget > 0 and self._leader is token and not self._closing:
+            if ready:
+                lane = ready.popleft()
+                budget -= 1
+                await self._run_head(lane, token)
+            elif self._cursor is not None or self._inbox:
+                if self._cursor is None:
+                    self._cursor = self._inbox.popleft()
+                budget = await self._run_batch(self._cursor, token, context, budget)
+            else:
+                break
+            if context != self._clean:
+                break
+        if self._leader is token:
+            self._leader = None
+            self._learn_slice(allowed - budget, self._now() - started_ns)
+
+    def _learn_slice(self, done: int, took_ns: int) -> None:
+        """Let a slice take about a millisecond, whatever the handlers cost."""
+        if done > 0:
+            fitting = max(1, min(_SLICE_EVENTS_MAX, done * _SLICE_NS // max(1, took_ns)))
+            self._slice_events = fitting if fitting < self._slice_events else min(fitting, 2 * self._slice_events)
+
+    async def _run_batch(self, cursor: Inbound, token: object, context: contextvars.Context, budget: int) -> int:
+        """Run messages of a batch until it or the budget is used up; return the budget left.
+
+        The hot path of a worker: about 0.5 µs a message, so what is rare is elsewhere, and what is constant is local.
+        """
+        busy, now, clean = self._busy, self._now, self._clean
+        book = cursor.book
+        positions: dict[WireKey, int] = {} if book is None else book.positions
+        last: Any = None if book is None else book.last  # a stamp implies a book
+        note: Any = None if book is None else book.note
+        latencies: dict[int, int] = {}
+        before = length_hint(cursor.seqs)
+        for row in islice(cursor.rows, budget):
+            seq, plan, key, body, ordinal, intended_ns = row
+            simple = plan.simple
+            if simple is None or key in busy:
+                self._host.handled(cursor.hold(seq))
+                delivery = cursor.delivery(seq, plan, key, body, ordinal, intended_ns)
+                if key in busy:
+                    self._append(busy[key], delivery)
+                else:
+                    await self._deliver(delivery, token)
+                    if self._leader is not token:
+                        break
+                if context != clean:
+                    break
+                continue
+            self._row = row
+            try:
+                await simple(plan.decode(body))
+            except BaseException as error:  # the handler's, or the body's: judged in one place
+                self._fast_failed(cursor, token, row, error)
+                break
+            if self._leader is not token:
+                self._fast_overtaken(cursor, row)
+                break
+            if ordinal:
+                at = positions.get(key)
+                if at is not None and last[at] == ordinal - 1:
+                    last[at] = ordinal
+                else:
+                    note(key, ordinal, cursor.attempt)
+            if intended_ns:
+                latency_us = (now() - intended_ns) // 1000
+                latencies[latency_us] = latencies.get(latency_us, 0) + 1
+            if context != clean:
+                break
+        if latencies and book is not None:
+            book.record(latencies)
+        if self._leader is not token:
+            return 0
+        self._row = None
+        left = length_hint(cursor.seqs)
+        # What was done so far is acked now, because the rest may take long.
+        self._host.handled(cursor.finish_before(cursor.end - left))
+        if not left:
+            self._cursor = None
+        self._host.touched(cursor.session)
+        return budget - (before - left)
+
+    def _fast_overtaken(self, cursor: Inbound, row: tuple[int, Plan, WireKey, bytes, int, int]) -> None:
+        """A handler of the fast path returned after its task was overtaken: its follower made a delivery of it."""
+        lane = self._busy.get(row[2]) if row[2] is not None else None
+        delivery = lane.running if lane is not None and lane.running is not None else cursor.delivery(*row)
+        self._settle(delivery, None)
+
+    def _fast_failed(
+        self, cursor: Inbound, token: object, row: tuple[int, Plan, WireKey, bytes, int, int], error: BaseException
+    ) -> None:
+        if isinstance(error, GeneratorExit) or self._closing:
+            raise error
+        _, plan, key, body, _, _ = row
+        self._absorb(error)
+        failure = self._judge(plan, body, ((plan.handlers[0], error),))
+        if self._leader is token:
+            self._host.handled(cursor.hold(row[0]))
+            self._row = None
+            delivery = cursor.delivery(*row)
+        else:
+            lane = self._busy.get(key) if key is not None else None
+            delivery = lane.running if lane is not None and lane.running is not None else cursor.delivery(*row)
+        self._settle(delivery, failure)
+
+    @staticmethod
+    def _absorb(error: BaseException) -> None:
+        """A cancellation that a handler brought upon itself ends with the handler."""
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None:
+            while task.cancelling():
+                task.uncancel()
+
+    async def _run_head(self, lane: _Lane, token: object) -> None:
+        """Run the next message of a lane."""
+        head = lane.queue.popleft()
+        assert isinstance(head, Delivery)  # `_continue` makes no other lane ready
+        self.queued -= 1
+        lane.running = head
+        await self._deliver(head, token)
+
+    async def _deliver(self, delivery: Delivery, token: object) -> None:
+        """Run one message's handlers and settle it; afterwards the caller may have been overtaken."""
+        self._running = delivery
+        if delivery.plan.is_command or (delivery.extra is not None and delivery.extra.timeout_ns):
+            await self._command(delivery)
+            failure = None
+        else:
+            failure = await self._event(delivery)
+        if self._leader is token:
+            self._running = None
+        self._settle(delivery, failure)
+
+    # -- handlers
+
+    async def _event(self, delivery: Delivery) -> Failure | None:
+        plan = delivery.plan
+        if plan is _UNKNOWN:
+            return Failure(
+                handlers=(),
+                reason="unknown-type",
+                error_type="",
+                error=f"no handler of this application takes {delivery.name!r}",
+            )
+        try:
+            message = plan.decode(delivery.body)
+        except Exception as error:  # whatever a message's own checks raise
+            return self._undecodable(error)
+        context = self._context_of(delivery)
+        failed: list[tuple[Registered, BaseException]] = []
+        for handler in plan.handlers:
+            try:
+                outcome = handler.call(message, context) if handler.wants_context else handler.call(message)
+                if handler.is_async or hasattr(outcome, "__await__"):
+                    await outcome
+            except BaseException as error:  # the one place where a handler's failure is caught
+                if isinstance(error, GeneratorExit) or self._closing:
+                    raise
+                self._absorb(error)
+                failed.append((handler, error))
+        return self._judge(plan, delivery.body, tuple(failed)) if failed else None
+
+    async def _command(self, delivery: Delivery) -> None:
+        plan = delivery.plan
+        if delivery.deadline_ns and self._now() >= delivery.deadline_ns:
+            self._host.reply(delivery, REPLY_EXPIRED, b"")
+            return
+        try:
+            if plan is _UNKNOWN or not plan.is_command:
+                raise LookupError(f"no handler of this application takes the command {delivery.name!r}")
+            message = plan.decode(delivery.body)
+            handler = plan.handlers[0]
+            context = self._context_of(delivery)
+            outcome = handler.call(message, context) if handler.wants_context else handler.call(message)
+            if handler.is_async or hasattr(outcome, "__await__"):
+                outcome = await outcome
+            body = plan.encode_reply(outcome)
+            if len(body) > self._limits.event_bytes_max:
+                raise ValueError(f"the reply has {len(body):,} bytes, the limit is {self._limits.event_bytes_max:,}")
+        except BaseException as error:  # goes back to the caller, with its traceback
+            if isinstance(error, GeneratorExit) or self._closing:
+                raise
+            self._absorb(error)
+            text = "".join(traceback.format_exception(error))[-16_000:]
+            body = msgspec.msgpack.encode((type(error).__name__, _text_of(error), text))
+            self._host.reply(delivery, REPLY_FAILED, body)
+            return
+        self._host.reply(delivery, REPLY_OK, body)
+
+    def _context_of(self, delivery: Delivery) -> Context:
+        return Context(
+            delivery.key,
+            delivery.publisher,
+            delivery.seq,
+            delivery.attempt,
+            self._host.shard,
+            delivery.extra.headers if delivery.extra is not None and delivery.extra.headers else None,
+        )
+
+    # -- outcomes
+
+    def _settle(self, delivery: Delivery, failure: Failure | None) -> None:
+        """A message reached its outcome: write the evidence, then finish it, then let its lane go on."""
+        self._host.handled(1)
+        book = delivery.book
+        if book is not None and not (delivery.extra is not None and delivery.extra.timeout_ns):
+            if delivery.ordinal:
+                book.note(delivery.key, delivery.ordinal, delivery.attempt)
+            if delivery.intended_ns and failure is None:
+                book.record({(self._now() - delivery.intended_ns) // 1000: 1})
+            if failure is not None:
+                book.note_dead()
+        if failure is not None:
+            self._host.bury(delivery, failure)
+        else:
+            if delivery.position:
+                self._host.forget(delivery.position)
+            if delivery.session is not None:
+                delivery.session.finish(delivery.seq)
+                self._host.touched(delivery.session)
+        if delivery.key is not None:
+            lane = self._busy.get(delivery.key)
+            if lane is not None:
+                lane.running = None
+                self._continue(lane)
+
+    def _continue(self, lane: _Lane) -> None:
+        """Nothing of this lane runs: make its head ready, fetch it from the store, or end the lane."""
+        if not lane.queue:
+            del self._busy[lane.key]
+            return
+        head = lane.queue[0]
+        if isinstance(head, _Stored):
+            self._host.load(lane.key, head.after, _LOAD_ROWS, lambda rows: self._loaded(lane, rows))
+            return
+        self._ready.append(lane)
+        if not self._armed and not self._closing:
+            self._armed = True
+            asyncio.get_running_loop().call_soon(self._turn, context=self._clean)
+
+    def _loaded(self, lane: _Lane, rows: list[Delivery]) -> None:
+        """Rows of the lane's first stored stretch came back."""
+        head = lane.queue[0]
+        assert isinstance(head, _Stored)
+        rows = rows[: head.count]
+        if rows:
+            head.after = rows[-1].position
+            head.count -= len(rows)
+        else:
+            head.count = 0  # somebody else removed them
+        if not head.count:
+            lane.queue.popleft()
+        lane.queue.extendleft(reversed(rows))
+        self.queued += len(rows)
+        self._continue(lane)
+
+    def _append(self, lane: _Lane, delivery: Delivery) -> None:
+        """Queue a message behind a busy key: in memory, or in the store where its lane has gone there."""
+        is_event = delivery.extra is None or not delivery.extra.timeout_ns
+        if lane.stored and is_event and self._host.can_keep():
+            self._host.keep((delivery,))
+            end = lane.queue[-1] if lane.queue else None
+            if isinstance(end, _Stored):
+                end.count += 1
+                return
+            if len(lane.queue) >= self._limits.lane_events_max:
+                lane.queue.append(_Stored(delivery.position - 1, 1))
+                return
+        lane.queue.append(delivery)
+        self.queued += 1
+        length = len(lane.queue)
+        crowded = self.queued > self._limits.queued_events_max and length * (len(self._busy) + 1) > self.queued
+        if not lane.stored and (length > self._limits.lane_events_max or crowded) and self._host.can_keep():
+            self._spill(lane)
+
+    def _spill(self, lane: _Lane) -> None:
+        """Give a whole lane to the store, with the message that runs: a successor must find its beginning there too."""
+        lane.stored = True
+        events = [
+            delivery
+            for delivery in (lane.running, *lane.queue)
+            if isinstance(delivery, Delivery) and not (delivery.extra is not None and delivery.extra.timeout_ns)
+        ]
+        self._host.keep(events)
+
+    # -- failures
+
+    def _undecodable(self, error: Exception) -> Failure:
+        return Failure(
+            handlers=(), reason="undecodable", error_type=type(error).__name__, error=_text_of(error)
+        )
+
+    def _judge(self, plan: Plan, body: bytes, failed: tuple[tuple[Registered, BaseException], ...]) -> Failure:
+        """What to write of handlers that raised. The fast path decodes beside the handler, so look whose fault it was."""
+        if plan.simple is not None:
+            try:
+                plan.decode(body)
+            except Exception as error:  # whatever a message's own checks raise
+                return self._undecodable(error)
+        _, error = failed[0]
+        place, text = self._place_of(error)
+        return Failure(
+            handlers=tuple(handler.name for handler, _ in failed),
+            reason="failed",
+            error_type=type(error).__name__,
+            error=_text_of(error),
+            place=place,
+            traceback=text,
+        )
+
+    def _place_of(self, error: BaseException) -> tuple[str, str]:
+        """The identity of where an error was raised, and its stack as text, formatted once for each distinct place.
+
+        Formatting takes 37 µs, finding the place 1: with it, a shard writes 50,000 dead letters a second.
+        """
+        own = type(error).__name__
+        identity: list[Any] = [own]
+        step: TracebackType | None = error.__traceback__
+        while step is not None:
+            identity += (step.tb_frame.f_code, step.tb_lineno)
+            step = step.tb_next
+        cause = error.__cause__ or error.__context__
+        if cause is not None and cause.__traceback__ is not None:
+            identity += (type(cause).__name__, cause.__traceback__.tb_frame.f_code, cause.__traceback__.tb_lineno)
+        known = self._places.get(tuple(identity))
+        if known is None:
+            if len(self._places) >= _PLACES_MAX:
+                self._places.clear()
+            stack = "".join(traceback.format_tb(error.__traceback__))
+            if cause is not None:
+                stack = "".join(traceback.format_exception(error))
+            text = f"Traceback (most recent call last):\n{stack}{own}" if cause is None else stack
+            known = self._places[tuple(identity)] = (xxhash.xxh3_128_hexdigest(text.encode("utf-8", "replace")), text)
+        return known
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception as broken:  # an exception whose own __str__ raises must not take the worker down
+        text = f"<its text cannot be shown: {type(broken).__name__}>"
+    return text[:_ERROR_CHARS_MAX].encode("utf-8", "replace").decode()

@@ -1,0 +1,347 @@
+"""What a shard can prove of its work, and the layout in which it says so.
+
+A book is a flat buffer of 64-bit words, shared between a worker and its supervisor (`evidence` owns the mapping). The
+worker writes it after the handler and before the ack, outside the application's code, so it survives a SIGKILL and holds
+for anybody's application. It has
+
+    counters of the shard
+    a row for each publisher that stamps its events, and its latency histogram
+    the last ordinal of each (publisher, key), in a ring: when it is full, the key that entered first is forgotten
+
+An ordinal counts one publisher's events of one key: 1, 2, 3, … So the next ordinal is in order, a lower one is a repeat
+(or a late one, if it was missing), and a gap is missing until it comes. `distinct` follows from the last ordinals alone,
+one word a key, so that no kill at any instant can make it wrong.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from itertools import compress
+from operator import eq
+from typing import Final
+
+import msgspec
+
+from shardbus.messages import WireKey
+from shardbus.routing import stable_hash
+
+# -- latency buckets: whole microseconds up to 2,047, then 1,024 buckets for each power of two (3 significant digits,
+#    as in HdrHistogram, http://hdrhistogram.org), up to 2³⁶ µs (19 hours)
+
+_LINEAR: Final = 2048
+_HALF: Final = 1024
+_BITS_MAX: Final = 36
+BUCKETS: Final = _LINEAR + _HALF * (_BITS_MAX - 11)
+
+
+def bucket_index(value_us: int) -> int:
+    """The bucket that counts a latency of `value_us` microseconds; negative ones count as 0."""
+    if value_us < _LINEAR:
+        return max(0, value_us)
+    shift = value_us.bit_length() - 11
+    return min(BUCKETS - 1, _LINEAR + (shift - 1) * _HALF + (value_us >> shift) - _HALF)
+
+
+def bucket_bounds_us(index: int) -> tuple[int, int]:
+    """The lowest and the highest value that bucket `index` counts, in microseconds."""
+    if index < _LINEAR:
+        return index, index
+    shift, rest = divmod(index - _LINEAR, _HALF)
+    low = (rest + _HALF) << (shift + 1)
+    return low, low + (1 << (shift + 1)) - 1
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """What one shard can say of one publisher's stamped events.
+
+    `distinct` events reached an outcome; `repeats` came again, `announced` of them said so; `out_of_order` came after a
+    later one of their key; `missing` were overtaken and have not come; `unchecked` are of keys that were forgotten and
+    came back. `samples` latencies were recorded, in `latency` as (bucket, count).
+    """
+
+    shard: int
+    publisher: bytes
+    distinct: int
+    repeats: int
+    announced: int
+    out_of_order: int
+    missing: int
+    unchecked: int
+    dead: int
+    samples: int
+    latency: list[tuple[int, int]]
+
+
+class Counters(msgspec.Struct, frozen=True, kw_only=True):
+    """What a shard has done since its book was made, over all its workers."""
+
+    handled: int
+    dead: int
+    stored: int
+    malformed: int
+    ignored: int
+    rejected: int
+
+
+COUNTERS: Final = Counters.__struct_fields__
+_MAGIC: Final = 0x5348415244423031  # "SHARDB01"
+_HEADER: Final = 16  # words: magic, keys, publishers, ring position, then the counters
+_COUNTERS_AT: Final = 8
+_ROW: Final = 16  # words a publisher
+_ID, _USED, _RETIRED, _REPEATS, _ANNOUNCED, _OUT_OF_ORDER, _MISSING, _UNCHECKED, _DEAD, _SAMPLES = (
+    0,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    9,
+    10,
+)
+_OVERTAKEN_MAX: Final = 65_536  # ordinals that were overtaken and are remembered one by one, for each publisher
+
+
+class Book:
+    """The evidence of one shard, over a buffer that starts as zeros and may already hold a predecessor's evidence."""
+
+    def __init__(self, buffer: memoryview, *, keys: int, publishers: int) -> None:
+        words = buffer.cast("B").cast("Q")
+        assert len(words) * 8 == book_bytes(keys=keys, publishers=publishers)
+        if words[0] != _MAGIC or words[1] != keys or words[2] != publishers:
+            words[:] = memoryview(bytes(len(words) * 8)).cast("Q")
+            words[1], words[2] = keys, publishers
+            words[0] = _MAGIC
+        self._words = words
+        self._keys = keys
+        self._publishers = publishers
+        at = _HEADER
+        self._rows = words[at : at + publishers * _ROW]
+        at += publishers * _ROW
+        self._histograms = words[at : at + publishers * BUCKETS]
+        at += publishers * BUCKETS
+        self._hashes = words[at : at + keys]
+        at += keys
+        self._owners = words[at : at + keys]  # the publisher's row + 1; 0: free
+        at += keys
+        self.last = words[at : at + keys]
+        # What the buffer holds already, until its key is seen again.
+        self._inherited: dict[tuple[int, int], int] = {
+            (owner, self._hashes[at]): at for at, owner in enumerate(self._owners) if owner
+        }
+        self._seen: list[tuple[PublisherBook, WireKey] | None] = [None] * keys
+        self._books: dict[bytes, PublisherBook] = {}
+
+    def release(self) -> None:
+        """Let go of the buffer."""
+        self._books.clear()
+        for view in (self._rows, self._histograms, self._hashes, self._owners, self.last, self._words):
+            view.release()
+
+    # -- the worker's side
+
+    def count(self, counter: str, by: int = 1) -> None:
+        """Add to one of `COUNTERS`."""
+        self._words[_COUNTERS_AT + COUNTERS.index(counter)] += by
+
+    def add_handled(self, by: int) -> None:
+        """Add to `handled`: the counter that is written once a slice."""
+        self._words[_COUNTERS_AT] += by
+
+    def publisher(self, publisher: bytes) -> PublisherBook:
+        """The book of a publisher. When all rows are taken, the one that was used least recently is given away."""
+        book = self._books.get(publisher)
+        if book is None:
+            row = self._row_of(publisher)
+            if row is None:
+                row = self._vacate_row()
+                self._rows[row * _ROW + _ID] = int.from_bytes(publisher[:8], "little")
+                self._rows[row * _ROW + _ID + 1] = int.from_bytes(publisher[8:], "little")
+            book = self._books[publisher] = PublisherBook(self, row, publisher)
+        self._rows[book.row * _ROW + _USED] = time.monotonic_ns()
+        return book
+
+    def _row_of(self, publisher: bytes) -> int | None:
+        low, high = int.from_bytes(publisher[:8], "little"), int.from_bytes(publisher[8:], "little")
+        for row in range(self._publishers):
+            at = row * _ROW
+            if self._rows[at + _USED] and self._rows[at + _ID] == low and self._rows[at + _ID + 1] == high:
+                return row
+        return None
+
+    def _vacate_row(self) -> int:
+        row = min(range(self._publishers), key=lambda candidate: self._rows[candidate * _ROW + _USED])
+        if self._rows[row * _ROW + _USED]:
+            for publisher, book in list(self._books.items()):
+                if book.row == row:
+                    del self._books[publisher]
+                    book.retired = True
+            for at, owner in enumerate(self._owners):
+                if owner == row + 1:
+                    self._forget(at)
+            self._rows[row * _ROW : (row + 1) * _ROW] = memoryview(bytes(_ROW * 8)).cast("Q")
+            zeros = memoryview(bytes(BUCKETS * 8)).cast("Q")
+            self._histograms[row * BUCKETS : (row + 1) * BUCKETS] = zeros
+        return row
+
+    def _forget(self, at: int) -> None:
+        owner = self._owners[at]
+        seen = self._seen[at]
+        if seen is None:
+            self._inherited.pop((owner, self._hashes[at]), None)
+        else:
+            book, key = seen
+            book.positions.pop(key, None)
+            self._seen[at] = None
+        # Retired first: a kill in between counts a key twice, and never reports a loss that was none.
+        self._rows[(owner - 1) * _ROW + _RETIRED] += self.last[at]
+        self.last[at] = 0
+        self._owners[at] = 0
+
+    def _place(self, book: PublisherBook, key: WireKey) -> int:
+        """Find the word of a key that this process has not seen, or make one."""
+        digest = stable_hash(key)
+        at = self._inherited.pop((book.row + 1, digest), None)
+        if at is None:
+            at = self._words[3]
+            self._words[3] = (at + 1) % self._keys
+            if self._owners[at]:
+                self._forget(at)
+            self.last[at] = 0
+            self._hashes[at] = digest
+            self._owners[at] = book.row + 1
+        book.positions[key] = at
+        self._seen[at] = (book, key)
+        return at
+
+    # -- the supervisor's side
+
+    def counters(self) -> Counters:
+        """The shard's counters now."""
+        return Counters(**{name: self._words[_COUNTERS_AT + at] for at, name in enumerate(COUNTERS)})
+
+    def evidence(self, shard: int, publisher: bytes) -> Evidence | None:
+        """What this shard can say of a publisher; None: it has seen nothing stamped of it."""
+        row = self._row_of(publisher)
+        if row is None:
+            return None
+        words = self._rows[row * _ROW : (row + 1) * _ROW].tolist()
+        of_row = map(eq, self._owners.tolist(), iter(lambda: row + 1, None))
+        # A gap's ordinals are part of the last ordinal and never came; what was retired was counted when it was forgotten.
+        last = sum(compress(self.last.tolist(), of_row))
+        histogram = self._histograms[row * BUCKETS : (row + 1) * BUCKETS].tolist()
+        return Evidence(
+            shard=shard,
+            publisher=publisher,
+            distinct=_signed(words[_RETIRED]) + last - words[_MISSING],
+            repeats=words[_REPEATS],
+            announced=words[_ANNOUNCED],
+            out_of_order=words[_OUT_OF_ORDER],
+            missing=words[_MISSING],
+            unchecked=words[_UNCHECKED],
+            dead=words[_DEAD],
+            samples=words[_SAMPLES],
+            latency=[(index, count) for index, count in enumerate(histogram) if count],
+        )
+
+
+class PublisherBook:
+    """One publisher's part of a book.
+
+    The lanes read `positions` and write `last` themselves where an ordinal is the next one, because that is every event;
+    all else comes through `irregular`. A retired book has lost its row and takes nothing more.
+    """
+
+    __slots__ = ("_book", "_overtaken", "last", "positions", "publisher", "retired", "row")
+
+    def __init__(self, book: Book, row: int, publisher: bytes) -> None:
+        self._book = book
+        self.row = row
+        self.publisher = publisher
+        self.positions: dict[WireKey, int] = {}
+        self.last = book.last
+        self.retired = False
+        self._overtaken: set[tuple[WireKey, int]] = set()
+
+    def note(self, key: WireKey, ordinal: int, attempt: int) -> None:
+        """An event with this ordinal reached its outcome."""
+        at = self.positions.get(key)
+        if at is not None and self.last[at] == ordinal - 1:
+            self.last[at] = ordinal
+        else:
+            self.irregular(key, ordinal, attempt)
+
+    def irregular(self, key: WireKey, ordinal: int, attempt: int) -> None:
+        """An outcome that is not simply the next of a key that this process knows."""
+        if self.retired:
+            return
+        at = self.positions.get(key)
+        if at is None:
+            at = self._book._place(self, key)
+        last = self.last[at]
+        if ordinal == last + 1:
+            self.last[at] = ordinal
+        elif ordinal <= last:
+            self._come_back(key, ordinal, attempt)
+        elif last == 0 and self._word(_RETIRED):
+            # Keys of this publisher were forgotten, and this may be one: its past was counted when it was retired.
+            self._add(_RETIRED, 1 - ordinal)
+            self._add(_UNCHECKED, 1)
+            self.last[at] = ordinal
+        else:
+            self._add(_MISSING, ordinal - last - 1)
+            room = _OVERTAKEN_MAX - len(self._overtaken)
+            self._overtaken.update((key, number) for number in range(last + 1, min(ordinal, last + 1 + room)))
+            self.last[at] = ordinal
+
+    def _come_back(self, key: WireKey, ordinal: int, attempt: int) -> None:
+        if (key, ordinal) in self._overtaken:
+            self._overtaken.discard((key, ordinal))
+            self._add(_MISSING, -1)
+            self._add(_OUT_OF_ORDER, 1)
+        else:
+            self._add(_REPEATS, 1)
+            if attempt > 1:
+                self._add(_ANNOUNCED, 1)
+
+    def note_dead(self) -> None:
+        """A stamped event became a dead letter."""
+        if not self.retired:
+            self._add(_DEAD, 1)
+
+    def record(self, latencies_us: Mapping[int, int]) -> None:
+        """Count latencies: microseconds → how often."""
+        if self.retired:
+            return
+        base = self.row * BUCKETS
+        histograms = self._book._histograms
+        for value_us, count in latencies_us.items():
+            histograms[base + bucket_index(value_us)] += count
+        self._add(_SAMPLES, sum(latencies_us.values()))
+
+    def _word(self, field: int) -> int:
+        return self._book._rows[self.row * _ROW + field]
+
+    def _add(self, field: int, by: int) -> None:
+        at = self.row * _ROW + field
+        self._book._rows[at] = (self._book._rows[at] + by) % 2**64
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+def book_bytes(*, keys: int, publishers: int) -> int:
+    """The size of a book's buffer."""
+    return 8 * (_HEADER + publishers * (_ROW + BUCKETS) + 3 * keys)
+
+
+def add_counters(all_counters: Iterable[Counters]) -> Counters:
+    """The sum of several shards' counters."""
+    totals = dict.fromkeys(COUNTERS, 0)
+    for counters in all_counters:
+        for name in COUNTERS:
+            totals[name] += getattr(counters, name)
+    return Counters(**totals)

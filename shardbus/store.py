@@ -1,0 +1,113 @@
+"""The store of a shard, as a port: what must outlive a worker. Adapters: `sql_store`, and one in memory for tests.
+
+Rows are dead letters and waiting events. They belong to their slot, not to their shard, so that they can move with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from shardbus.messages import WireKey
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """An event as a store keeps it: whose it is, what it is, and how often it may have run."""
+
+    publisher: bytes
+    seq: int
+    slot: int
+    type: str
+    key: WireKey
+    body: bytes
+    headers: dict[str, str] | None
+    ordinal: int
+    intended_ns: int
+    attempt: int
+
+
+class DeadLetter(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """An event that will not be handled: what it was, and why.
+
+    `handlers` names those that gave up (none where the event was never decoded); `reason` is one of `failed`,
+    `undecodable`, `unknown-type`. `traceback` is stored once for each distinct `place`. Times are nanoseconds since 1970.
+    """
+
+    envelope: Envelope
+    handlers: tuple[str, ...]
+    reason: str
+    error_type: str
+    error: str
+    place: str
+    traceback: str
+    first_ns: int
+    last_ns: int
+    epoch: bytes
+
+
+class WaitingEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """An event that the store holds until its lane comes to it, not before `due_ns` (0: at once; since 1970).
+
+    `position` orders the events of a lane, and is given by the store's owner. `handlers` names those that are still to
+    run; none means all.
+    """
+
+    position: int
+    envelope: Envelope
+    handlers: tuple[str, ...] = ()
+    due_ns: int = 0
+
+
+class WaitingLane(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """How many events of a key wait."""
+
+    key: WireKey
+    count: int
+
+
+class StoreCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a store holds."""
+
+    dead: int
+    waiting: int
+    position_max: int
+
+
+class Store(Protocol):
+    """Keeps a shard's dead letters and waiting events. Every call has one caller: the shard's writer task.
+
+    A call that returns has committed. One that raises `StoreError` has committed nothing and may be called again.
+    """
+
+    async def open(self) -> StoreCounts:
+        """Open or create the store, adopt what a predecessor left, and say what is in it."""
+
+    async def close(self) -> None:
+        """Release everything. Rows stay."""
+
+    async def write(
+        self, *, dead: Sequence[DeadLetter], waiting: Sequence[WaitingEvent], done: Sequence[int]
+    ) -> None:
+        """In one transaction: add dead letters and waiting events, remove the waiting events at the positions `done`.
+
+        A dead letter of an event that is dead already replaces it and keeps its first time. A position that is not there
+        is no error. Within one call, additions come before removals.
+        """
+
+    async def waiting_lanes(self) -> list[WaitingLane]:
+        """The keys that have waiting events, by their lowest position."""
+
+    async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
+        """Up to `limit` waiting events of a key with a position above `after`, in order."""
+
+    async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
+        """The sequences from `first` on that this publisher has among the dead and among the waiting, sorted."""
+
+    async def dead_letters(self, limit: int) -> list[DeadLetter]:
+        """Up to `limit` dead letters, the oldest first."""
+
+
+class StoreError(Exception):
+    """The store could not do it now: locked, full, or gone. The message is the database's."""
