@@ -48,7 +48,7 @@ _ERROR_CHARS_MAX: Final = 2000
 _PLACES_MAX: Final = 1024
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
 
-_UNKNOWN: Final = Plan(Message, ())  # stands for every type that has no handler here
+UNKNOWN: Final = Plan(Message, ())  # stands for every type that has no handler here
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -202,7 +202,7 @@ class Inbound:
         names = columns.names
         self.rows: Iterator[tuple[int, Plan, WireKey, bytes, int, int]] = zip(
             self.seqs,
-            repeat(plans.get(names, _UNKNOWN)) if isinstance(names, str) else [plans.get(n, _UNKNOWN) for n in names],
+            repeat(plans.get(names, UNKNOWN)) if isinstance(names, str) else [plans.get(n, UNKNOWN) for n in names],
             columns.keys,
             columns.bodies,
             repeat(0) if columns.ordinals is None or book is None else columns.ordinals,
@@ -506,7 +506,7 @@ class Lanes:
 
     async def _event(self, delivery: Delivery) -> Failure | None:
         plan = delivery.plan
-        if plan is _UNKNOWN:
+        if plan is UNKNOWN:
             return Failure(
                 handlers=(),
                 reason="unknown-type",
@@ -537,7 +537,7 @@ class Lanes:
             self._host.reply(delivery, REPLY_EXPIRED, b"")
             return
         try:
-            if plan is _UNKNOWN or not plan.is_command:
+            if plan is UNKNOWN or not plan.is_command:
                 raise LookupError(f"no handler of this application takes the command {delivery.name!r}")
             message = plan.decode(delivery.body)
             handler = plan.handlers[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Any, Final
 
@@ -68,6 +68,16 @@ class Batch:
             self.intended_ns.extend(repeat(0, missing))
         self.ordinals.append(ordinal)
         self.intended_ns.append(intended_ns)
+        self.stamped = True
+
+    def stamp_many(self, ordinals: Sequence[int], intended_ns: Sequence[int], count: int) -> None:
+        """Stamp the last `count` messages."""
+        missing = len(self.bodies) - count - len(self.ordinals)
+        if missing:
+            self.ordinals.extend(repeat(0, missing))
+            self.intended_ns.extend(repeat(0, missing))
+        self.ordinals.extend(ordinals)
+        self.intended_ns.extend(intended_ns)
         self.stamped = True
 
     def seal(self) -> bytes:

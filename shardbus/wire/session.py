@@ -161,6 +161,10 @@ class PublisherSession:
         self.state = State.CLOSED
         self._control.clear()
 
+    def greet_again(self) -> None:
+        """The connection is new: take the session up again where the worker says."""
+        self._begin_greeting()
+
     def leave(self) -> list[bytes]:
         """The frames that say good-bye, where somebody listens."""
         said = [encode_frame(Bye(self.epoch))] if self.state is State.OPEN else []

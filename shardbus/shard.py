@@ -1,0 +1,539 @@
+"""One shard's work, whatever carries the frames: sessions, lanes and the store, joined.
+
+A worker process wraps it in sockets, `bus.local()` in nothing. Frames come in through `receive`; what is to be sent goes out
+through the `send` that it was given. It acks at the end of the event loop's turn, once a session, and never before a dead
+letter or a waiting event is committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from shardbus.clock import NowNs, wall_ns
+from shardbus.config import PROTOCOL, Limits
+from shardbus.errors import RemoteProtocolError
+from shardbus.lanes import UNKNOWN, Delivery, Failure, Inbound, Lanes
+from shardbus.messages import WireKey
+from shardbus.metrics import Book, PublisherBook
+from shardbus.registry import Plan
+from shardbus.routing import slot_of
+from shardbus.store import DeadLetter, Envelope, Store, StoreCounts, StoreError, WaitingEvent
+from shardbus.wire.codec import decode_batch
+from shardbus.wire.frames import Bye, Data, Hello, Ping, Reject, Reply, decode_to_worker, encode_frame
+from shardbus.wire.session import WorkerSession
+
+log = logging.getLogger("shardbus.shard")
+
+Send = Callable[[bytes, bytes], bool]
+"""Send a frame to a peer; False where it could not be taken, and the protocol has to mend it."""
+
+_RETRY_S: Final = 0.25  # how long a failing store is left alone
+_WRITE_ROWS_MAX: Final = 1000  # more rows in a statement gain little and hold the others up
+_RESTING_MAX: Final = 4096  # sessions of silent publishers that are remembered
+_NS: Final = 1_000_000_000
+
+
+class _Publisher:
+    """A live session, and whom to answer."""
+
+    __slots__ = ("book", "peer", "session", "touched")
+
+    def __init__(self, session: WorkerSession, peer: bytes) -> None:
+        self.session = session
+        self.peer = peer
+        self.book: PublisherBook | None = None
+        self.touched = False
+
+
+class _Writer:
+    """The one task that touches the store: writes in batches, reads behind the writes that were asked for before.
+
+    Its queue is bounded by the credit of the publishers whose events it holds. While the store fails it tries again, and
+    nothing of it is acked.
+    """
+
+    def __init__(self, store: Store, rows_max: int) -> None:
+        self.counts = StoreCounts(dead=0, waiting=0, position_max=0)
+        self.failing = ""
+        self._store = store
+        self._rows_max = rows_max
+        self._rows = 0
+        self._dead: list[tuple[DeadLetter, Callable[[], None]]] = []
+        self._waiting: list[tuple[WaitingEvent, Callable[[], None]]] = []
+        self._done: list[int] = []
+        self._reads: list[Callable[[], Awaitable[None]]] = []
+        self._wanted = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        self.counts = await self._store.open()
+        self._rows = self.counts.dead + self.counts.waiting
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="shardbus-store-writer")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._store.close()
+
+    def idle(self) -> bool:
+        return not (self._dead or self._waiting or self._done or self._reads or self._wanted.is_set())
+
+    def has_room(self) -> bool:
+        return self._rows + len(self._dead) + len(self._waiting) < self._rows_max and not self.failing
+
+    def add_dead(self, row: DeadLetter, then: Callable[[], None]) -> None:
+        self._dead.append((row, then))
+        self._wanted.set()
+
+    def add_waiting(self, row: WaitingEvent, then: Callable[[], None]) -> None:
+        self._waiting.append((row, then))
+        self._wanted.set()
+
+    def add_done(self, position: int) -> None:
+        self._done.append(position)
+        self._wanted.set()
+
+    def add_read(self, read: Callable[[], Awaitable[None]]) -> None:
+        self._reads.append(read)
+        self._wanted.set()
+
+    async def _run(self) -> None:
+        while True:
+            await self._wanted.wait()
+            try:
+                # Reads that were asked for by now see every write that was asked for before them.
+                readable = len(self._reads)
+                await self._write_all()
+                for _ in range(readable):
+                    await self._reads[0]()
+                    del self._reads[0]
+            except StoreError as error:
+                if not self.failing:
+                    log.error("the store cannot write: %s; publishers wait until it can", error)
+                self.failing = str(error)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if self.failing:
+                log.warning("the store writes again")
+                self.failing = ""
+            if not (self._dead or self._waiting or self._done or self._reads):
+                self._wanted.clear()
+
+    async def _write_all(self) -> None:
+        """Write until nothing is left but what the store has no room for."""
+        while self._dead or self._waiting or self._done:
+            room = max(0, self._rows_max - self._rows)
+            dead = self._dead[: min(room, _WRITE_ROWS_MAX)]
+            waiting = self._waiting[: min(room - len(dead), _WRITE_ROWS_MAX)]
+            # Removals are written once everything that was asked for before them is in.
+            all_in = len(dead) == len(self._dead) and len(waiting) == len(self._waiting)
+            done = self._done[: _WRITE_ROWS_MAX] if all_in else []
+            if not (dead or waiting or done):
+                raise StoreError(f"it is full ({self._rows:,} rows)")
+            await self._store.write(
+                dead=[row for row, _ in dead], waiting=[row for row, _ in waiting], done=done
+            )
+            del self._dead[: len(dead)], self._waiting[: len(waiting)], self._done[: len(done)]
+            self._rows += len(dead) + len(waiting) - len(done)
+            self.counts = StoreCounts(
+                dead=self.counts.dead + len(dead),
+                waiting=self.counts.waiting + len(waiting) - len(done),
+                position_max=self.counts.position_max,
+            )
+            for _, then in dead:
+                then()
+            for _, then in waiting:
+                then()
+
+
+class Shard:
+    """Sessions, lanes and store of one shard. `start`, then `receive` and `tick`; `drain`, then `close`.
+
+    It is the `LaneHost` of its lanes.
+    """
+
+    def __init__(
+        self,
+        *,
+        shard: int,
+        epoch: bytes,
+        layout: int,
+        plans: Mapping[str, Plan],
+        store: Store,
+        book: Book,
+        send: Send,
+        now: NowNs,
+        limits: Limits,
+        broken: Callable[[BaseException], None],
+    ) -> None:
+        self.shard = shard
+        self.epoch = epoch
+        self.book = book
+        self.lanes = Lanes(plans, self, limits, now)
+        self._layout = layout
+        self._send = send
+        self._now = now
+        self._limits = limits
+        self._broken = broken
+        self._writer = _Writer(store, limits.store_rows_max)
+        self._store = store
+        self._position = 0
+        self._adopted_position = 0  # rows up to here were written by a predecessor, and may have run
+        self._adopts = False
+        self._publishers: dict[bytes, _Publisher] = {}  # live, by publisher
+        self._peers: dict[bytes, _Publisher] = {}
+        self._resting: OrderedDict[bytes, WorkerSession] = OrderedDict()
+        self._greeting: set[asyncio.Task[None]] = set()
+        self._blocked: OrderedDict[bytes, None] = OrderedDict()
+        self._touched: list[_Publisher] = []
+        self._draining = False
+
+    # -- life
+
+    async def start(self) -> None:
+        """Open the store and put what waits in it into lanes, before anything new is taken.
+
+        Raises:
+            StoreError: the store cannot be opened.
+        """
+        await self._writer.open()
+        counts = self._writer.counts
+        self._adopts = counts.dead + counts.waiting > 0
+        self._position = self._adopted_position = counts.position_max
+        lanes = await self._store.waiting_lanes() if counts.waiting else []
+        self._writer.start()
+        for lane in lanes:
+            self.lanes.adopt(lane.key, lane.count)
+
+    async def drain(self, deadline_s: float) -> list[str]:
+        """Take nothing new, and wait until everything accepted is finished; return what was not, in words."""
+        self._draining = True
+        loop = asyncio.get_running_loop()
+        end = loop.time() + deadline_s
+        while not (self.lanes.idle() and self._writer.idle()) and loop.time() < end:
+            await asyncio.sleep(0.005)
+        self._flush_acks()
+        left = self.lanes.running()
+        return left or (["writes to the store"] if not self._writer.idle() else [])
+
+    async def close(self) -> None:
+        """Stop at once. What is unfinished stays with its publishers and in the store."""
+        await self.lanes.close()
+        for task in self._greeting:
+            task.cancel()
+        await self._writer.close()
+
+    # -- what the worker says of it
+
+    @property
+    def counts(self) -> StoreCounts:
+        """What the store holds."""
+        return self._writer.counts
+
+    @property
+    def store_failing(self) -> str:
+        """Why the store cannot write now; empty: it can."""
+        return self._writer.failing
+
+    @property
+    def backlog(self) -> int:
+        """Messages that were accepted and are not finished."""
+        return sum(one.session.unfinished for one in self._publishers.values())
+
+    @property
+    def publishers(self) -> int:
+        """Live sessions."""
+        return len(self._publishers)
+
+    # -- frames
+
+    def receive(self, peer: bytes, data: bytes) -> None:
+        """Take what a peer sent. Bytes that are not sound end the peer's session and nothing else."""
+        if peer in self._blocked:
+            self.book.count("ignored")
+            return
+        try:
+            frame = decode_to_worker(data)
+            if type(frame) is Data:
+                self._on_data(peer, frame)
+            elif type(frame) is Hello:
+                self._on_hello(peer, frame)
+            elif type(frame) is Ping:
+                self._on_ping(peer, frame)
+            else:
+                self._on_bye(peer)
+        except RemoteProtocolError as error:
+            self._block(peer, error)
+
+    def tick(self) -> None:
+        """Forget publishers that have been silent for long; call it about once a second."""
+        silent_before = self._now() - int(self._limits.session_silence_s * _NS)
+        for publisher, one in list(self._publishers.items()):
+            if one.session.heard_ns < silent_before and not one.session.unfinished:
+                self._rest(publisher)
+
+    def _on_data(self, peer: bytes, frame: Data) -> None:
+        one = self._peers.get(peer)
+        if one is None or frame.epoch != self.epoch or frame.layout != self._layout or self._draining:
+            self._refuse(peer, frame.epoch, frame.layout, greeted=one is not None)
+            return
+        now_ns = self._now()
+        session = one.session
+        session.heard_ns = now_ns
+        # Unpacked before it is accepted: a batch that is not sound must not move the session.
+        columns = decode_batch(frame.blob, frame.count) if frame.blob else None
+        skip = session.accept(frame)
+        if skip is None:
+            answer = session.answer_to_refused(frame)
+            if answer is not None:
+                self._send(peer, answer)
+            else:
+                self.touched(session)
+            return
+        if columns is not None:
+            book = one.book
+            if columns.ordinals is not None and (book is None or book.retired):
+                book = one.book = self.book.publisher(session.publisher)
+            self.lanes.push(
+                Inbound(
+                    session,
+                    book,
+                    frame.first,
+                    frame.count,
+                    frame.attempt,
+                    skip,
+                    columns,
+                    self.lanes.plans,
+                    now_ns,
+                )
+            )
+        if skip:
+            self.touched(session)
+
+    def _on_hello(self, peer: bytes, frame: Hello) -> None:
+        if frame.protocol != PROTOCOL:
+            self._reject(peer, frame.epoch, "protocol")
+        elif frame.epoch != self.epoch or frame.layout != self._layout or self._draining:
+            self._refuse(peer, frame.epoch, frame.layout, greeted=True)
+        elif frame.publisher in self._publishers:
+            one = self._publishers[frame.publisher]
+            self._peers.pop(one.peer, None)
+            one.peer = peer
+            self._welcome(one)
+        elif frame.publisher in self._resting:
+            self._admit(peer, self._resting.pop(frame.publisher))
+        elif len(self._publishers) >= self._limits.sessions_max:
+            self._reject(peer, frame.epoch, "too-many-publishers")
+        elif self._adopts:
+            task = asyncio.get_running_loop().create_task(self._admit_after_look(peer, frame))
+            self._greeting.add(task)
+            task.add_done_callback(self._greeting.discard)
+        else:
+            self._admit(peer, WorkerSession(frame.publisher, self.epoch, frame.first, self._limits))
+
+    async def _admit_after_look(self, peer: bytes, frame: Hello) -> None:
+        """A publisher that knew a predecessor may resend what is in the store already."""
+        try:
+            dead, waiting = await self._store.outcomes(frame.publisher, frame.first)
+        except StoreError as error:
+            log.warning("the store cannot be read: %s; the publisher will greet again", error)
+            return
+        if frame.publisher not in self._publishers and not self._draining:
+            session = WorkerSession(frame.publisher, self.epoch, frame.first, self._limits)
+            session.adopt(dead, waiting)
+            self._admit(peer, session)
+
+    def _admit(self, peer: bytes, session: WorkerSession) -> None:
+        one = self._publishers[session.publisher] = _Publisher(session, peer)
+        self._welcome(one)
+
+    def _welcome(self, one: _Publisher) -> None:
+        one.session.heard_ns = self._now()
+        self._peers[one.peer] = one
+        self._send(one.peer, one.session.welcome(self._credit()))
+        self._send(one.peer, one.session.ack(self._credit(), full=True))
+
+    def _on_ping(self, peer: bytes, frame: Ping) -> None:
+        one = self._peers.get(peer)
+        if one is None or frame.epoch != self.epoch:
+            self._refuse(peer, frame.epoch, self._layout, greeted=one is not None)
+            return
+        one.session.heard_ns = self._now()
+        self._send(peer, one.session.ack(self._credit(), full=True))
+
+    def _on_bye(self, peer: bytes) -> None:
+        one = self._peers.get(peer)
+        if one is not None:
+            self._rest(one.session.publisher)
+
+    def _rest(self, publisher: bytes) -> None:
+        one = self._publishers.pop(publisher)
+        self._peers.pop(one.peer, None)
+        self._resting[publisher] = one.session
+        if len(self._resting) > _RESTING_MAX:
+            self._resting.popitem(last=False)
+
+    def _refuse(self, peer: bytes, epoch: bytes, layout: int, *, greeted: bool) -> None:
+        if epoch != self.epoch or self._draining:
+            self._reject(peer, epoch, "stale-epoch")
+        elif layout != self._layout:
+            self._reject(peer, epoch, "stale-layout")
+        elif not greeted:
+            self._reject(peer, epoch, "unknown-session")
+
+    def _reject(self, peer: bytes, epoch: bytes, reason: str) -> None:
+        self.book.count("rejected")
+        self._send(peer, encode_frame(Reject(epoch, reason)))
+
+    def _block(self, peer: bytes, error: RemoteProtocolError) -> None:
+        """End the session of a peer that sent garbage. Its publisher may come back over a new connection."""
+        self.book.count("malformed")
+        one = self._peers.pop(peer, None)
+        log.warning("a peer sent what is not sound, and is ignored from now on: %s", error)
+        self._send(peer, encode_frame(Reject(self.epoch if one is not None else b"", "malformed")))
+        self._blocked[peer] = None
+        if len(self._blocked) > self._limits.blocked_peers_max:
+            self._blocked.popitem(last=False)
+
+    def _credit(self) -> tuple[int, int]:
+        return self._limits.credit_share(len(self._publishers))
+
+    # -- what the lanes ask
+
+    def touched(self, session: WorkerSession) -> None:
+        """An ack is due at the end of the turn."""
+        one = self._publishers.get(session.publisher)
+        if one is None or one.touched:
+            return
+        one.touched = True
+        if not self._touched:
+            asyncio.get_running_loop().call_soon(self._flush_acks)
+        self._touched.append(one)
+
+    def _flush_acks(self) -> None:
+        touched, self._touched = self._touched, []
+        credit = self._credit()
+        for one in touched:
+            one.touched = False
+            self._send(one.peer, one.session.ack(credit))
+
+    def reply(self, delivery: Delivery, status: str, body: bytes) -> None:
+        """Send a command's outcome to whoever holds its session now."""
+        one = self._publishers.get(delivery.publisher)
+        if one is not None:
+            self._send(one.peer, encode_frame(Reply(self.epoch, delivery.seq, status, body)))
+
+    def handled(self, count: int) -> None:
+        """Count outcomes."""
+        self.book.add_handled(count)
+
+    def broken(self, error: BaseException) -> None:
+        """Pass a defect on to the worker."""
+        self._broken(error)
+
+    def bury(self, delivery: Delivery, failure: Failure) -> None:
+        """Write a dead letter; finish its event once that is committed."""
+        now_ns = wall_ns()
+        letter = DeadLetter(
+            envelope=_envelope(delivery),
+            handlers=failure.handlers,
+            reason=failure.reason,
+            error_type=failure.error_type,
+            error=failure.error,
+            place=failure.place,
+            traceback=failure.traceback,
+            first_ns=now_ns,
+            last_ns=now_ns,
+            epoch=self.epoch,
+        )
+        self.book.count("dead")
+
+        def committed() -> None:
+            if delivery.session is not None:
+                delivery.session.finish_dead(delivery.seq)
+                self.touched(delivery.session)
+
+        self._writer.add_dead(letter, committed)
+        if delivery.position:
+            self._writer.add_done(delivery.position)
+
+    def can_keep(self) -> bool:
+        """Whether the store has room and works."""
+        return self._writer.has_room()
+
+    def keep(self, deliveries: Sequence[Delivery]) -> None:
+        """Write events as waiting, in order; finish each once that is committed."""
+        for delivery in deliveries:
+            self._position += 1
+            delivery.position = self._position
+            self._writer.add_waiting(
+                WaitingEvent(position=self._position, envelope=_envelope(delivery)), self._kept(delivery)
+            )
+        self.book.count("stored", len(deliveries))
+
+    def _kept(self, delivery: Delivery) -> Callable[[], None]:
+        def committed() -> None:
+            if delivery.session is not None:
+                delivery.session.finish_waiting(delivery.seq)
+                self.touched(delivery.session)
+
+        return committed
+
+    def forget(self, position: int) -> None:
+        """Remove a waiting event that reached its outcome."""
+        self._writer.add_done(position)
+
+    def load(self, key: WireKey, after: int, limit: int, then: Callable[[list[Delivery]], None]) -> None:
+        """Read waiting events of a key back into memory."""
+
+        async def read() -> None:
+            rows = await self._store.load_waiting(key, after, limit)
+            then([self._from_store(row) for row in rows])
+
+        self._writer.add_read(read)
+
+    def _from_store(self, row: WaitingEvent) -> Delivery:
+        envelope = row.envelope
+        inherited = row.position <= self._adopted_position
+        stamped = envelope.ordinal or envelope.intended_ns
+        return Delivery(
+            None,
+            self.book.publisher(envelope.publisher) if stamped else None,
+            envelope.publisher,
+            envelope.seq,
+            envelope.type,
+            self.lanes.plans.get(envelope.type, UNKNOWN),
+            envelope.key,
+            envelope.body,
+            envelope.ordinal,
+            envelope.intended_ns,
+            envelope.attempt + inherited,
+            None,
+            0,
+            row.position,
+        )
+
+
+
+def _envelope(delivery: Delivery) -> Envelope:
+    return Envelope(
+        publisher=delivery.publisher,
+        seq=delivery.seq,
+        slot=slot_of(delivery.key),
+        type=delivery.name,
+        key=delivery.key,
+        body=delivery.body,
+        headers=delivery.extra.headers if delivery.extra is not None and delivery.extra.headers else None,
+        ordinal=delivery.ordinal,
+        intended_ns=delivery.intended_ns,
+        attempt=delivery.attempt,
+    )
