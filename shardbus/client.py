@@ -124,6 +124,7 @@ class _Outbox:
         "batch",
         "big_bytes",
         "channel",
+        "command_seqs",
         "commands",
         "dirty",
         "malformed",
@@ -140,10 +141,17 @@ class _Outbox:
         self.big_bytes = 0
         self.channel: Channel | None = None
         self.commands: dict[int, _Call] = {}
+        self.command_seqs: set[int] = set()  # of commands that may be unfinished, awaited or not
         self.open_commands: list[int] = []
         self.dirty = False
         self.paused = False  # publishers must look before they append
         self.malformed = 0
+
+
+    def unfinished_commands(self) -> int:
+        """Commands that the worker has not finished."""
+        self.command_seqs = {seq for seq in self.command_seqs if not self.session.is_finished(seq)}
+        return len(self.command_seqs)
 
 
 class _Call(msgspec.Struct):
@@ -462,7 +470,7 @@ class Client:
         dead = sum(outbox.session.dead for outbox in self._outboxes)
         waiting = sum(outbox.session.waiting for outbox in self._outboxes)
         held = sum(
-            outbox.session.held_events + len(outbox.batch) - len(outbox.commands) for outbox in self._outboxes
+            outbox.session.held_events + len(outbox.batch) - outbox.unfinished_commands() for outbox in self._outboxes
         )
         return Ledger(
             published=self._published,
@@ -495,6 +503,7 @@ class Client:
         outbox = self._outboxes[self._keyless] if key is None else self._outbox_of.get(key) or self._place(key)
         self._weigh(route, body, outbox)
         loop = asyncio.get_running_loop()
+        seq = -1
         try:
             async with asyncio.timeout(timeout) as limit:
                 if outbox.paused or len(outbox.commands) >= self._limits.commands_in_flight_max:
@@ -509,6 +518,7 @@ class Client:
                 seq = outbox.session.next_seq + len(batch.bodies) - 1
                 call = outbox.commands[seq] = _Call(route.name, self._reply_decoder(command), loop.create_future())
                 outbox.open_commands.append(seq)
+                outbox.command_seqs.add(seq)
                 if len(batch.bodies) >= self._limits.batch_events_max:
                     self._seal(outbox)
                 elif not outbox.dirty:
@@ -517,6 +527,10 @@ class Client:
                 return reply
         except TimeoutError:
             raise TimeoutError(f"{route.name}: no reply within {timeout:g} s; it may still run") from None
+        finally:
+            outbox.commands.pop(seq, None)
+            if len(outbox.command_seqs) > 2 * self._limits.commands_in_flight_max:
+                outbox.unfinished_commands()
 
     # -- what the supervisor knows
 
@@ -543,7 +557,6 @@ class Client:
         number = self._requests
         future = self._asked[number] = asyncio.get_running_loop().create_future()
         frame = encode_frame(Ask(number, what, body))
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout):
                 while True:
@@ -556,7 +569,6 @@ class Client:
             raise BusUnreachable(self.address, timeout) from None
         finally:
             self._asked.pop(number, None)
-            del loop
 
     # -- inside: outboxes
 

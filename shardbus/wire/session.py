@@ -278,7 +278,7 @@ class PublisherSession:
         lost: list[Lost] = []
         for packed in self._sent:
             packed.attempt += 1
-            lost.extend(Lost(seq) for seq in packed.commands if not self._is_finished(seq))
+            lost.extend(Lost(seq) for seq in packed.commands if not self.is_finished(seq))
             packed.commands = ()
         self._go_back(self._cumulative)
         for gone in lost:
@@ -299,7 +299,8 @@ class PublisherSession:
         del sent[at:]
         self._sent_next = min(self._sent_next, max(expected, self._cumulative))
 
-    def _is_finished(self, seq: int) -> bool:
+    def is_finished(self, seq: int) -> bool:
+        """Whether the message with this sequence is finished."""
         return seq < self._cumulative or seq in self._finished
 
     def _finished_in(self, packed: _Packed) -> tuple[int, ...]:

@@ -1,0 +1,48 @@
+"""A message bus for Python applications that have outgrown one core."""
+
+from shardbus.bus import Bus
+from shardbus.client import Client, Ledger
+from shardbus.context import Context
+from shardbus.errors import (
+    BootError,
+    BusRejected,
+    BusUnreachable,
+    ClientClosed,
+    CommandFailed,
+    CommandLost,
+    ConfigError,
+    InvalidKey,
+    MessageTooLarge,
+    NotDelivered,
+    RegistrationError,
+    RemoteProtocolError,
+    ShardbusError,
+    UsageError,
+)
+from shardbus.messages import Command, Event
+from shardbus.registry import WorkerInfo
+
+__all__ = [
+    "BootError",
+    "Bus",
+    "BusRejected",
+    "BusUnreachable",
+    "Client",
+    "ClientClosed",
+    "Command",
+    "CommandFailed",
+    "CommandLost",
+    "ConfigError",
+    "Context",
+    "Event",
+    "InvalidKey",
+    "Ledger",
+    "MessageTooLarge",
+    "NotDelivered",
+    "RegistrationError",
+    "RemoteProtocolError",
+    "ShardbusError",
+    "UsageError",
+    "WorkerInfo",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,201 @@
+"""The `local` engine: the whole bus in the calling process, without sockets.
+
+The same client, sessions, encoding, lanes and store as everywhere; frames pass through the event loop instead of a socket,
+so no handler ever runs inside `publish`. For tests and small programs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+
+import msgspec
+
+from shardbus.client import Channel, Client, open_client
+from shardbus.clock import monotonic_ns
+from shardbus.config import DEFAULT_LIMITS, Limits
+from shardbus.errors import RemoteProtocolError
+from shardbus.metrics import Book, book_bytes
+from shardbus.registry import Registry, WorkerInfo
+from shardbus.routing import ShardAddress, Table, even_slots
+from shardbus.shard import Shard
+from shardbus.sql_store import MEMORY_URL, SqlStore, shard_url
+from shardbus.store import Store
+from shardbus.wire.frames import Answer, decode_to_supervisor, encode_frame
+
+log = logging.getLogger("shardbus.local")
+
+_CONTROL: Final = "local:control"
+_BOOK_KEYS: Final = 4096
+_BOOK_PUBLISHERS: Final = 4
+_SILENCE_CHECK_S: Final = 1.0
+_encode: Final = msgspec.msgpack.Encoder().encode
+
+
+class _LocalChannel:
+    """One client's way to one peer: each frame is delivered by a turn of the event loop of its own."""
+
+    def __init__(self, deliver: Callable[[bytes], None]) -> None:
+        self._deliver: Callable[[bytes], None] | None = deliver
+        self._loop = asyncio.get_running_loop()
+
+    def send(self, frame: bytes) -> bool:
+        self._loop.call_soon(self._arrive, frame)
+        return True
+
+    def _arrive(self, frame: bytes) -> None:
+        if self._deliver is not None:
+            self._deliver(frame)
+
+    def close(self) -> None:
+        self._deliver = None
+
+
+class _LocalBus:
+    """The shards, and in the supervisor's place a few answers."""
+
+    def __init__(self, name: str, shards: list[Shard], table: Table) -> None:
+        self.shards = shards
+        self._name = name
+        self._table = table
+        self._peers: dict[bytes, Callable[[bytes], None]] = {}
+        self._channels = 0
+
+    def open(self, address: str, on_frame: Callable[[bytes], None]) -> Channel:
+        if address == _CONTROL:
+            back = _LocalChannel(on_frame)
+            return _LocalChannel(lambda frame: self._answer(frame, back))
+        self._channels += 1
+        peer = self._channels.to_bytes(8, "big")
+        self._peers[peer] = _LocalChannel(on_frame).send  # type: ignore[assignment]  # its result is always True
+        shard = self.shards[int(address.removeprefix("local:"))]
+        return _LocalChannel(lambda frame: shard.receive(peer, frame))
+
+    def close(self) -> None:
+        self._peers.clear()
+
+    def send(self, peer: bytes, frame: bytes) -> bool:
+        deliver = self._peers.get(peer)
+        if deliver is not None:
+            deliver(frame)
+        return deliver is not None
+
+    def _answer(self, data: bytes, back: _LocalChannel) -> None:
+        try:
+            ask = decode_to_supervisor(data)
+        except RemoteProtocolError as error:
+            log.warning("not a question: %s", error)
+            return
+        bodies: dict[str, Callable[[], Any]] = {
+            "table": lambda: self._table,
+            "status": self._status,
+            "evidence": lambda: [
+                found
+                for publisher in msgspec.msgpack.decode(ask.body, type=list[bytes])
+                for shard in self.shards
+                if (found := shard.book.evidence(shard.shard, publisher)) is not None
+            ],
+        }
+        body = bodies.get(ask.what)
+        if body is None:
+            back.send(encode_frame(Answer(ask.request, f"a local bus cannot be asked for {ask.what!r}", b"")))
+        else:
+            back.send(encode_frame(Answer(ask.request, "", _encode(body()))))
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "bus": self._name,
+            "healthy": True,
+            "workers": [
+                {
+                    "shard": shard.shard,
+                    "pid": os.getpid(),
+                    "epoch": 1,
+                    "restarts": 0,
+                    "handled": shard.book.counters().handled,
+                    "backlog": shard.backlog,
+                    "rss_bytes": 0,
+                }
+                for shard in self.shards
+            ],
+            "dead_letters": sum(shard.counts.dead for shard in self.shards),
+            "waiting": sum(shard.counts.waiting for shard in self.shards),
+        }
+
+
+@contextlib.asynccontextmanager
+async def run_local(
+    registry: Registry,
+    *,
+    shards: int = 1,
+    dead_letters: str | None = None,
+    stores: list[Store] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    close_timeout_s: float = 30.0,
+) -> AsyncIterator[Client]:
+    """Run an application in this process and hand out a client of it; see `Bus.local`."""
+    incarnation = os.urandom(16)
+    loop = asyncio.get_running_loop()
+    broken: asyncio.Future[None] = loop.create_future()
+
+    def on_broken(error: BaseException) -> None:
+        if not broken.done():
+            broken.set_exception(error)
+
+    table = Table(
+        incarnation=incarnation,
+        layout=1,
+        version=1,
+        slots=even_slots(shards),
+        shards=[
+            ShardAddress(shard=shard, epoch=incarnation + shard.to_bytes(2, "big"), address=f"local:{shard}")
+            for shard in range(shards)
+        ],
+    )
+    running: list[Shard] = []
+    bus = _LocalBus(registry.name, running, table)
+    async with contextlib.AsyncExitStack() as stack:
+        for address in table.shards:
+            await stack.enter_async_context(
+                registry.running(WorkerInfo(bus=registry.name, shard=address.shard, shards=shards))
+            )
+            size = book_bytes(keys=_BOOK_KEYS, publishers=_BOOK_PUBLISHERS)
+            shard = Shard(
+                shard=address.shard,
+                epoch=address.epoch,
+                layout=1,
+                plans=registry.plans(),
+                store=stores[address.shard] if stores else SqlStore(_url_of(dead_letters, address.shard)),
+                book=Book(memoryview(bytearray(size)), keys=_BOOK_KEYS, publishers=_BOOK_PUBLISHERS),
+                send=bus.send,
+                now=monotonic_ns,
+                limits=limits,
+                broken=on_broken,
+            )
+            stack.push_async_callback(shard.close)
+            await shard.start()
+            running.append(shard)
+        ticker = loop.create_task(_tick(running))
+        stack.callback(ticker.cancel)
+        client = Client("local", bus, _CONTROL, limits=limits)
+        async with open_client(client, timeout_s=10.0, close_timeout_s=close_timeout_s):
+            yield client
+        for shard in running:
+            await shard.drain(close_timeout_s)
+    if broken.done():
+        broken.result()
+
+
+async def _tick(shards: list[Shard]) -> None:
+    while True:
+        await asyncio.sleep(_SILENCE_CHECK_S)
+        for shard in shards:
+            shard.tick()
+
+
+def _url_of(dead_letters: str | None, shard: int) -> str:
+    return MEMORY_URL if dead_letters is None else shard_url(dead_letters, shard)
