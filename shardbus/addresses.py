@@ -1,0 +1,94 @@
+"""What `--bind` and `--connect` name: a directory for ipc, or a host and port for tcp. Pure but for the environment's default."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from shardbus.errors import ConfigError
+
+_IPC_BYTES_MAX: Final = 107  # sun_path, less its final zero
+_NAME_BYTES: Final = len("/w255-4294967295-ffffffff")  # the longest socket name in a bus's directory
+
+
+class IpcAddress(msgspec.Struct, frozen=True):
+    """A directory that belongs to one bus."""
+
+    directory: str
+
+    @property
+    def url(self) -> str:
+        """As people write it."""
+        return f"ipc://{self.directory}"
+
+    @property
+    def control(self) -> str:
+        """Where the supervisor listens."""
+        return f"ipc://{self.directory}/control"
+
+    def worker(self, shard: int, counter: int, incarnation: bytes) -> str:
+        """Where one incarnation of a worker listens: a path that no other ever used."""
+        return f"ipc://{self.directory}/w{shard}-{counter}-{incarnation[:4].hex()}"
+
+
+class TcpAddress(msgspec.Struct, frozen=True):
+    """A host and the supervisor's port; workers take the ports after it."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """As people write it."""
+        return f"tcp://{self.host}:{self.port}"
+
+    @property
+    def control(self) -> str:
+        """Where the supervisor listens."""
+        return self.url
+
+    def worker(self, shard: int, counter: int, incarnation: bytes) -> str:
+        """Where a worker listens: its port is its shard's, whatever the incarnation."""
+        return f"tcp://{self.host}:{self.port + 1 + shard}"
+
+
+Address = IpcAddress | TcpAddress
+
+
+def parse_address(text: str) -> Address:
+    """The address that a person wrote.
+
+    Raises:
+        ConfigError: it is none; the message says what one looks like.
+    """
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme not in ("ipc", "tcp"):
+        raise ConfigError(f"{text!r} is not an address; use ipc://DIRECTORY or tcp://HOST:PORT")
+    if scheme == "ipc":
+        if not rest or rest.startswith("@"):
+            raise ConfigError(f"{text!r}: ipc:// takes a directory, for instance ipc:///run/shop")
+        directory = os.path.abspath(rest)
+        if len(os.fsencode(directory)) + _NAME_BYTES > _IPC_BYTES_MAX:
+            raise ConfigError(
+                f"{text!r}: the path is too long for a socket; at most {_IPC_BYTES_MAX - _NAME_BYTES} bytes fit"
+            )
+        return IpcAddress(directory)
+    host, separator, port = rest.rpartition(":")
+    if not separator or not host or not port.isdigit() or not 1 <= int(port) <= 65_535:
+        raise ConfigError(f"{text!r}: tcp:// takes a host and a port, for instance tcp://127.0.0.1:7400")
+    return TcpAddress(host, int(port))
+
+
+def default_address(environment: Mapping[str, str]) -> str:
+    """The address that is meant where none is given: `$SHARDBUS_URL`, or a directory of this user's."""
+    url = environment.get("SHARDBUS_URL")
+    if url:
+        return url
+    base = environment.get("XDG_RUNTIME_DIR")
+    if base and os.path.isdir(base):
+        return f"ipc://{base}/shardbus"
+    return f"ipc://{tempfile.gettempdir()}/shardbus-{os.getuid()}"

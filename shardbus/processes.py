@@ -1,0 +1,200 @@
+"""Processes and signals: start, watch, kill, pin. The only file that imports subprocess, signal or psutil.
+
+Children are new interpreters, never forks. A pipe joins each to its supervisor: the child writes reports into it, and reads its
+end as the supervisor's death. Linux ends a child with its parent besides (PR_SET_PDEATHSIG); start children from the main thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Final
+
+import psutil
+
+from shardbus.errors import ConfigError
+
+_PR_SET_PDEATHSIG: Final = 1
+_REPORT_BYTES_MAX: Final = 65_536
+_POLL_S: Final = 0.05  # where there is no pidfd
+
+Stop = Callable[[], None]
+
+
+class Child:
+    """A started worker process.
+
+    Args:
+        argv: arguments behind `python -m`.
+        on_report: called with each report that the child sends.
+        on_exit: called once, when it is dead and reaped, with its exit code (negative: the signal).
+    """
+
+    def __init__(self, argv: list[str], on_report: Callable[[bytes], None], on_exit: Callable[[int], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_report = on_report
+        self._on_exit = on_exit
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *argv, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,  # Ctrl-C is the supervisor's to interpret
+            )
+        self._reports = ours
+        ours.setblocking(False)
+        self._buffer = bytearray()
+        self._loop.add_reader(ours, self._read)
+        self.pid = self._process.pid
+        self._watch: asyncio.Task[None] | None = None
+        self._pidfd = -1
+        if hasattr(os, "pidfd_open"):
+            self._pidfd = os.pidfd_open(self.pid)
+            self._loop.add_reader(self._pidfd, self._ended)
+        else:
+            self._watch = self._loop.create_task(self._poll())
+
+    def _read(self) -> None:
+        try:
+            data = self._reports.recv(_REPORT_BYTES_MAX)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.remove_reader(self._reports)
+            return
+        self._buffer += data
+        while len(self._buffer) >= 4:
+            end = 4 + int.from_bytes(self._buffer[:4], "big")
+            if len(self._buffer) < end:
+                return
+            report = bytes(self._buffer[4:end])
+            del self._buffer[:end]
+            self._on_report(report)
+
+    async def _poll(self) -> None:
+        while self._process.poll() is None:
+            await asyncio.sleep(_POLL_S)
+        self._ended()
+
+    def _ended(self) -> None:
+        code = self._process.wait()
+        with contextlib.suppress(OSError):
+            self._read()  # a last report may lie in the pipe
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+        self._loop.remove_reader(self._reports)
+        self._reports.close()
+        self._on_exit(code)
+
+    def terminate(self) -> None:
+        """Ask it to drain and end."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """End it at once; also when it is stopped."""
+        self._process.kill()
+
+    def rss_bytes(self) -> int:
+        """Its resident memory; 0 where it is gone."""
+        try:
+            return int(psutil.Process(self.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
+
+    def pin(self, core: int) -> None:
+        """Keep it on one core, where the system can."""
+        with contextlib.suppress(psutil.Error, AttributeError, ValueError, OSError):
+            psutil.Process(self.pid).cpu_affinity([core])
+
+
+class ReportPipe:
+    """A child's way to its supervisor. Never blocks: a report that does not fit now is dropped, the next says as much."""
+
+    def __init__(self, descriptor: int, on_parent_gone: Stop) -> None:
+        self._socket = socket.socket(fileno=descriptor)
+        self._socket.setblocking(False)
+        self._on_parent_gone = on_parent_gone
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket, self._read)
+
+    def _read(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            try:
+                if self._socket.recv(4096):
+                    return
+            except ConnectionError:
+                pass
+            self._loop.remove_reader(self._socket)
+            self._on_parent_gone()
+
+    def send(self, report: bytes) -> bool:
+        """Send a report; False where there is no room now."""
+        framed = len(report).to_bytes(4, "big") + report
+        _, writable, _ = select.select([], [self._socket], [], 0)
+        if not writable:
+            return False
+        try:
+            self._socket.settimeout(1.0)  # a few hundred bytes into a writable socket; the rest of a frame must follow
+            self._socket.sendall(framed)
+        except OSError:
+            return False
+        finally:
+            self._socket.setblocking(False)
+        return True
+
+    def close(self) -> None:
+        """Let go of the pipe."""
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel end this process when its parent dies; ends it now where that has happened already."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def on_stop_signals(stop: Stop) -> None:
+    """Have SIGTERM and SIGINT call `stop` from the event loop; install it in the main thread."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+
+
+def signal_name(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def cores() -> list[int]:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def check_platform() -> None:
+    """Refuse a platform that cannot run workers."""
+    if sys.platform == "win32":
+        raise ConfigError("shardbus serve runs on Linux and macOS; on Windows use WSL")

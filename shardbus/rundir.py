@@ -1,0 +1,113 @@
+"""The directories of a bus: its sockets, its lock, its evidence and stores. The only file that locks files.
+
+A bus owns `ipc://DIRECTORY`. What must outlive a worker lies in a state directory on RAM, found again by the next `serve` at
+the same address: one evidence file and, by default, one store for each shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import stat
+import tempfile
+from typing import Final
+
+from shardbus.addresses import Address, IpcAddress
+from shardbus.errors import ConfigError
+
+_RAM: Final = "/dev/shm"  # noqa: S108 - the point is that it is on RAM; what is made in it is private
+
+
+class RunDir:
+    """The directories of the bus at an address, locked for one supervisor.
+
+    Raises:
+        ConfigError: another supervisor holds the address, or a directory is not this user's alone.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        base = _RAM if os.path.isdir(_RAM) and os.access(_RAM, os.W_OK) else tempfile.gettempdir()
+        self.on_ram = base == _RAM
+        digest = hashlib.sha256(address.url.encode()).hexdigest()[:16]
+        self.state = os.path.join(base, f"shardbus-{os.getuid()}-{digest}")
+        _make_private(self.state)
+        if isinstance(address, IpcAddress):
+            _make_private(address.directory)
+        self._lock = os.open(os.path.join(self.state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            pid = os.pread(self._lock, 32, 0).decode().strip() or "?"
+            os.close(self._lock)
+            raise ConfigError(
+                f"a bus runs at {address.url} already (supervisor {pid}); stop it with `shardbus drain`, or give this one "
+                "another address with --bind"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    def evidence_path(self, shard: int) -> str:
+        """The file of a shard's evidence."""
+        return os.path.join(self.state, f"evidence-{shard}")
+
+    def store_path(self, shard: int) -> str:
+        """The file of a shard's store, where no URL was given."""
+        return os.path.join(self.state, f"store-{shard}.db")
+
+    def shards_before(self) -> int:
+        """How many shards the bus had that was here before; 0: none was."""
+        try:
+            with open(os.path.join(self.state, "shards"), encoding="ascii") as file:
+                return int(file.read())
+        except (OSError, ValueError):
+            return 0
+
+    def remember_shards(self, shards: int) -> None:
+        """Note the number of shards for the next supervisor."""
+        path = os.path.join(self.state, "shards")
+        with open(path + ".new", "w", encoding="ascii") as file:
+            file.write(str(shards))
+        os.replace(path + ".new", path)
+
+    def remove_evidence(self) -> None:
+        """Start over with what a bus of another number of shards left as evidence."""
+        for name in os.listdir(self.state):
+            if name.startswith("evidence-"):
+                os.unlink(os.path.join(self.state, name))
+
+    def remove_sockets(self) -> None:
+        """Remove sockets that a predecessor left; call it only while the lock is held."""
+        if isinstance(self._address, IpcAddress):
+            for entry in os.scandir(self._address.directory):
+                if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(entry.path)
+
+    def remove_socket(self, address: str) -> None:
+        """Remove the socket of a worker that is gone."""
+        if address.startswith("ipc://"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(address.removeprefix("ipc://"))
+
+    def close(self) -> None:
+        """Remove the sockets and give the lock back; state stays for the next."""
+        self.remove_sockets()
+        os.close(self._lock)
+
+
+def _make_private(directory: str) -> None:
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        found = os.lstat(directory)
+    except OSError as error:
+        raise ConfigError(f"cannot use the directory {directory}: {error.strerror}") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ConfigError(f"{directory} is not a directory of this user's; remove it, or name another with --bind")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        try:
+            os.chmod(directory, 0o700)
+        except OSError as error:
+            raise ConfigError(f"cannot make {directory} private: {error.strerror}") from error
