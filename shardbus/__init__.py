@@ -2,6 +2,7 @@
 
 from shardbus.bus import Bus
 from shardbus.client import Client, Ledger
+from shardbus.connecting import connect
 from shardbus.context import Context
 from shardbus.errors import (
     BootError,
@@ -44,5 +45,6 @@ __all__ = [
     "ShardbusError",
     "UsageError",
     "WorkerInfo",
+    "connect",
 ]
 __version__ = "0.1.0"

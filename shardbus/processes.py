@@ -177,6 +177,17 @@ def on_stop_signals(stop: Stop) -> None:
         loop.add_signal_handler(number, stop)
 
 
+def reap_orphans(own: set[int]) -> None:
+    """As process 1 of a container, collect what others left behind; elsewhere the system does."""
+    if os.getpid() != 1:
+        return
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            if ended.si_pid in own:
+                return  # its pidfd is ready, and whoever watches it comes next
+            os.waitpid(ended.si_pid, os.WNOHANG)
+
+
 def signal_name(code: int) -> str:
     """An exit code in words."""
     if code >= 0:

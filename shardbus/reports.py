@@ -1,0 +1,61 @@
+"""What supervisor and worker tell each other: a specification at the start, reports after it. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a worker process is told when it starts."""
+
+    application: str
+    shard: int
+    shards: int
+    epoch: bytes
+    layout: int
+    address: str
+    evidence_path: str
+    store_url: str
+    drain_s: float
+    log_level: str
+    log_format: str
+    parent: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The worker takes messages."""
+
+
+class BootFailed(msgspec.Struct, frozen=True, tag="boot-failed"):
+    """The worker cannot start, and ends; `error` is for people."""
+
+    error: str
+
+
+class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
+    """The worker's loop turns; what it holds now. Cumulative or instantaneous, so that a lost one costs nothing."""
+
+    backlog: int
+    busy_keys: int
+    publishers: int
+    dead: int
+    waiting: int
+    store_failing: str
+
+
+class Drained(msgspec.Struct, frozen=True, tag="drained"):
+    """The worker ends. `left` says of up to 20 keys what was not drained, of `keys` in all; `backlog` messages in all."""
+
+    left: list[str]
+    keys: int
+    backlog: int
+
+
+Report = Ready | BootFailed | Beat | Drained
+
+encode_report: Final = msgspec.msgpack.Encoder().encode
+decode_report: Final = msgspec.msgpack.Decoder(Report).decode
+encode_spec: Final = msgspec.json.Encoder().encode
+decode_spec: Final = msgspec.json.Decoder(WorkerSpec).decode

@@ -1,0 +1,445 @@
+"""The supervisor: starts workers, watches them, restarts them, tells clients where they are. Never on the data path.
+
+Owns the routing table, the evidence files and the control socket. Every child and every signal only posts facts; what follows
+from them is decided in one place each: `_on_exit`, `_on_report`, `_check_silence`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from shardbus.addresses import Address
+from shardbus.errors import BootError, ConfigError, RemoteProtocolError
+from shardbus.evidence import SharedBook
+from shardbus.processes import Child, cores, on_stop_signals, reap_orphans, signal_name
+from shardbus.reports import Beat, BootFailed, Drained, Ready, WorkerSpec, decode_report, encode_spec
+from shardbus.restart import GiveUp, RestartIn, RestartPolicy
+from shardbus.routing import ShardAddress, Table, even_slots
+from shardbus.rundir import RunDir
+from shardbus.sql_store import MEMORY_URL, SqlStore, shard_url, sqlite_file_url
+from shardbus.wire.frames import Answer, TableChanged, decode_to_supervisor, encode_frame
+from shardbus.zmq_transport import Router, ZmqListener
+
+log = logging.getLogger("shardbus.supervisor")
+
+SILENCE_S: Final = 5.0  # a worker whose loop is silent for longer is replaced
+BOOT_SILENCE_S: Final = 30.0
+_SETTLED_S: Final = 10.0  # a worker that was ready for so long has made progress
+_CHECK_S: Final = 0.5
+_CLIENTS_MAX: Final = 4096
+_LAYOUT: Final = 1
+_encode: Final = msgspec.msgpack.Encoder().encode
+
+
+class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What `shardbus serve` was told."""
+
+    application: str
+    workers: int
+    address: Address
+    dead_letters: str | None
+    drain_s: float
+    log_level: str
+    log_format: str
+
+
+class _Worker:
+    """One shard's worker, over all its incarnations."""
+
+    def __init__(self, shard: int, evidence: SharedBook) -> None:
+        self.shard = shard
+        self.evidence = evidence
+        self.child: Child | None = None
+        self.counter = 0  # incarnations started
+        self.epoch = b""
+        self.address = ""
+        self.ready = False
+        self.ready_at = 0.0
+        self.heard_at = 0.0
+        self.handled_before = 0
+        self.fruitless = 0
+        self.given_up = False
+        self.boot_error = ""
+        self.last_exit = ""
+        self.beat: Beat | None = None
+        self.drained: Drained | None = None
+
+    @property
+    def restarts(self) -> int:
+        return max(0, self.counter - 1)
+
+
+class Supervisor:
+    """Runs a bus until it is told to stop. Make one, then await `run`."""
+
+    def __init__(self, options: ServeOptions, *, policy: RestartPolicy | None = None) -> None:
+        self._options = options
+        self._policy = policy or RestartPolicy()
+        self._incarnation = os.urandom(16)
+        self._version = 0
+        self._workers: list[_Worker] = []
+        self._router: Router | None = None
+        self._clients: OrderedDict[bytes, None] = OrderedDict()
+        self._stopping = False
+        self._aborting = False
+        self._changed = asyncio.Event()
+        self._failure = ""
+        self._drain_asked: list[tuple[bytes, int]] = []
+        self._started_at = time.monotonic()
+        self._rate: tuple[float, int, float] = (0.0, 0, 0.0)
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def run(self, on_ready: Callable[[str], None]) -> list[str]:
+        """Start all workers, call `on_ready` with a line for people, serve, drain; return lines on what was not drained.
+
+        Raises:
+            ConfigError: the address is taken, or a directory or store cannot be used.
+            BootError: the application does not start.
+        """
+        rundir = RunDir(self._options.address)
+        listener = ZmqListener()
+        try:
+            rundir.remove_sockets()
+            await self._adopt_state(rundir)
+            for shard in range(self._options.workers):
+                self._workers.append(_Worker(shard, SharedBook(rundir.evidence_path(shard))))
+            self._router = listener.bind(self._options.address.control, self._on_frame)
+            on_stop_signals(self._on_signal)
+            for worker in self._workers:
+                self._start(worker, rundir)
+            await self._until(lambda: self._failure or self._stopping or all(one.ready for one in self._workers))
+            if not self._failure and not self._stopping:
+                on_ready(self._ready_line())
+            await self._serve(rundir)
+            if self._failure:
+                raise BootError(self._failure)
+            return self._not_drained()
+        finally:
+            await self._end_all()
+            listener.close()
+            for worker in self._workers:
+                worker.evidence.close()
+            rundir.close()
+
+    # -- life
+
+    async def _serve(self, rundir: RunDir) -> None:
+        checked_at = time.monotonic()
+        while not (self._stopping or self._failure):
+            await self._wait(_CHECK_S)
+            late_s = time.monotonic() - checked_at - _CHECK_S
+            checked_at = time.monotonic()
+            if late_s < 1.0:
+                self._check_silence(checked_at)
+            else:
+                # This process itself stood still; what the workers said meanwhile has yet to be read.
+                for worker in self._workers:
+                    worker.heard_at = checked_at
+            self._measure_rate(checked_at)
+            reap_orphans({one.child.pid for one in self._workers if one.child is not None})
+        if self._failure:
+            return
+        log.info("draining, for up to %g s; a second signal ends it at once", self._options.drain_s)
+        for worker in self._workers:
+            if worker.child is not None:
+                worker.child.terminate()
+        end = time.monotonic() + self._options.drain_s + 1.0
+        while any(one.child is not None for one in self._workers) and time.monotonic() < end and not self._aborting:
+            await self._wait(0.1)
+        lines = self._not_drained()
+        for peer, request in self._drain_asked:
+            self._answer(peer, request, lines)
+        if self._drain_asked:
+            await asyncio.sleep(0.1)  # the last frames leave with the socket's own thread
+
+    async def _end_all(self) -> None:
+        for worker in self._workers:
+            if worker.child is not None:
+                worker.child.kill()
+        self._stopping = True
+        end = time.monotonic() + 10.0
+        while any(one.child is not None for one in self._workers) and time.monotonic() < end:
+            await self._wait(0.05)
+        for task in self._background:
+            task.cancel()
+
+    async def _until(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            await self._wait(_CHECK_S)
+            self._check_silence(time.monotonic())
+
+    async def _wait(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+        self._changed.clear()
+
+    def _on_signal(self) -> None:
+        self._aborting = self._stopping
+        self._stopping = True
+        self._changed.set()
+
+    async def _adopt_state(self, rundir: RunDir) -> None:
+        """A bus of another number of shards may have left rows here; they belong to slots that are elsewhere now."""
+        before = rundir.shards_before()
+        if before and before != self._options.workers:
+            for shard in range(before):
+                url = self._store_url(rundir, shard)
+                path = url.partition(":///")[2]
+                if url == MEMORY_URL or not os.path.exists(path):
+                    continue
+                store = SqlStore(url)
+                counts = await store.open()
+                await store.close()
+                if counts.dead or counts.waiting:
+                    raise ConfigError(
+                        f"the stores of this bus hold dead letters or waiting events of {before} shards "
+                        f"(shard {shard}: {counts.dead} dead, {counts.waiting} waiting); serve with --workers {before}"
+                    )
+            rundir.remove_evidence()
+        rundir.remember_shards(self._options.workers)
+
+    def _store_url(self, rundir: RunDir, shard: int) -> str:
+        if self._options.dead_letters is not None:
+            return shard_url(self._options.dead_letters, shard)
+        return sqlite_file_url(rundir.store_path(shard)) if rundir.on_ram else MEMORY_URL
+
+    # -- workers
+
+    def _start(self, worker: _Worker, rundir: RunDir) -> None:
+        worker.counter += 1
+        worker.epoch = self._incarnation + worker.shard.to_bytes(2, "big") + worker.counter.to_bytes(6, "big")
+        worker.address = self._options.address.worker(worker.shard, worker.counter, self._incarnation)
+        worker.ready = False
+        worker.boot_error = ""
+        worker.beat = None
+        worker.heard_at = time.monotonic()
+        worker.handled_before = worker.evidence.book.counters().handled
+        spec = WorkerSpec(
+            application=self._options.application,
+            shard=worker.shard,
+            shards=self._options.workers,
+            epoch=worker.epoch,
+            layout=_LAYOUT,
+            address=worker.address,
+            evidence_path=rundir.evidence_path(worker.shard),
+            store_url=self._store_url(rundir, worker.shard),
+            drain_s=self._options.drain_s,
+            log_level=self._options.log_level,
+            log_format=self._options.log_format,
+            parent=os.getpid(),
+        )
+        worker.child = Child(
+            ["shardbus.worker", encode_spec(spec).decode()],
+            lambda report: self._on_report(worker, report),
+            lambda code: self._on_exit(worker, rundir, code),
+        )
+
+    def _on_report(self, worker: _Worker, data: bytes) -> None:
+        worker.heard_at = time.monotonic()
+        match decode_report(data):
+            case Ready():
+                worker.ready = True
+                worker.ready_at = worker.heard_at
+                log.info("shard %d is ready (pid %d)", worker.shard, worker.child.pid if worker.child else 0)
+                usable = cores()
+                if worker.child is not None and len(usable) > self._options.workers:
+                    worker.child.pin(usable[1 + worker.shard])  # the first core is left to publishers
+                self._announce()
+            case BootFailed(error=error):
+                worker.boot_error = error
+            case Beat() as beat:
+                worker.beat = beat
+            case Drained() as drained:
+                worker.drained = drained
+        self._changed.set()
+
+    def _on_exit(self, worker: _Worker, rundir: RunDir, code: int) -> None:
+        """A worker is dead and reaped: decide whether and when its successor starts."""
+        was_ready, worker.ready, worker.child = worker.ready, False, None
+        worker.last_exit = worker.boot_error or signal_name(code)
+        rundir.remove_socket(worker.address)
+        self._changed.set()
+        if self._stopping or self._failure:
+            return
+        if worker.counter == 1 and not was_ready:
+            # Its very first start: nothing depends on it yet, so say so and stop.
+            self._failure = worker.boot_error or f"the worker of shard {worker.shard} ended before it was ready: {worker.last_exit}"
+            return
+        handled = worker.evidence.book.counters().handled
+        lived_s = time.monotonic() - worker.ready_at if was_ready else 0.0
+        progressed = handled > worker.handled_before or lived_s >= _SETTLED_S
+        worker.fruitless = 0 if progressed else worker.fruitless + 1
+        match self._policy.decide(worker.fruitless):
+            case RestartIn(delay_s=delay_s):
+                log.warning("shard %d ended (%s); starting it again in %g s", worker.shard, worker.last_exit, delay_s)
+                if delay_s <= 0:
+                    self._start(worker, rundir)
+                else:
+                    asyncio.get_running_loop().call_later(delay_s, self._restart, worker, rundir)
+            case GiveUp(deaths=deaths):
+                worker.given_up = True
+                log.error(
+                    "shard %d is given up: %d deaths in a row without progress, the last: %s; its keys are not served until "
+                    "`shardbus serve` is started again",
+                    worker.shard,
+                    deaths,
+                    worker.last_exit,
+                )
+                self._announce()
+
+    def _restart(self, worker: _Worker, rundir: RunDir) -> None:
+        if not (self._stopping or self._failure):
+            self._start(worker, rundir)
+
+    def _check_silence(self, now: float) -> None:
+        for worker in self._workers:
+            limit_s = SILENCE_S if worker.ready else BOOT_SILENCE_S
+            if worker.child is not None and now - worker.heard_at > limit_s:
+                log.error("shard %d (pid %d) was silent for %g s; it is replaced", worker.shard, worker.child.pid, limit_s)
+                worker.heard_at = now
+                worker.child.kill()
+
+    # -- clients
+
+    def _table(self) -> Table:
+        return Table(
+            incarnation=self._incarnation,
+            layout=_LAYOUT,
+            version=self._version,
+            slots=even_slots(self._options.workers),
+            shards=[
+                ShardAddress(shard=one.shard, epoch=one.epoch if one.ready else b"", address=one.address)
+                for one in self._workers
+            ],
+        )
+
+    def _announce(self) -> None:
+        self._version += 1
+        frame = encode_frame(TableChanged(_encode(self._table())))
+        for peer in self._clients:
+            self._send(peer, frame)
+
+    def _send(self, peer: bytes, frame: bytes) -> None:
+        if self._router is not None:
+            self._router.send(peer, frame)
+
+    def _answer(self, peer: bytes, request: int, body: Any) -> None:
+        self._send(peer, encode_frame(Answer(request, "", _encode(body))))
+
+    def _on_frame(self, peer: bytes, data: bytes) -> None:
+        try:
+            ask = decode_to_supervisor(data)
+        except RemoteProtocolError as error:
+            log.debug("a frame that is not sound was ignored: %s", error)
+            return
+        if ask.what == "table":
+            self._clients[peer] = None
+            self._clients.move_to_end(peer)
+            if len(self._clients) > _CLIENTS_MAX:
+                self._clients.popitem(last=False)
+            self._answer(peer, ask.request, self._table())
+        elif ask.what == "status":
+            self._answer(peer, ask.request, self.status())
+        elif ask.what == "evidence":
+            self._answer_evidence(peer, ask.request, ask.body)
+        elif ask.what == "drain":
+            self._drain_asked.append((peer, ask.request))
+            if not self._stopping:
+                self._on_signal()
+        else:
+            self._send(peer, encode_frame(Answer(ask.request, f"this bus does not know the question {ask.what!r}", b"")))
+
+    def _answer_evidence(self, peer: bytes, request: int, body: bytes) -> None:
+        try:
+            publishers = msgspec.msgpack.decode(body, type=list[bytes])[:64]
+        except msgspec.DecodeError:
+            self._send(peer, encode_frame(Answer(request, "evidence is asked for by a list of publishers", b"")))
+            return
+        found = [
+            evidence
+            for publisher in publishers
+            if len(publisher) == 16
+            for worker in self._workers
+            if (evidence := worker.evidence.book.evidence(worker.shard, publisher)) is not None
+        ]
+        self._answer(peer, request, found)
+
+    # -- for people
+
+    def status(self) -> dict[str, Any]:
+        """What `shardbus status --json` prints."""
+        workers = [self._status_of(one) for one in self._workers]
+        return {
+            "bus": self._options.application,
+            "address": self._options.address.url,
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self._started_at, 1),
+            "healthy": not self._stopping and all(one["state"] == "up" and not one["store_failing"] for one in workers),
+            "draining": self._stopping,
+            "workers": workers,
+            "dead_letters": sum(one["dead_letters"] for one in workers),
+            "waiting": sum(one["waiting"] for one in workers),
+            "handled": sum(one["handled"] for one in workers),
+            "handled_per_s": round(self._rate[2], 1),
+        }
+
+    def _status_of(self, worker: _Worker) -> dict[str, Any]:
+        counters = worker.evidence.book.counters()
+        beat = worker.beat
+        state = "given-up" if worker.given_up else "up" if worker.ready else "starting" if worker.child else "down"
+        return {
+            "shard": worker.shard,
+            "state": state,
+            "pid": worker.child.pid if worker.child is not None else 0,
+            "epoch": worker.counter,
+            "restarts": worker.restarts,
+            "handled": counters.handled,
+            "backlog": beat.backlog if beat else 0,
+            "busy_keys": beat.busy_keys if beat else 0,
+            "publishers": beat.publishers if beat else 0,
+            "dead_letters": beat.dead if beat else 0,
+            "waiting": beat.waiting if beat else 0,
+            "store_failing": beat.store_failing if beat else "",
+            "malformed": counters.malformed,
+            "ignored": counters.ignored,
+            "rejected": counters.rejected,
+            "rss_bytes": worker.child.rss_bytes() if worker.child is not None else 0,
+            "last_exit": worker.last_exit,
+        }
+
+    def _measure_rate(self, now: float) -> None:
+        at, handled, _ = self._rate
+        if now - at >= 1.0:
+            total = sum(one.evidence.book.counters().handled for one in self._workers)
+            self._rate = (now, total, (total - handled) / (now - at) if at else 0.0)
+
+    def _ready_line(self) -> str:
+        workers = f"{self._options.workers} worker{'s' if self._options.workers != 1 else ''}"
+        return f"ready: {workers} of {self._options.application} at {self._options.address.url} (pid {os.getpid()})"
+
+    def _not_drained(self) -> list[str]:
+        lines = []
+        for worker in self._workers:
+            if worker.drained is not None and not worker.drained.keys:
+                continue
+            if worker.drained is None:
+                if worker.child is not None or not worker.given_up:
+                    lines.append(f"shard {worker.shard}: ended without having drained ({worker.last_exit or 'out of time'})")
+                continue
+            more = worker.drained.keys - len(worker.drained.left)
+            lines += [f"shard {worker.shard}: not drained: {line}" for line in worker.drained.left]
+            if more > 0:
+                lines.append(f"shard {worker.shard}: … and {more} more keys")
+        return lines
+

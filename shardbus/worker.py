@@ -1,0 +1,141 @@
+"""A worker process: one shard, its application, a socket, and the way to the supervisor.
+
+Started as `python -m shardbus.worker SPEC DESCRIPTOR` by the supervisor. Reports that it is ready, then beats once a second
+from the very event loop that runs the handlers, so that a loop that hangs is silent. SIGTERM drains it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import sys
+import traceback
+from typing import Any, Final
+
+import msgspec
+
+from shardbus.application import load_application
+from shardbus.clock import monotonic_ns
+from shardbus.config import DEFAULT_LIMITS
+from shardbus.errors import BootError, ConfigError
+from shardbus.evidence import SharedBook
+from shardbus.logs import configure_logging
+from shardbus.processes import ReportPipe, die_with_parent, on_stop_signals
+from shardbus.registry import Registry, WorkerInfo
+from shardbus.reports import Beat, BootFailed, Drained, Ready, WorkerSpec, decode_spec, encode_report
+from shardbus.shard import Shard
+from shardbus.sql_store import SqlStore
+from shardbus.store import StoreError
+from shardbus.zmq_transport import ZmqListener
+
+log = logging.getLogger("shardbus.worker")
+
+BEAT_S: Final = 1.0
+_EXIT_BOOT: Final = 3
+_EXIT_BROKEN: Final = 70  # EX_SOFTWARE
+# Young objects of a batch die young; a collection every 700 allocations costs a tenth of the throughput.
+_GC_THRESHOLDS: Final = (50_000, 20, 20)
+
+
+async def run_worker(spec: WorkerSpec, descriptor: int) -> int:
+    """Serve until told to stop; return the exit code."""
+    stop = asyncio.Event()
+    pipe = ReportPipe(descriptor, on_parent_gone=lambda: os._exit(1))
+    try:
+        registry = load_application(spec.application)
+        async with registry.running(WorkerInfo(bus=registry.name, shard=spec.shard, shards=spec.shards)):
+            return await _serve(spec, registry, pipe, stop)
+    except (BootError, ConfigError, StoreError) as error:
+        pipe.send(encode_report(BootFailed(str(error))))
+    except Exception as error:  # the user's lifespan: a boot error, with the place in the log
+        log.error("the application cannot start: %s", "".join(traceback.format_exception(error)).rstrip())
+        pipe.send(encode_report(BootFailed(f"its lifespan raised {type(error).__name__}: {error}")))
+    finally:
+        pipe.close()
+    return _EXIT_BOOT
+
+
+async def _serve(spec: WorkerSpec, registry: Registry, pipe: ReportPipe, stop: asyncio.Event) -> int:
+    evidence = SharedBook(spec.evidence_path)
+    listener = ZmqListener()
+    sends: list[Any] = []
+    shard = Shard(
+        shard=spec.shard,
+        epoch=spec.epoch,
+        layout=spec.layout,
+        plans=registry.plans(),
+        store=SqlStore(spec.store_url),
+        book=evidence.book,
+        send=lambda peer, frame: sends[0](peer, frame),
+        now=monotonic_ns,
+        limits=DEFAULT_LIMITS,
+        broken=_broken,
+    )
+    try:
+        await shard.start()
+        # Bound last: what waits in the store is in its lanes before anything new can come.
+        sends.append(listener.bind(spec.address, shard.receive).send)
+        on_stop_signals(stop.set)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*_GC_THRESHOLDS)
+        pipe.send(encode_report(Ready()))
+        while not stop.is_set():
+            shard.tick()
+            pipe.send(encode_report(_beat(shard)))
+            try:
+                async with asyncio.timeout(BEAT_S):
+                    await stop.wait()
+            except TimeoutError:
+                continue
+        beats = asyncio.get_running_loop().create_task(_beat_on(shard, pipe))
+        left = await shard.drain(spec.drain_s)
+        beats.cancel()
+        pipe.send(encode_report(Drained(left[:20], len(left), shard.backlog)))
+        return 0
+    finally:
+        await shard.close()
+        listener.close()
+        evidence.close()
+
+
+async def _beat_on(shard: Shard, pipe: ReportPipe) -> None:
+    while True:
+        pipe.send(encode_report(_beat(shard)))
+        await asyncio.sleep(BEAT_S)
+
+
+def _beat(shard: Shard) -> Beat:
+    counts = shard.counts
+    return Beat(
+        backlog=shard.backlog,
+        busy_keys=shard.lanes.busy_keys,
+        publishers=shard.publishers,
+        dead=counts.dead,
+        waiting=counts.waiting,
+        store_failing=shard.store_failing,
+    )
+
+
+def _broken(error: BaseException) -> None:
+    """A defect of the lanes: end here and now; the supervisor starts anew and publishers resend."""
+    log.critical("defect: %s", "".join(traceback.format_exception(error)).rstrip())
+    os._exit(_EXIT_BROKEN)
+
+
+def main() -> None:
+    """Entry of the process: a spec as JSON, and the descriptor of the pipe."""
+    spec = decode_spec(sys.argv[1].encode())
+    die_with_parent(spec.parent)
+    configure_logging(spec.log_level, spec.log_format, spec.shard)
+    try:
+        code = asyncio.run(run_worker(spec, int(sys.argv[2])))
+    except msgspec.DecodeError as error:
+        sys.exit(f"shardbus.worker is started by `shardbus serve`: {error}")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
