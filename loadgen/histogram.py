@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 import msgspec
-from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]  # the package has no types
+from hdrh.histogram import HdrHistogram
 
 HIGHEST_US: Final = 3_600_000_000
 
@@ -28,7 +28,7 @@ class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
 def percentiles_us(counts: Iterable[tuple[int, int]]) -> Percentiles | None:
     """Percentiles of values given as (microseconds, how often), in any order and with repeats; None where there are none.
 
-    A percentile is the smallest recorded value that at least so many per cent of the values do not exceed.
+    A percentile is the value of the event at that place, to the nearest event, when all stand in order.
     """
     histogram: Any = HdrHistogram(1, HIGHEST_US, 3)
     for value_us, count in counts:
@@ -36,7 +36,5 @@ def percentiles_us(counts: Iterable[tuple[int, int]]) -> Percentiles | None:
     if not histogram.get_total_count():
         return None
     at = histogram.get_percentile_to_value_dict([50.0, 90.0, 99.0, 99.9])
-    highest = int(histogram.get_max_value())
-    # The bucket of the highest value may reach beyond the hour that is the highest to track.
-    p50, p90, p99, p99_9 = (min(int(at[percent]), highest) for percent in (50.0, 90.0, 99.0, 99.9))
-    return Percentiles(p50=p50, p90=p90, p99=p99, p99_9=p99_9, max=highest)
+    p50, p90, p99, p99_9 = (int(at[percent]) for percent in (50.0, 90.0, 99.0, 99.9))
+    return Percentiles(p50=p50, p90=p90, p99=p99, p99_9=p99_9, max=int(histogram.get_max_value()))

@@ -99,10 +99,11 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
 class DriverResult(msgspec.Struct, frozen=True, kw_only=True, tag="result"):
     """What a driver saw of its own run.
 
-    The window is the measured part: from the first event after the warm-up to the last one sent. `before` and `after`
-    are the ledger at its edges, `final` the ledger after the flush. `scheduled` events should have been sent in the
-    window (None: unpaced), `sent` were. `send_lag_us` counts those by how late they were sent, in whole microseconds.
-    `waited_s` of the window passed in `publish` waiting for room.
+    The window is the measured part, behind the warm-up. `before` and `after` are the ledger at its edges, `final` the
+    ledger after the flush, which took `flush_s`. `scheduled` events should have been sent in the window (None: unpaced),
+    `sent` were. `send_lag_us` counts those by how late they were sent, in whole microseconds. `waited_s` of the window
+    passed inside publish calls that waited for room. `cpu_share` is the processor time that the driver took in the window
+    (1.0: one whole core), `rss_bytes` the most memory that it ever held.
     """
 
     scheduled: int | None

@@ -1,0 +1,348 @@
+"""A simulated world for the real client, sessions, lanes and shards: virtual time, a network that loses, doubles and reorders,
+workers that die. Everything follows from the seed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import selectors
+from collections import defaultdict
+from collections.abc import Callable
+
+import msgspec
+
+from shardbus.client import Client
+from shardbus.config import Limits
+from shardbus.context import Context
+from shardbus.messages import Command, Event
+from shardbus.metrics import Book, book_bytes
+from shardbus.registry import Registry
+from shardbus.routing import ShardAddress, Table, even_slots
+from shardbus.shard import Shard
+from shardbus.testing import MemoryRows, MemoryStore
+from shardbus.wire.frames import Answer, TableChanged, decode_to_supervisor, encode_frame
+
+LIMITS = Limits(
+    batch_events_max=4,
+    outbox_events_max=48,
+    session_credit_events_max=24,
+    credit_events_max=2048,
+    lane_events_max=3,
+    queued_events_max=16,
+    ping_interval_s=0.2,
+    hello_interval_s=0.1,
+)
+FAULTS_END_S = 5.0
+BOOK = {"keys": 256, "publishers": 4}
+
+
+class _VirtualSelector(selectors.DefaultSelector):
+    """Never sleeps: waiting moves the clock."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        assert timeout is not None, "nothing is scheduled any more, and the world has not ended"
+        self.now += max(0.0, timeout)
+        return []
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time passes only when nothing is left to do."""
+
+    def __init__(self) -> None:
+        self._virtual = _VirtualSelector()
+        super().__init__(self._virtual)
+
+    def time(self) -> float:
+        return self._virtual.now
+
+
+class Note(Event, key="key"):
+    key: str
+    n: int
+    sender: int
+    kind: str = "quick"
+
+
+class Sum(Command[int], key="key"):
+    key: str
+
+
+class Handling(msgspec.Struct):
+    """A handler ran to its end."""
+
+    sender: int
+    key: str
+    n: int
+    attempt: int
+    kind: str
+
+
+class Network:
+    """Carries frames between clients and shards with what a seed does to them."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def carry(self, frame: bytes, deliver: Callable[[bytes], None]) -> None:
+        world, chance = self.world, self.world.chance
+        loop = asyncio.get_running_loop()
+        faulty = loop.time() < FAULTS_END_S
+        copies = 1
+        if faulty and chance.random() < world.loss:
+            copies = 0
+        elif faulty and chance.random() < world.doubling:
+            copies = 2
+        for _ in range(copies):
+            delay = chance.random() * world.jitter_s if faulty and chance.random() < 0.3 else 0.0
+            loop.call_later(0.0005 + delay, deliver, frame)
+
+
+class _Channel:
+    def __init__(self, world: World, deliver: Callable[[bytes], None]) -> None:
+        self._world = world
+        self._deliver = deliver
+        self.open = True
+
+    def send(self, frame: bytes) -> bool:
+        self._world.network.carry(frame, self._arrive)
+        return True
+
+    def _arrive(self, frame: bytes) -> None:
+        if self.open:
+            self._deliver(frame)
+
+    def close(self) -> None:
+        self.open = False
+
+
+class _Connector:
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def open(self, address: str, on_frame: Callable[[bytes], None]) -> _Channel:
+        world = self._world
+        back = _Channel(world, on_frame)
+        if address == "control":
+            world.control.append(back)
+            return _Channel(world, lambda frame: world.answer(frame, back))
+        world.peers += 1
+        peer = world.peers.to_bytes(4, "big")
+        world.back[peer] = back
+        return _Channel(world, lambda frame: world.to_shard(address, peer, frame))
+
+    def close(self) -> None:
+        pass
+
+
+class World:
+    """Shards, clients and faults of one seed. `run` lives through it and checks every promise at the end."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.chance = random.Random(seed)
+        self.loss = self.chance.choice([0.0, 0.02, 0.2])
+        self.doubling = self.chance.choice([0.0, 0.05, 0.3])
+        self.jitter_s = self.chance.choice([0.0, 0.01, 0.3])
+        self.restarts = self.chance.choice([0, 1, 4])
+        self.shards_count = self.chance.choice([1, 1, 2])
+        self.senders = self.chance.choice([1, 2])
+        self.events_each = self.chance.choice([20, 60])
+        self.keys = self.chance.choice([1, 3, 8])
+        self.network = Network(self)
+        self.control: list[_Channel] = []
+        self.peers = 0
+        self.back: dict[bytes, _Channel] = {}
+        self.rows = [MemoryRows() for _ in range(self.shards_count)]
+        self.shards: list[Shard | None] = [None] * self.shards_count
+        self.counters = [0] * self.shards_count
+        self.version = 0
+        self.handlings: list[Handling] = []
+        self.sums: dict[str, int] = defaultdict(int)
+        self.broken: list[BaseException] = []
+        self.died = False
+        self.registry = Registry("world")
+        self.registry.on(Note)(self._handle)
+        self.registry.command(Sum)(self._sum)
+        self.deaths: list[asyncio.Task[None]] = []
+
+    # -- the application
+
+    async def _handle(self, event: Note, context: Context) -> None:
+        if event.kind == "slow":
+            await asyncio.sleep(0.01 + 0.01 * (event.n % 5))
+        elif event.kind == "stuck":
+            await asyncio.sleep(3.0)
+        self.handlings.append(Handling(event.sender, event.key, event.n, context.attempt, event.kind))
+        self.sums[event.key] += 1
+        if event.kind == "bad":
+            raise ValueError(f"{event.n} is bad")
+
+    def _sum(self, command: Sum) -> int:
+        return self.sums[command.key]
+
+    # -- the bus
+
+    def now_ns(self) -> int:
+        return int(asyncio.get_running_loop().time() * 1e9)
+
+    def table(self) -> Table:
+        return Table(
+            incarnation=b"i" * 16,
+            layout=1,
+            version=self.version,
+            slots=even_slots(self.shards_count),
+            shards=[
+                ShardAddress(
+                    shard=at, epoch=self.epoch(at) if shard is not None else b"", address=f"{at}/{self.counters[at]}"
+                )
+                for at, shard in enumerate(self.shards)
+            ],
+        )
+
+    def epoch(self, shard: int) -> bytes:
+        return b"%d-%d" % (shard, self.counters[shard])
+
+    def announce(self) -> None:
+        self.version += 1
+        for back in self.control:
+            back.send(encode_frame(TableChanged(msgspec.msgpack.encode(self.table()))))
+
+    def answer(self, frame: bytes, back: _Channel) -> None:
+        ask = decode_to_supervisor(frame)
+        assert ask.what == "table"
+        back.send(encode_frame(Answer(ask.request, "", msgspec.msgpack.encode(self.table()))))
+
+    def to_shard(self, address: str, peer: bytes, frame: bytes) -> None:
+        at, counter = map(int, address.split("/"))
+        shard = self.shards[at]
+        if shard is not None and counter == self.counters[at]:
+            shard.receive(peer, frame)
+
+    def from_shard(self, at: int, counter: int) -> Callable[[bytes, bytes], bool]:
+        def send(peer: bytes, frame: bytes) -> bool:
+            if counter == self.counters[at] and self.shards[at] is not None:
+                self.back[peer].send(frame)
+            return True
+
+        return send
+
+    async def start_shard(self, at: int) -> None:
+        self.counters[at] += 1
+        size = book_bytes(**BOOK)
+        shard = Shard(
+            shard=at,
+            epoch=self.epoch(at),
+            layout=1,
+            plans=self.registry.plans(),
+            store=MemoryStore(self.rows[at]),
+            book=Book(memoryview(bytearray(size)), **BOOK),
+            send=self.from_shard(at, self.counters[at]),
+            now=self.now_ns,
+            limits=LIMITS,
+            broken=self.broken.append,
+        )
+        self.shards[at] = shard
+        await shard.start()
+        self.announce()
+
+    def kill_shard(self, at: int) -> None:
+        shard, self.shards[at] = self.shards[at], None
+        if shard is not None:
+            self.died = True
+            self.deaths.append(asyncio.get_running_loop().create_task(shard.close()))
+            self.announce()
+
+    async def faults(self) -> None:
+        for _ in range(self.restarts):
+            await asyncio.sleep(self.chance.random() * FAULTS_END_S / (self.restarts + 1))
+            at = self.chance.randrange(self.shards_count)
+            if self.shards[at] is not None:
+                self.kill_shard(at)
+                await asyncio.sleep(self.chance.random() * 0.5)
+                await self.start_shard(at)
+
+    # -- the publishers
+
+    async def sender(self, number: int) -> Client:
+        client = Client(
+            "world", _Connector(self), "control", limits=LIMITS, now=self.now_ns, publisher=b"%016d" % number
+        )
+        await client.start(60.0)
+        chance = random.Random(f"{self.seed}/{number}")
+        ordinals: dict[str, int] = defaultdict(int)
+        for _ in range(self.events_each):
+            key = f"k{chance.randrange(self.keys)}"
+            ordinals[key] += 1
+            kind = chance.choices(["quick", "slow", "bad", "stuck"], [70, 20, 8, 2])[0]
+            await client.publish(Note(key=key, n=ordinals[key], sender=number, kind=kind), ordinal=ordinals[key])
+            if client.ledger().in_flight > LIMITS.outbox_events_max * self.shards_count:
+                raise AssertionError("the outboxes hold more than their bound")
+            if chance.random() < 0.2:
+                await asyncio.sleep(chance.random() * 0.4)
+        self.ordinals[number] = dict(ordinals)
+        return client
+
+    # -- a life
+
+    async def run(self) -> None:
+        self.ordinals: dict[int, dict[str, int]] = {}
+        for at in range(self.shards_count):
+            await self.start_shard(at)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.faults())
+            senders = [group.create_task(self.sender(number)) for number in range(self.senders)]
+        clients = [task.result() for task in senders]
+        ledgers = [await client.flush(600.0) for client in clients]
+        if self.loss == 0 and self.chance.random() < 0.5:
+            for key in {key for ordinals in self.ordinals.values() for key in ordinals}:
+                assert await clients[0].execute(Sum(key=key), timeout=120.0) == self.sums[key]
+        # What the stores took over is handled too, when faults have ended.
+        while any(rows.waiting for rows in self.rows) or not all(one and one.lanes.idle() for one in self.shards):
+            await asyncio.sleep(0.5)
+            assert asyncio.get_running_loop().time() < 3600, "waiting events never end"
+        for client in clients:
+            await client.abort()
+        for shard in self.shards:
+            assert shard is not None
+            await shard.close()
+        if self.deaths:
+            await asyncio.wait(self.deaths)
+        assert not self.broken
+        for ledger in ledgers:
+            assert ledger.published == self.events_each == ledger.handled + ledger.dead + ledger.waiting
+            assert ledger.in_flight == 0
+        self.check()
+
+    def check(self) -> None:
+        first: dict[tuple[int, str], list[int]] = defaultdict(list)
+        seen: dict[tuple[int, str, int], int] = {}
+        for one in self.handlings:
+            identity = (one.sender, one.key, one.n)
+            if identity in seen:
+                assert one.attempt > 1, f"{identity} came again and did not say so"
+                assert self.died, f"{identity} came again although no worker died"
+            else:
+                seen[identity] = one.attempt
+                first[one.sender, one.key].append(one.n)
+        for (sender, key), numbers in first.items():
+            assert numbers == sorted(numbers), f"sender {sender}, key {key}: first outcomes out of order: {numbers}"
+        for sender, ordinals in self.ordinals.items():
+            for key, last in ordinals.items():
+                assert first.get((sender, key), []) == list(range(1, last + 1)), f"lost events of {key}"
+        bad = {(one.sender, one.key, one.n) for one in self.handlings if one.kind == "bad"}
+        assert sum(len(rows.dead) for rows in self.rows) == len(bad)
+
+
+def live(seed: int) -> World:
+    """One life of a world."""
+    loop = VirtualLoop()
+    asyncio.set_event_loop(loop)
+    try:
+        world = World(seed)
+        loop.run_until_complete(asyncio.wait_for(world.run(), 7200))
+        return world
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()

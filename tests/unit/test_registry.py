@@ -1,0 +1,372 @@
+"""Registration: what is taken, what is refused, and what the user is told."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from shardbus.context import Context
+from shardbus.errors import RegistrationError
+from shardbus.messages import Command, Event
+from shardbus.registry import Registry, WorkerInfo
+
+WORKER = WorkerInfo(bus="shop", shard=1, shards=4)
+
+
+class Placed(Event, key="order_id"):
+    order_id: str
+
+
+class Shipped(Event):
+    order_id: str
+
+
+class GetTotal(Command[float], key="order_id"):
+    order_id: str
+
+
+class Unkeyable(Event, key="amount"):
+    amount: float
+
+
+class UnkeyableCommand(Command[int], key="amount"):
+    amount: float
+
+
+class Untravellable(Command[Callable[[], int]]):
+    pass
+
+
+class OtherPlaced(Event, name="Placed"):
+    pass
+
+
+async def takes_event(event: Placed) -> None: ...
+
+
+async def takes_event_and_context(event: Placed, context: Context) -> None: ...
+
+
+def plain(event: Placed) -> None: ...
+
+
+async def yields(event: Placed) -> AsyncIterator[int]:
+    yield 1
+
+
+def yields_plainly(event: Placed) -> Any:
+    yield 1
+
+
+async def takes_nothing() -> None: ...
+
+
+async def takes_three(event: Placed, context: Context, more: int) -> None: ...
+
+
+async def needs_a_keyword(event: Placed, *, pool: int) -> None: ...
+
+
+async def total(command: GetTotal) -> float:
+    return 0.0
+
+
+@pytest.fixture
+def bus() -> Registry:
+    return Registry("shop")
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize("name", ["", None, 7], ids=repr)
+def test_a_bus_needs_a_name(name: Any):
+    with pytest.raises(RegistrationError, match=r"Bus\('shop'\)"):
+        Registry(name)
+
+
+REFUSED: dict[str, tuple[Callable[[Registry], Any], list[str]]] = {
+    "an event handler of a command": (
+        lambda bus: bus.on(GetTotal),  # type: ignore[arg-type]  # what this row is about
+        ["@bus.on", "subclass of Event", "GetTotal"],
+    ),
+    "an event handler of every event": (lambda bus: bus.on(Event), ["@bus.on", "subclass of Event"]),
+    "an event handler of an instance": (
+        lambda bus: bus.on(Placed(order_id="1")),  # type: ignore[arg-type]  # what this row is about
+        ["@bus.on", "Placed(order_id='1')"],
+    ),
+    "a decorator without its brackets": (
+        lambda bus: bus.on(takes_event),  # type: ignore[arg-type]  # what this row is about
+        ["@bus.on", "takes_event"],
+    ),
+    "a command handler of an event": (
+        lambda bus: bus.command(Placed),  # type: ignore[arg-type]  # what this row is about
+        ["@bus.command", "subclass of Command", "Placed"],
+    ),
+    "a command handler of every command": (lambda bus: bus.command(Command), ["@bus.command", "subclass of Command"]),
+    "a key field that can hold no key": (
+        lambda bus: bus.on(Unkeyable),
+        ["Unkeyable", "'amount'", "float", "a str, an int, bytes or a UUID"],
+    ),
+    "a key field of a command that can hold no key": (
+        lambda bus: bus.command(UnkeyableCommand),
+        ["UnkeyableCommand", "'amount'", "float"],
+    ),
+    "a handler that cannot be called": (
+        lambda bus: bus.on(Placed)("handler"),  # type: ignore[type-var]  # what this row is about
+        ["'handler'", "not callable", "(message) or (message, context)"],
+    ),
+    "an async generator": (lambda bus: bus.on(Placed)(yields), ["yields", "a handler of Placed returns"]),
+    "a generator": (lambda bus: bus.on(Placed)(yields_plainly), ["yields_plainly", "a handler of Placed returns"]),
+    "a handler without parameters": (
+        lambda bus: bus.on(Placed)(takes_nothing),
+        ["takes_nothing", "(message) or (message, context)"],
+    ),
+    "a handler that needs three arguments": (
+        lambda bus: bus.on(Placed)(takes_three),
+        ["takes_three", "(message) or (message, context)"],
+    ),
+    "a handler with a keyword that nobody gives": (
+        lambda bus: bus.on(Placed)(needs_a_keyword),
+        ["needs_a_keyword", "'pool'", "no default"],
+    ),
+    "a second handler of a command": (
+        lambda bus: (bus.command(GetTotal)(total), bus.command(GetTotal)(total)),
+        ["GetTotal", "a handler already", f"{__name__}.total", "exactly one"],
+    ),
+    "a reply that cannot travel": (
+        lambda bus: bus.command(Untravellable)(lambda command: None),
+        ["Untravellable", "cannot travel"],
+    ),
+    "two types of one name": (
+        lambda bus: (bus.on(Placed)(takes_event), bus.on(OtherPlaced)),
+        ["'Placed'", f"{__name__}.Placed", f"{__name__}.OtherPlaced", "name=…"],
+    ),
+    "a lifespan that does not yield": (
+        lambda bus: bus.lifespan(takes_nothing),  # type: ignore[type-var]  # what this row is about
+        ["@bus.lifespan", "yields once", "takes_nothing"],
+    ),
+    "a lifespan that takes too much": (
+        lambda bus: bus.lifespan(greedy_lifespan),
+        ["greedy_lifespan", "(worker) or nothing"],
+    ),
+}
+
+
+async def greedy_lifespan(worker: WorkerInfo, more: int) -> AsyncIterator[None]:
+    yield
+
+
+@pytest.mark.parametrize(("register", "parts"), REFUSED.values(), ids=REFUSED)
+def test_a_registration_is_refused_with_the_reason(
+    register: Callable[[Registry], Any], parts: list[str], bus: Registry
+):
+    with pytest.raises(RegistrationError) as raised:
+        register(bus)
+    assert [part for part in parts if part not in str(raised.value)] == []
+
+
+def test_what_was_refused_leaves_nothing_behind(bus: Registry):
+    for refused in (takes_nothing, takes_three, yields):
+        with pytest.raises(RegistrationError):
+            bus.on(Placed)(refused)
+    with pytest.raises(RegistrationError):
+        bus.command(Untravellable)(lambda command: None)
+    assert bus.plans() == {}
+    bus.on(OtherPlaced)(takes_event)  # the name is still free
+
+
+# -- what is taken
+
+
+def test_a_decorator_returns_the_function_itself(bus: Registry):
+    assert bus.on(Placed)(takes_event) is takes_event
+    assert bus.command(GetTotal)(total) is total
+
+
+def test_handlers_of_an_event_stand_in_the_order_of_their_registration(bus: Registry):
+    bus.on(Placed)(takes_event)
+    bus.on(Placed)(plain)
+    bus.on(Placed)(takes_event)
+    assert [handler.call for handler in bus.plans()["Placed"].handlers] == [takes_event, plain, takes_event]
+
+
+def test_one_function_may_handle_several_events(bus: Registry):
+    bus.on(Placed)(takes_event)
+    bus.on(Shipped)(takes_event)
+    assert set(bus.plans()) == {"Placed", "Shipped"}
+
+
+def test_a_handler_is_named_by_its_module_and_name(bus: Registry):
+    bus.on(Placed)(takes_event)
+    assert bus.plans()["Placed"].handlers[0].name == f"{__name__}.takes_event"
+
+
+class Till:
+    async def method(self, event: Placed) -> None: ...
+
+    async def method_with_context(self, event: Placed, context: Context) -> None: ...
+
+    @staticmethod
+    async def static(event: Placed) -> None: ...
+
+
+class AsyncCallable:
+    async def __call__(self, event: Placed) -> None: ...
+
+
+class PlainCallable:
+    def __call__(self, event: Placed, context: Context) -> None: ...
+
+
+async def with_default(event: Placed, limit: int = 3) -> None: ...
+
+
+async def with_context_by_default(event: Placed, context: Context | None = None) -> None: ...
+
+
+async def with_optional_keyword(event: Placed, *, limit: int = 3) -> None: ...
+
+
+async def takes_anything(*arguments: Any) -> None: ...
+
+
+# handler → whether it is async, whether it gets the context
+HANDLERS: dict[str, tuple[Callable[..., Any], bool, bool]] = {
+    "async": (takes_event, True, False),
+    "async with context": (takes_event_and_context, True, True),
+    "plain": (plain, False, False),
+    "a method": (Till().method, True, False),
+    "a method with context": (Till().method_with_context, True, True),
+    "a static method": (Till.static, True, False),
+    "an object that is called": (AsyncCallable(), True, False),
+    "an object that is called plainly": (PlainCallable(), False, True),
+    "a second parameter with a default of its own": (with_default, True, False),
+    "a context with a default": (with_context_by_default, True, True),
+    "a keyword with a default": (with_optional_keyword, True, False),
+    "any number of arguments": (takes_anything, True, False),
+    "a partial": (functools.partial(takes_event_and_context, context=None), True, False),
+    "a partial that still wants the context": (functools.partial(takes_three, more=1), True, True),
+    "a lambda": (lambda event: None, False, False),
+    "a builtin": (operator.truth, False, False),
+}
+
+
+@pytest.mark.parametrize(("handler", "is_async", "wants_context"), HANDLERS.values(), ids=HANDLERS)
+def test_a_handler_is_called_as_it_is_declared(
+    handler: Callable[..., Any], is_async: bool, wants_context: bool, bus: Registry
+):
+    bus.on(Placed)(handler)
+    (registered,) = bus.plans()["Placed"].handlers
+    assert registered.call is handler
+    assert (registered.is_async, registered.wants_context) == (is_async, wants_context)
+
+
+def test_only_a_single_async_event_handler_without_context_is_simple(bus: Registry):
+    bus.on(Placed)(takes_event)
+    bus.on(Shipped)(takes_event_and_context)
+    bus.command(GetTotal)(total)
+    plans = bus.plans()
+    assert plans["Placed"].simple is takes_event
+    assert plans["Shipped"].simple is None
+    assert plans["GetTotal"].simple is None
+    bus.on(Placed)(takes_event)
+    assert bus.plans()["Placed"].simple is None
+
+
+def test_a_plan_decodes_its_type_and_encodes_a_reply(bus: Registry):
+    bus.command(GetTotal)(total)
+    plan = bus.plans()["GetTotal"]
+    assert plan.is_command
+    assert plan.decode(b"\x81\xa8order_id\xa242") == GetTotal(order_id="42")
+    assert plan.encode_reply(1) == b"\x01"
+
+
+def test_plans_made_earlier_do_not_change(bus: Registry):
+    bus.on(Placed)(takes_event)
+    earlier = bus.plans()
+    bus.on(Placed)(plain)
+    assert len(earlier["Placed"].handlers) == 1
+
+
+def test_a_command_and_an_event_cannot_share_a_name(bus: Registry):
+    class Asked(Command[None], name="Placed"):
+        pass
+
+    bus.on(Placed)(takes_event)
+    with pytest.raises(RegistrationError, match="two message types have the name 'Placed'"):
+        bus.command(Asked)
+
+
+# -- lifespans
+
+
+async def test_lifespans_open_in_order_and_close_in_reverse(bus: Registry):
+    seen: list[str] = []
+
+    @bus.lifespan
+    async def first(worker: WorkerInfo) -> AsyncIterator[None]:
+        seen.append(f"first opens in {worker.bus} {worker.shard}/{worker.shards}")
+        yield
+        seen.append("first closes")
+
+    @bus.lifespan
+    async def second() -> AsyncIterator[None]:
+        seen.append("second opens")
+        yield
+        seen.append("second closes")
+
+    async with bus.running(WORKER):
+        seen.append("works")
+    assert seen == ["first opens in shop 1/4", "second opens", "works", "second closes", "first closes"]
+
+
+async def test_each_run_opens_its_lifespans_anew(bus: Registry):
+    opened: list[int] = []
+
+    @bus.lifespan
+    async def pool(worker: WorkerInfo) -> AsyncIterator[None]:
+        opened.append(worker.shard)
+        yield
+
+    async with bus.running(WORKER):
+        pass
+    async with bus.running(WORKER):
+        pass
+    assert opened == [1, 1]
+
+
+async def test_what_was_opened_is_closed_when_a_later_lifespan_fails(bus: Registry):
+    seen: list[str] = []
+
+    @bus.lifespan
+    async def sound() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            seen.append("closed")
+
+    @bus.lifespan
+    async def broken() -> AsyncIterator[None]:
+        raise OSError("no database")
+        yield
+
+    with pytest.raises(OSError, match="no database"):
+        async with bus.running(WORKER):
+            seen.append("works")
+    assert seen == ["closed"]
+
+
+async def test_a_lifespan_that_never_yields_is_an_error(bus: Registry):
+    @bus.lifespan
+    async def silent() -> AsyncIterator[None]:
+        if bus.name == "another":
+            yield
+
+    with pytest.raises(RuntimeError, match="didn't yield"):
+        async with bus.running(WORKER):
+            pass
