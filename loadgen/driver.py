@@ -20,10 +20,9 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
-import shardbus
 from msgspec.structs import replace
-from shardbus.demo import Tick
 
+import shardbus
 from loadgen.pacer import ConstantRate
 from loadgen.spec import (
     Counts,
@@ -38,6 +37,7 @@ from loadgen.spec import (
     encode_line,
 )
 from loadgen.workload import Stretch, Workload, workload_of
+from shardbus.demo import Tick
 
 BATCH: Final = 256  # events a call: what fits into a frame of the bus
 _NS: Final = 1_000_000_000
@@ -104,6 +104,8 @@ class Driver:
         self._start_ns = time.monotonic_ns()
         self._warm_ns = self._start_ns + int(spec.warmup_s * _NS)
         self._end_ns = self._warm_ns + int(spec.duration_s * _NS)
+        self._pacer = None if spec.rate is None else ConstantRate.of(self._start_ns, spec.rate)
+        self._warm, self._total = (0, 0) if self._pacer is None else _window_of(self._pacer, spec)
         self._before: Edge | None = None
 
     async def run(self) -> DriverResult:
@@ -111,8 +113,7 @@ class Driver:
 
         Sending ends at the end of the window, or, where publish waits for room, up to `flush_s` later.
         """
-        pacer = None if self._spec.rate is None else ConstantRate.of(self._start_ns, self._spec.rate)
-        sending = self._send_at_will() if pacer is None else self._send_on_time(pacer)
+        sending = self._send_at_will() if self._pacer is None else self._send_on_time(self._pacer)
         limit_s = self._spec.warmup_s + self._spec.duration_s + self._spec.flush_s
         try:
             async with asyncio.timeout(limit_s):
@@ -122,17 +123,16 @@ class Driver:
         after = self._edge()
         before = self._before or after
         final = await self._flush()
-        flushed_ns = time.monotonic_ns()
-        scheduled = None if pacer is None else _window_of(pacer, self._spec)[1] - _window_of(pacer, self._spec)[0]
+        flush_s = (time.monotonic_ns() - after.at_ns) / _NS
         window_s = (after.at_ns - before.at_ns) / _NS
         return DriverResult(
-            scheduled=scheduled,
+            scheduled=None if self._pacer is None else self._total - self._warm,
             sent=after.sent - before.sent,
             window_s=window_s,
             before=before.counts,
             after=after.counts,
             final=final,
-            flush_s=(flushed_ns - after.at_ns) / _NS,
+            flush_s=flush_s,
             waited_s=(after.waited_ns - before.waited_ns) / _NS,
             send_lag_us=dict(self._lags_us),
             cpu_share=(after.cpu_s - before.cpu_s) / window_s if window_s else 0.0,
@@ -146,7 +146,7 @@ class Driver:
 
     async def _send_on_time(self, pacer: ConstantRate) -> None:
         """Send each event when it is due, or as soon after as can be. The schedule never slips."""
-        warm, total = _window_of(pacer, self._spec)
+        warm, total = self._warm, self._total
         while True:
             now_ns = time.monotonic_ns()
             if self._before is None and now_ns >= self._warm_ns and self._sent >= warm:
@@ -175,7 +175,7 @@ class Driver:
         self._sent += len(stretch)
 
     async def _send_at_will(self) -> None:
-        """Send batch after batch as fast as the bus takes them. Nothing is due, so nothing is late, and no latency is taken."""
+        """Send batch after batch as fast as the bus takes them. Nothing is due, so nothing is late or measured."""
         take, send = self._workload.take, self._send
         while (now_ns := time.monotonic_ns()) < self._end_ns:
             if self._before is None and now_ns >= self._warm_ns:

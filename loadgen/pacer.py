@@ -7,7 +7,7 @@ that its latency includes the wait (the idea of wrk2, https://github.com/giltene
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
@@ -21,18 +21,11 @@ class Due(msgspec.Struct, frozen=True):
     wait_ns: int
 
 
-class Pacer(Protocol):
-    """A schedule of arrivals. Event numbers count from 0."""
-
-    def due(self, sent: int, now_ns: int) -> Due:
-        """What is due at `now_ns` when `sent` events have been sent."""
-
-    def intended_ns(self, first: int, count: int) -> list[int]:
-        """The instants at which the events `first` … `first + count - 1` should go; never decreasing."""
-
-
 class ConstantRate(msgspec.Struct, frozen=True, kw_only=True):
-    """Event n is due n / rate seconds after `start_ns`. Exact: integers only, so that no error adds up over a long run."""
+    """Event n (from 0) is due n / rate seconds after `start_ns`.
+
+    In integers, so that no error adds up over a long run. Other arrivals are other types with the same three methods.
+    """
 
     start_ns: int
     rate_milli: int  # thousandths of an event per second
@@ -46,36 +39,23 @@ class ConstantRate(msgspec.Struct, frozen=True, kw_only=True):
         return cls(start_ns=start_ns, rate_milli=rate_milli)
 
     def due(self, sent: int, now_ns: int) -> Due:
-        """See `Pacer.due`."""
+        """What is due at `now_ns` when `sent` events have been sent."""
         count = self.scheduled(now_ns - self.start_ns) - sent
         if count > 0:
             return Due(count, 0)
         return Due(0, self.start_ns + sent * _PER_SECOND // self.rate_milli - now_ns)
 
     def intended_ns(self, first: int, count: int) -> list[int]:
-        """See `Pacer.intended_ns`."""
+        """The instants at which the events `first` … `first + count - 1` should go; never decreasing."""
         start_ns, rate_milli = self.start_ns, self.rate_milli
         return [start_ns + n * _PER_SECOND // rate_milli for n in range(first, first + count)]
 
     def scheduled(self, elapsed_ns: int) -> int:
         """How many events are due in the first `elapsed_ns` nanoseconds, both ends included.
 
-        Event n is due at ⌊n·10¹²/rate_milli⌋ ns. That is at most `elapsed_ns` exactly if n·10¹² < (elapsed_ns + 1)·rate_milli.
+        Event n is due at ⌊n·10¹²/rate_milli⌋ ns, which is at most `elapsed_ns` exactly if
+        n·10¹² < (elapsed_ns + 1)·rate_milli.
         """
         if elapsed_ns < 0:
             return 0
         return ((elapsed_ns + 1) * self.rate_milli - 1) // _PER_SECOND + 1
-
-
-class Unpaced(msgspec.Struct, frozen=True, kw_only=True):
-    """As many as the bus takes: a full batch is always due. Nothing has an intended instant."""
-
-    batch: int = 256
-
-    def due(self, sent: int, now_ns: int) -> Due:
-        """See `Pacer.due`."""
-        return Due(self.batch, 0)
-
-    def intended_ns(self, first: int, count: int) -> list[int]:
-        """See `Pacer.intended_ns`: 0 for each, which the bus reads as "do not measure"."""
-        return [0] * count

@@ -297,7 +297,7 @@ class PublisherSession:
             self._in_flight_events -= packed.unfinished
             self._in_flight_bytes -= len(packed.blob)
         del sent[at:]
-        self._sent_next = min(self._sent_next, max(expected, self._cumulative))
+        self._sent_next = min(self._sent_next, expected)
 
     def is_finished(self, seq: int) -> bool:
         """Whether the message with this sequence is finished."""

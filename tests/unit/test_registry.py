@@ -37,8 +37,8 @@ class UnkeyableCommand(Command[int], key="amount"):
     amount: float
 
 
-class Untravellable(Command[Callable[[], int]]):
-    pass
+class Untravellable(Command[list[int] | set[int]]):
+    """A reply of which the bytes would not say which of the two it is."""
 
 
 class OtherPlaced(Event, name="Placed"):

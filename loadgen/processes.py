@@ -1,0 +1,127 @@
+"""Processes and signals: the driver, and a bus for runs that find none. The only file that imports subprocess or signal.
+
+Both are started in sessions of their own, so that Ctrl-C reaches the load generator alone, which then ends them in order.
+A driver whose starter is killed reads the end of its stdin and ends. A bus that was started by a killed run stays, as any
+bus does; the next run finds and uses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import subprocess
+import sys
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator
+from typing import Final
+
+import msgspec
+
+from loadgen.spec import DriverFailed, DriverLine, LoadError, LoadSpec, decode_line, encode_line
+
+_LINE_BYTES_MAX: Final = 16 * 1024 * 1024  # a result carries a count for each microsecond of send lag that was seen
+_READY_S: Final = 60.0
+_DRAIN_S: Final = 5.0
+_END_S: Final = 10.0  # longer than a drain; then it is killed
+
+
+@contextlib.asynccontextmanager
+async def _started(arguments: list[str], *, piped_stdin: bool) -> AsyncIterator[Process]:
+    """Run `python -m …`, with its stdout to read; ended when the block is left, by force where it takes too long."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        *arguments,
+        stdin=subprocess.PIPE if piped_stdin else subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        limit=_LINE_BYTES_MAX,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        await _end(process)
+
+
+async def _end(process: Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        async with asyncio.timeout(_END_S):
+            await process.communicate()
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def started_bus(workers: int, address: str | None = None) -> AsyncIterator[Process]:
+    """Run the demo application on a bus of its own, ready to take messages, until the block is left.
+
+    Args:
+        workers: how many worker processes.
+        address: where; None is the default address.
+
+    Raises:
+        LoadError: it did not start; it has said why on stderr.
+    """
+    arguments = ["shardbus", "serve", "--workers", str(workers), "--drain-timeout", f"{_DRAIN_S:g}"]
+    arguments += ["--log-level", "warning", *(["--bind", address] if address is not None else [])]
+    async with _started(arguments, piped_stdin=False) as process:
+        assert process.stdout is not None  # it is a pipe
+        try:
+            async with asyncio.timeout(_READY_S):
+                ready = await process.stdout.readline()
+        except TimeoutError:
+            raise LoadError(f"the bus was not ready after {_READY_S:g} s") from None
+        if not ready.startswith(b"ready"):
+            raise LoadError("the bus did not start")
+        yield process
+
+
+class DriverProcess:
+    """A running driver: its lines, as they come."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    async def lines(self, silence_s: float) -> AsyncIterator[DriverLine]:
+        """What the driver says, until it ends. At most `silence_s` seconds may pass between two lines.
+
+        Raises:
+            LoadError: the driver gave up, fell silent or broke.
+        """
+        stdout = self._process.stdout
+        assert stdout is not None  # it is a pipe
+        while True:
+            try:
+                async with asyncio.timeout(silence_s):
+                    text = await stdout.readline()
+            except TimeoutError:
+                raise LoadError(f"the driver process has said nothing for {silence_s:g} s") from None
+            if not text:
+                return
+            try:
+                line: DriverLine = decode_line(text)
+            except msgspec.DecodeError as error:
+                raise LoadError(f"the driver process said what cannot be understood: {error}") from error
+            if isinstance(line, DriverFailed):
+                raise LoadError(line.error)
+            yield line
+
+
+@contextlib.asynccontextmanager
+async def started_driver(spec: LoadSpec) -> AsyncIterator[DriverProcess]:
+    """Start the driver of a run; ended when the block is left."""
+    async with _started(["loadgen.driver"], piped_stdin=True) as process:
+        assert process.stdin is not None  # it is a pipe, and stays open: its end tells the driver that nobody listens
+        process.stdin.write(encode_line(spec) + b"\n")
+        await process.stdin.drain()
+        yield DriverProcess(process)
+
+
+def end_as_on_interrupt() -> None:
+    """Have SIGTERM end the running asyncio program as Ctrl-C does, so that what was started is ended, too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,0 +1,476 @@
+"""What every store promises, asked of each adapter; and what a file promises beyond that: kills, locks, versions."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import closing
+from pathlib import Path
+
+import aiosqlite
+import msgspec
+import pytest
+
+from shardbus.messages import WireKey
+from shardbus.sql_store import MEMORY_URL, SqlStore, sqlite_file_url
+from shardbus.store import DeadLetter, Envelope, Store, StoreCounts, StoreError, WaitingEvent, WaitingLane
+from shardbus.testing import MemoryRows, MemoryStore
+
+PUBLISHER = bytes(range(16))
+OTHER = bytes(range(16, 32))
+KEYS: list[WireKey] = [
+    "",
+    "42",
+    42,
+    -(2**63),
+    2**64 - 1,
+    b"42",
+    b"",
+    b"\x00\xff",
+    (bytes(range(16)),),
+    bytes(range(16)),
+    "naïve 🦆 \x00 ' %s ?",
+    "x" * 1024,
+    None,
+]
+
+MakeStore = Callable[[], Store]
+
+
+def envelope(seq: int = 1, *, key: WireKey = "order-1", publisher: bytes = PUBLISHER) -> Envelope:
+    return Envelope(
+        publisher=publisher,
+        seq=seq,
+        slot=1023,
+        type="OrderPlaced",
+        key=key,
+        body=b"\x82\x00\xff",
+        headers={"trace": "añ", "": ""},
+        ordinal=2**63 - 1,
+        intended_ns=2**62,
+        attempt=3,
+    )
+
+
+def dead_letter(
+    seq: int = 1,
+    *,
+    key: WireKey = "order-1",
+    publisher: bytes = PUBLISHER,
+    first_ns: int = 100,
+    error: str = "no such order: ☂",
+    place: str = "shop.py:12",
+    traceback: str = "Traceback …\n",
+) -> DeadLetter:
+    return DeadLetter(
+        envelope=envelope(seq, key=key, publisher=publisher),
+        handlers=("shop.add", "shop.mail"),
+        reason="failed",
+        error_type="KeyError",
+        error=error,
+        place=place,
+        traceback=traceback,
+        first_ns=first_ns,
+        last_ns=first_ns + 1,
+        epoch=b"e" * 24,
+    )
+
+
+def waiting_event(
+    position: int, *, seq: int | None = None, key: WireKey = "order-1", publisher: bytes = PUBLISHER
+) -> WaitingEvent:
+    return WaitingEvent(
+        position=position,
+        envelope=envelope(position if seq is None else seq, key=key, publisher=publisher),
+        handlers=("shop.mail",),
+        due_ns=2**62,
+    )
+
+
+async def positions(store: Store, key: WireKey = "order-1", after: int = 0, limit: int = 100) -> list[int]:
+    return [event.position for event in await store.load_waiting(key, after, limit)]
+
+
+@pytest.fixture(params=["memory", "sqlite in memory", "sqlite file"])
+def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStore:
+    """Makes stores over the same rows, as far as the adapter keeps rows beyond `close()`."""
+    rows = MemoryRows()
+    makers: dict[str, MakeStore] = {
+        "memory": lambda: MemoryStore(rows),
+        "sqlite in memory": lambda: SqlStore(MEMORY_URL),
+        "sqlite file": lambda: SqlStore(sqlite_file_url(str(tmp_path / "store.db"))),
+    }
+    return makers[request.param]
+
+
+@pytest.fixture
+async def store(make_store: MakeStore) -> AsyncIterator[Store]:
+    store = make_store()
+    await store.open()
+    yield store
+    await store.close()
+
+
+# -- every adapter
+
+
+async def test_a_new_store_is_empty(make_store):
+    store = make_store()
+    assert await store.open() == StoreCounts(dead=0, waiting=0, position_max=0)
+    assert await store.dead_letters(10) == []
+    assert await store.waiting_lanes() == []
+    assert await store.load_waiting("order-1", 0, 10) == []
+    assert await store.outcomes(PUBLISHER, 0) == ([], [])
+    await store.close()
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: repr(key)[:24])
+async def test_every_field_and_every_kind_of_key_comes_back_as_it_was(store, key):
+    await store.write(dead=[dead_letter(key=key)], waiting=[waiting_event(7, seq=2, key=key)], done=[])
+    (dead,) = await store.dead_letters(10)
+    (waiting,) = await store.load_waiting(key, 0, 10)
+    assert dead == dead_letter(key=key)
+    assert waiting == waiting_event(7, seq=2, key=key)
+    assert type(dead.envelope.key) is type(waiting.envelope.key) is type(key)
+
+
+async def test_what_is_absent_comes_back_absent(store):
+    bare = msgspec.structs.replace(envelope(), headers=None, body=b"")
+    dead = msgspec.structs.replace(dead_letter(place="", traceback="", error=""), envelope=bare, handlers=())
+    event = WaitingEvent(position=1, envelope=bare)
+    await store.write(dead=[dead], waiting=[event], done=[])
+    assert await store.dead_letters(10) == [dead]
+    assert await store.load_waiting("order-1", 0, 10) == [event]
+
+
+async def test_keys_that_look_alike_are_lanes_of_their_own(store):
+    await store.write(dead=[], waiting=[waiting_event(at, key=key) for at, key in enumerate(KEYS, 1)], done=[])
+    assert await store.waiting_lanes() == [WaitingLane(key=key, count=1) for key in KEYS]
+    for at, key in enumerate(KEYS, 1):
+        assert await positions(store, key) == [at]
+
+
+async def test_a_lane_is_loaded_in_the_order_of_its_positions_however_they_were_written(store):
+    for position in (30, 10, 2, 20):
+        await store.write(dead=[], waiting=[waiting_event(position)], done=[])
+    assert await positions(store) == [2, 10, 20, 30]
+
+
+async def test_a_lane_is_loaded_piece_by_piece(store):
+    lanes = [waiting_event(at, key="odd" if at % 2 else "even") for at in range(1, 11)]
+    await store.write(dead=[], waiting=lanes, done=[])
+    assert await positions(store, "even", limit=2) == [2, 4]
+    assert await positions(store, "even", after=4, limit=2) == [6, 8]
+    assert await positions(store, "even", after=8, limit=2) == [10]
+    assert await positions(store, "even", after=10, limit=2) == []
+    assert await positions(store, "even", after=5, limit=1) == [6]
+
+
+async def test_lanes_come_by_their_lowest_position(store):
+    events = [waiting_event(at, key=key) for at, key in ((5, "a"), (3, "b"), (4, "c"), (9, "b"), (1, "c"))]
+    await store.write(dead=[], waiting=events, done=[])
+    expected = [WaitingLane(key="c", count=2), WaitingLane(key="b", count=2), WaitingLane(key="a", count=1)]
+    assert await store.waiting_lanes() == expected
+    await store.write(dead=[], waiting=[], done=[1])
+    assert [lane.key for lane in await store.waiting_lanes()] == ["b", "c", "a"]
+
+
+async def test_done_events_are_removed_and_unknown_positions_are_no_error(store):
+    await store.write(dead=[], waiting=[waiting_event(at) for at in (1, 2, 3)], done=[])
+    await store.write(dead=[], waiting=[], done=[2, 99, 2])
+    assert await positions(store) == [1, 3]
+    await store.write(dead=[], waiting=[], done=[1, 3])
+    assert await store.waiting_lanes() == []
+
+
+async def test_additions_come_before_removals(store):
+    await store.write(dead=[], waiting=[waiting_event(1), waiting_event(2)], done=[1])
+    assert await positions(store) == [2]
+
+
+async def test_an_empty_write_is_no_error(store):
+    await store.write(dead=[], waiting=[], done=[])
+    assert await store.dead_letters(1) == []
+
+
+async def test_a_write_that_fails_leaves_nothing_and_the_next_one_works(store):
+    await store.write(dead=[], waiting=[waiting_event(1), waiting_event(2)], done=[])
+    with pytest.raises(StoreError):
+        await store.write(dead=[dead_letter(1)], waiting=[waiting_event(3), waiting_event(2)], done=[1])
+    assert await store.dead_letters(10) == []
+    assert await positions(store) == [1, 2]
+    await store.write(dead=[dead_letter(1)], waiting=[waiting_event(3)], done=[1])
+    # The traceback of the write that failed must not count as stored.
+    assert await store.dead_letters(10) == [dead_letter(1)]
+    assert await positions(store) == [2, 3]
+
+
+async def test_an_event_that_dies_again_replaces_its_dead_letter_and_keeps_its_first_time(store):
+    await store.write(dead=[dead_letter(1, first_ns=100), dead_letter(2, first_ns=150)], waiting=[], done=[])
+    again = msgspec.structs.replace(
+        dead_letter(1, first_ns=500, error="another"),
+        envelope=msgspec.structs.replace(envelope(1), attempt=9),
+        handlers=("shop.mail",),
+        reason="undecodable",
+        error_type="ValidationError",
+        epoch=b"f" * 24,
+    )
+    await store.write(dead=[again, dead_letter(3, first_ns=600)], waiting=[], done=[])
+    assert await store.dead_letters(10) == [
+        msgspec.structs.replace(again, first_ns=100),
+        dead_letter(2, first_ns=150),
+        dead_letter(3, first_ns=600),
+    ]
+
+
+async def test_of_an_event_that_dies_twice_in_one_write_the_last_stays(store):
+    await store.write(dead=[dead_letter(first_ns=100), dead_letter(first_ns=200, error="last")], waiting=[], done=[])
+    assert await store.dead_letters(10) == [
+        msgspec.structs.replace(dead_letter(first_ns=200, error="last"), first_ns=100)
+    ]
+
+
+async def test_events_of_two_publishers_with_one_sequence_are_two_dead_letters(store):
+    letters = [dead_letter(1, first_ns=1), dead_letter(1, first_ns=2, publisher=OTHER)]
+    await store.write(dead=letters, waiting=[], done=[])
+    assert await store.dead_letters(10) == letters
+
+
+async def test_dead_letters_come_oldest_first_and_up_to_the_limit(store):
+    for seq in (3, 1, 2):
+        await store.write(dead=[dead_letter(seq, first_ns=1000 - seq)], waiting=[], done=[])
+    # They died in the order of their times here; the order of writing and of sequences would be others.
+    assert [letter.envelope.seq for letter in await store.dead_letters(10)] == [3, 2, 1]
+    assert [letter.envelope.seq for letter in await store.dead_letters(2)] == [3, 2]
+
+
+async def test_outcomes_are_those_of_one_publisher_from_a_sequence_on(store):
+    await store.write(
+        dead=[dead_letter(seq) for seq in (9, 3, 5)] + [dead_letter(6, publisher=OTHER)],
+        waiting=[waiting_event(1, seq=8), waiting_event(2, seq=4), waiting_event(3, seq=7, publisher=OTHER)],
+        done=[],
+    )
+    assert await store.outcomes(PUBLISHER, 0) == ([3, 5, 9], [4, 8])
+    assert await store.outcomes(PUBLISHER, 5) == ([5, 9], [8])
+    assert await store.outcomes(PUBLISHER, 10) == ([], [])
+    assert await store.outcomes(OTHER, 0) == ([6], [7])
+    assert await store.outcomes(b"nobody", 0) == ([], [])
+
+
+async def test_dead_letters_of_one_place_share_its_traceback_and_those_of_others_do_not(store):
+    letters = [
+        dead_letter(1, first_ns=1, place="a", traceback="A"),
+        dead_letter(2, first_ns=2, place="a", traceback="A"),
+        dead_letter(3, first_ns=3, place="b", traceback="B"),
+    ]
+    await store.write(dead=letters[:1], waiting=[], done=[])
+    await store.write(dead=letters[1:], waiting=[], done=[])
+    assert await store.dead_letters(10) == letters
+
+
+@pytest.mark.parametrize("count", [1, 511, 513, 1000])
+async def test_writes_of_any_length_are_kept_whole(store, count):
+    letters = [dead_letter(seq, first_ns=seq) for seq in range(count)]
+    events = [waiting_event(at) for at in range(1, count + 1)]
+    await store.write(dead=letters, waiting=events, done=[])
+    assert await store.dead_letters(count + 1) == letters
+    assert await store.load_waiting("order-1", 0, count + 1) == events
+    await store.write(dead=[], waiting=[], done=range(1, count))
+    assert await positions(store) == [count]
+
+
+async def test_an_error_that_is_no_sound_text_does_not_cost_its_event_the_record(store):
+    await store.write(dead=[dead_letter(error="lone \ud800 surrogate, NUL \0")], waiting=[], done=[])
+    (letter,) = await store.dead_letters(10)
+    assert letter.envelope == envelope()
+    assert letter.error.startswith("lone ")
+
+
+async def test_a_store_takes_calls_again_after_it_was_closed_and_opened(make_store):
+    store = make_store()
+    for _ in range(2):
+        await store.open()
+        await store.write(dead=[dead_letter()], waiting=[], done=[])
+        assert await store.dead_letters(10) == [dead_letter()]
+        await store.close()
+
+
+async def test_a_store_may_be_closed_twice_and_without_having_been_opened(make_store):
+    store = make_store()
+    await store.close()
+    await store.open()
+    await store.close()
+    await store.close()
+
+
+# -- adapters whose rows outlive them
+
+
+@pytest.mark.parametrize("make_store", ["memory", "sqlite file"], indirect=True)
+async def test_a_successor_adopts_what_its_predecessor_left(make_store):
+    first = make_store()
+    await first.open()
+    await first.write(dead=[dead_letter(1), dead_letter(2)], waiting=[waiting_event(at) for at in (4, 5, 6)], done=[4])
+    await first.close()
+    second = make_store()
+    assert await second.open() == StoreCounts(dead=2, waiting=2, position_max=6)
+    assert await second.dead_letters(10) == [dead_letter(1), dead_letter(2)]
+    assert await second.load_waiting("order-1", 0, 10) == [waiting_event(5), waiting_event(6)]
+    # The place is known to the rows, though not to this store.
+    await second.write(dead=[dead_letter(3)], waiting=[], done=[])
+    assert await second.dead_letters(10) == [dead_letter(1), dead_letter(2), dead_letter(3)]
+    await second.close()
+
+
+# -- the file
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "store.db")
+
+
+async def test_a_traceback_is_in_the_file_once_for_each_place(path):
+    for start in (0, 10):  # the second store does not know what the first has written
+        store = SqlStore(sqlite_file_url(path))
+        await store.open()
+        for seq in range(start, start + 4):
+            await store.write(dead=[dead_letter(seq, place=f"shop.py:{seq % 2}")], waiting=[], done=[])
+        await store.close()
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT count(*) FROM tracebacks").fetchone() == (2,)
+
+
+async def test_no_index_of_the_log_is_mapped_because_a_full_ram_disk_would_kill_the_process(path):
+    store = SqlStore(sqlite_file_url(path))
+    await store.open()
+    await store.write(dead=[dead_letter()], waiting=[], done=[])
+    assert os.path.exists(f"{path}-wal")
+    assert not os.path.exists(f"{path}-shm")
+    await store.close()
+
+
+_COMMIT_THEN_HANG = """
+import asyncio, sys
+from shardbus.sql_store import SqlStore
+from shardbus.store import DeadLetter, Envelope, WaitingEvent
+
+def envelope(seq):
+    return Envelope(publisher=bytes(16), seq=seq, slot=1, type="T", key="k", body=b"", headers=None, ordinal=0,
+                    intended_ns=0, attempt=1)
+
+async def main():
+    store = SqlStore(sys.argv[1])
+    await store.open()
+    for start in range(0, 2000, 500):
+        seqs = range(start, start + 500)
+        await store.write(
+            dead=[DeadLetter(envelope=envelope(seq), handlers=(), reason="failed", error_type="E", error="e", place="p",
+                             traceback="t", first_ns=seq, last_ns=seq, epoch=b"") for seq in seqs],
+            waiting=[WaitingEvent(position=seq + 1, envelope=envelope(seq)) for seq in seqs],
+            done=[],
+        )
+    print("committed", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_what_was_committed_survives_a_kill_and_its_lock_does_not(path):
+    url = sqlite_file_url(path)
+    writer = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _COMMIT_THEN_HANG, url),
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert writer.stdout is not None
+    store = SqlStore(url)
+    try:
+        assert await writer.stdout.readline() == b"committed\n"
+        with pytest.raises(StoreError, match="locked"):
+            await store.open()
+    finally:
+        if writer.returncode is None:
+            writer.send_signal(signal.SIGKILL)
+        await writer.communicate()
+    assert writer.returncode == -signal.SIGKILL
+    assert await store.open() == StoreCounts(dead=2000, waiting=2000, position_max=2000)
+    assert await store.outcomes(bytes(16), 0) == (list(range(2000)), list(range(2000)))
+    assert (await store.dead_letters(1))[0].traceback == "t"
+    await store.close()
+
+
+async def test_a_locked_file_is_a_store_error_and_opens_once_the_lock_is_gone(path):
+    store = SqlStore(sqlite_file_url(path))
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for _ in range(2):
+            with pytest.raises(StoreError, match="database is locked"):
+                await store.open()
+        other.execute("ROLLBACK")
+    await store.open()
+    await store.write(dead=[dead_letter()], waiting=[], done=[])
+    assert await store.dead_letters(10) == [dead_letter()]
+    await store.close()
+
+
+async def test_a_store_of_another_schema_is_refused_untouched_with_what_to_do(path):
+    store = SqlStore(sqlite_file_url(path))
+    await store.open()
+    await store.write(dead=[dead_letter()], waiting=[], done=[])
+    await store.close()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE meta SET value = value + 1")
+    with pytest.raises(StoreError, match=r"schema.* version 2.*--dead-letters"):
+        await store.open()
+    with closing(sqlite3.connect(path)) as database, database:
+        assert database.execute("SELECT count(*) FROM dead_letters").fetchone() == (1,)
+        database.execute("UPDATE meta SET value = value - 1")
+    assert await store.open() == StoreCounts(dead=1, waiting=0, position_max=0)
+    await store.close()
+
+
+async def test_a_file_that_is_no_database_is_a_store_error(tmp_path):
+    (tmp_path / "store.db").write_bytes(b"no database, and longer than the header of one would be" * 100)
+    store = SqlStore(sqlite_file_url(str(tmp_path / "store.db")))
+    with pytest.raises(StoreError, match="not a database"):
+        await store.open()
+
+
+async def test_a_directory_that_does_not_exist_is_a_store_error(tmp_path):
+    store = SqlStore(sqlite_file_url(str(tmp_path / "nowhere" / "store.db")))
+    with pytest.raises(StoreError, match="unable to open"):
+        await store.open()
+
+
+@pytest.mark.parametrize("name", ["with space.db", "100%25.db", "what?.db", "a#b.db", "naïve.db"])
+async def test_a_file_of_any_name_is_the_one_that_is_opened(tmp_path, name):
+    store = SqlStore(sqlite_file_url(str(tmp_path / name)))
+    await store.open()
+    assert (tmp_path / name).exists()
+    await store.close()
+
+
+async def test_a_connection_that_broke_is_replaced_by_a_later_call(path, monkeypatch):
+    connections = []
+    connect = aiosqlite.connect
+
+    def recording(*arguments, **options):
+        connections.append(connect(*arguments, **options))
+        return connections[-1]
+
+    monkeypatch.setattr(aiosqlite, "connect", recording)
+    store = SqlStore(sqlite_file_url(path))
+    await store.open()
+    await store.write(dead=[dead_letter(1)], waiting=[], done=[])
+    await connections[-1].close()
+    with pytest.raises(StoreError):
+        await store.write(dead=[dead_letter(2)], waiting=[], done=[])
+    await store.write(dead=[dead_letter(2)], waiting=[], done=[])
+    assert await store.dead_letters(10) == [dead_letter(1), dead_letter(2)]
+    await store.close()

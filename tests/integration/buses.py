@@ -1,0 +1,153 @@
+"""Real buses for tests: `shardbus serve` as a process, on an address of its own, ended with the test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+APPLICATION = """
+import asyncio
+import os
+
+from shardbus import Bus, Command, Context, Event
+
+
+class Added(Event, key="account"):
+    account: str
+    amount: int = 1
+
+
+class Stumbled(Event, key="account"):
+    account: str
+
+
+class Slept(Event, key="account"):
+    account: str
+    seconds: float
+
+
+class GetTotal(Command[int], key="account"):
+    account: str
+
+
+class Die(Command[None], key="account"):
+    account: str
+
+
+bus = Bus("accounts")
+totals: dict[str, int] = {}
+
+
+@bus.on(Added)
+async def add(event: Added) -> None:
+    totals[event.account] = totals.get(event.account, 0) + event.amount
+
+
+@bus.on(Stumbled)
+async def stumble(event: Stumbled, context: Context) -> None:
+    raise ValueError(f"{event.account} stumbled on attempt {context.attempt}")
+
+
+@bus.on(Slept)
+async def sleep(event: Slept) -> None:
+    await asyncio.sleep(event.seconds)
+
+
+@bus.command(GetTotal)
+async def total(command: GetTotal) -> int:
+    return totals.get(command.account, 0)
+
+
+@bus.command(Die)
+def die(command: Die) -> None:
+    os._exit(9)
+"""
+
+
+class RunningBus:
+    """A `shardbus serve` that a test started."""
+
+    def __init__(self, directory: Path, *arguments: str, application: str | None = "accounts:bus") -> None:
+        self.directory = directory
+        self.address = f"ipc://{directory}/bus"
+        (directory / "accounts.py").write_text(APPLICATION)
+        self._command = [sys.executable, "-m", "shardbus", "serve"]
+        if application is not None:
+            self._command.append(application)
+        self._command += ["--bind", self.address, *arguments]
+        self.process = self.start()
+
+    def environment(self) -> dict[str, str]:
+        path = os.pathsep.join([str(Path(__file__).parents[2]), str(self.directory)])
+        return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "error"}
+
+    def start(self) -> subprocess.Popen[str]:
+        self.process = subprocess.Popen(
+            self._command,
+            cwd=self.directory,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        return self.process
+
+    def wait_ready(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line.startswith("ready"):
+            _, errors = self.process.communicate(timeout=30)
+            raise AssertionError(f"the bus did not start: {line}{errors}")
+        return line
+
+    def shardbus(self, *arguments: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "shardbus", *arguments],
+            cwd=self.directory,
+            env=self.environment() | {"SHARDBUS_URL": self.address},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.shardbus("status", "--json").stdout)
+        return found
+
+    def worker_pids(self) -> list[int]:
+        return [worker["pid"] for worker in self.status()["workers"]]
+
+    def end(self) -> tuple[int, str]:
+        """SIGTERM, and wait; returns exit code and standard error."""
+        self.process.send_signal(signal.SIGTERM)
+        _, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, errors
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate(timeout=30)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def wait_until(condition: Any, timeout_s: float = 30.0) -> None:
+    """Poll until a condition of another process holds."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not come to hold in time"
+        time.sleep(0.02)

@@ -1,0 +1,42 @@
+"""Fixtures: real buses in directories of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from buses import RunningBus
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory whose path is short enough for a socket's."""
+    directory = Path(tempfile.mkdtemp(prefix="sb"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+    digest = hashlib.sha256(f"ipc://{directory}/bus".encode()).hexdigest()[:16]
+    for base in ("/dev/shm", tempfile.gettempdir()):
+        shutil.rmtree(f"{base}/shardbus-{os.getuid()}-{digest}", ignore_errors=True)
+
+
+@pytest.fixture
+def make_bus(short_path: Path) -> Iterator[Callable[..., RunningBus]]:
+    """Start buses; end them with the test."""
+    made: list[RunningBus] = []
+
+    def make(*arguments: str, application: str | None = "accounts:bus") -> RunningBus:
+        bus = RunningBus(short_path, *arguments, application=application)
+        made.append(bus)
+        return bus
+
+    yield make
+    for bus in made:
+        bus.close()

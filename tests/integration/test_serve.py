@@ -1,0 +1,247 @@
+"""The real processes: serve, publish, execute, kill, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zmq
+
+sys.path.insert(0, str(Path(__file__).parent))
+import shardbus
+from buses import APPLICATION, RunningBus, is_alive, wait_until
+
+MakeBus = Callable[..., RunningBus]
+
+_space: dict[str, object] = {}
+exec(compile(APPLICATION, "accounts.py", "exec"), _space)  # noqa: S102 - the same message types as the served application
+Added, Stumbled, Slept, GetTotal, Die = (_space[name] for name in ("Added", "Stumbled", "Slept", "GetTotal", "Die"))
+
+
+async def publish_stamped(client: shardbus.Client, count: int, keys: int, pause_s: float = 0.0) -> None:
+    ordinals = [0] * keys
+    for number in range(count):
+        key = number * 7 % keys
+        ordinals[key] += 1
+        await client.publish(Added(account=f"a{key}"), ordinal=ordinals[key])
+        if pause_s and number % 20 == 0:
+            await asyncio.sleep(pause_s)
+
+
+async def assert_nothing_lost(client: shardbus.Client, published: int) -> None:
+    evidence = await client.evidence([client.publisher])
+    assert sum(one.distinct for one in evidence) == published
+    assert sum(one.missing for one in evidence) == 0
+    assert sum(one.out_of_order for one in evidence) == 0
+    assert sum(one.repeats for one in evidence) == sum(one.announced for one in evidence)
+
+
+async def test_events_reach_their_handlers_and_commands_their_callers(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "2")
+    assert bus.wait_ready().startswith("ready: 2 workers of accounts:bus at ipc://")
+    async with shardbus.connect(bus.address) as client:
+        await publish_stamped(client, 3000, 30)
+        ledger = await client.flush(30)
+        assert (ledger.published, ledger.handled, ledger.in_flight) == (3000, 3000, 0)
+        assert [await client.execute(GetTotal(account=f"a{key}")) for key in range(30)] == [100] * 30
+        await assert_nothing_lost(client, 3000)
+    code, errors = bus.end()
+    assert code == 0, errors
+    assert not [entry for entry in os.listdir(bus.directory / "bus")], "sockets were left behind"
+
+
+async def test_nothing_is_lost_while_workers_are_killed(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "2")
+    bus.wait_ready()
+    chance = random.Random(1)
+    async with shardbus.connect(bus.address) as client:
+        publishing = asyncio.create_task(publish_stamped(client, 6000, 40, pause_s=0.01))
+        for _ in range(4):
+            await asyncio.sleep(0.6)
+            status = await client.status()
+            up = [worker["pid"] for worker in status["workers"] if worker["state"] == "up"]
+            if up:
+                os.kill(chance.choice(up), signal.SIGKILL)
+        await publishing
+        ledger = await client.flush(60)
+        assert ledger.handled + ledger.dead + ledger.waiting == 6000
+        await assert_nothing_lost(client, 6000)
+        assert sum(worker["restarts"] for worker in (await client.status())["workers"]) >= 3
+
+
+async def test_a_new_supervisor_takes_over_after_the_old_one_was_killed(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "2")
+    bus.wait_ready()
+    workers = bus.worker_pids()
+    async with shardbus.connect(bus.address) as client:
+        publishing = asyncio.create_task(publish_stamped(client, 4000, 40, pause_s=0.01))
+        await asyncio.sleep(0.5)
+        bus.process.kill()
+        await asyncio.to_thread(bus.process.communicate)
+        await asyncio.to_thread(wait_until, lambda: not any(map(is_alive, workers)))
+        bus.start()
+        await asyncio.to_thread(bus.wait_ready)
+        await publishing
+        assert (await client.flush(60)).in_flight == 0
+        await assert_nothing_lost(client, 4000)
+
+
+async def test_dead_letters_outlive_a_killed_worker(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1")
+    bus.wait_ready()
+    async with shardbus.connect(bus.address) as client:
+        for number in range(50):
+            await client.publish(Stumbled(account=f"a{number}"))
+        assert (await client.flush(30)).dead == 50
+        pid = bus.worker_pids()[0]
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.to_thread(wait_until, lambda: bus.worker_pids()[0] not in (0, pid) and bus.status()["healthy"])
+        await client.publish(Stumbled(account="a"))
+        assert (await client.flush(30)).dead == 51
+    await asyncio.to_thread(wait_until, lambda: bus.status()["dead_letters"] == 51)
+
+
+async def test_a_command_that_kills_its_worker_is_lost_and_not_repeated(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1")
+    bus.wait_ready()
+    async with shardbus.connect(bus.address) as client:
+        with pytest.raises(shardbus.CommandLost, match="outcome is unknown"):
+            await client.execute(Die(account="a"), timeout=30)
+        assert await client.execute(GetTotal(account="a"), timeout=30) == 0
+        assert (await client.status())["workers"][0]["restarts"] == 1
+
+
+async def test_a_full_lane_survives_its_worker_in_order(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1")
+    bus.wait_ready()
+    async with shardbus.connect(bus.address) as client:
+        await client.publish(Slept(account="a0", seconds=3.0))
+        ordinal = 0
+        for _ in range(3000):
+            ordinal += 1
+            await client.publish(Added(account="a0"), ordinal=ordinal)
+        ledger = await client.flush(30)
+        assert ledger.waiting > 1024
+        os.kill(bus.worker_pids()[0], signal.SIGKILL)
+        await asyncio.to_thread(wait_until, lambda: bus.status()["waiting"] == 0 and bus.status()["healthy"], 60)
+        await assert_nothing_lost(client, 3000)
+
+
+def test_a_second_bus_at_an_address_is_refused(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1")
+    bus.wait_ready()
+    second = bus.shardbus("serve", "accounts:bus", "--bind", bus.address, "--workers", "1")
+    assert second.returncode == 1
+    assert "a bus runs at" in second.stderr
+    assert "Traceback" not in second.stderr
+    assert bus.status()["healthy"]
+
+
+@pytest.mark.parametrize(
+    ("application", "told"),
+    [
+        ("nothing:bus", "there is no module 'nothing'"),
+        ("accounts", "is not MODULE:BUS"),
+        ("accounts:shop", "has no Bus named 'shop'; it has bus"),
+        ("broken:bus", "broken does not import: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_application_that_cannot_start_is_told_in_one_line(make_bus: MakeBus, application: str, told: str) -> None:
+    bus = make_bus("--workers", "1", application="accounts:nothing")
+    bus.close()
+    (bus.directory / "broken.py").write_text("1 / 0\n")
+    refused = bus.shardbus("serve", application, "--bind", bus.address)
+    assert refused.returncode == 2
+    assert told in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_lifespan_that_raises_ends_the_start(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1", application="accounts:nothing")
+    bus.close()
+    (bus.directory / "pools.py").write_text(
+        "from shardbus import Bus\nbus = Bus('pools')\n\n@bus.lifespan\nasync def pool(worker):\n"
+        "    raise OSError('no database here')\n    yield\n"
+    )
+    refused = bus.shardbus("serve", "pools:bus", "--bind", bus.address, "--workers", "2")
+    assert refused.returncode == 1
+    assert "its lifespan raised OSError: no database here" in refused.stderr
+
+
+async def test_a_client_without_a_bus_says_so(short_path: Path) -> None:
+    with pytest.raises(shardbus.BusUnreachable, match="no bus answered at ipc://"):
+        async with shardbus.connect(f"ipc://{short_path}", timeout=0.3):
+            pass
+
+
+async def test_garbage_to_both_sockets_disturbs_nobody(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1")
+    bus.wait_ready()
+    sockets = sorted(path for path in (bus.directory / "bus").iterdir() if path.is_socket())
+    assert len(sockets) == 2
+    chance = random.Random(3)
+    async with shardbus.connect(bus.address) as client:
+        with zmq.Context() as context:
+            for path in sockets:
+                with context.socket(zmq.DEALER) as garbage:
+                    garbage.set(zmq.LINGER, 1000)
+                    garbage.connect(f"ipc://{path}")
+                    for _ in range(300):
+                        garbage.send(chance.randbytes(chance.randrange(200)))
+                    garbage.send_multipart([b"", b"two", b"three"])
+            await publish_stamped(client, 500, 5)
+            assert (await client.flush(30)).handled == 500
+        await assert_nothing_lost(client, 500)
+    await asyncio.to_thread(
+        wait_until, lambda: sum(bus.status()["workers"][0][what] for what in ("malformed", "ignored")) == 301
+    )
+    assert bus.status()["workers"][0]["restarts"] == 0
+
+
+async def test_a_bus_over_tcp_serves_alike(make_bus: MakeBus) -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as probe:
+        port = probe.bind_to_random_port("tcp://127.0.0.1", min_port=20_000, max_port=50_000)
+    address = f"tcp://127.0.0.1:{port}"
+    bus = make_bus("--workers", "1", "--bind", address)
+    bus.wait_ready()
+    async with shardbus.connect(address) as client:
+        await publish_stamped(client, 1000, 10, pause_s=0.005)
+        os.kill((await client.status())["workers"][0]["pid"], signal.SIGKILL)
+        await publish_stamped_more(client, 1000)
+        assert (await client.flush(60)).handled == 2000
+    assert bus.end()[0] == 0
+
+
+async def publish_stamped_more(client: shardbus.Client, count: int) -> None:
+    for number in range(count):
+        await client.publish(Added(account=f"b{number % 10}"))
+
+
+async def test_a_silent_worker_is_replaced(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1")
+    bus.wait_ready()
+    pid = bus.worker_pids()[0]
+    os.kill(pid, signal.SIGSTOP)
+    await asyncio.to_thread(wait_until, lambda: bus.worker_pids()[0] not in (0, pid), 40)
+    assert not is_alive(pid)
+
+
+async def test_drain_says_what_it_could_not_finish(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1", "--drain-timeout", "0.5")
+    bus.wait_ready()
+    with pytest.raises(shardbus.NotDelivered, match="1 events"):
+        async with shardbus.connect(bus.address, close_timeout=1.0) as client:
+            await client.publish(Slept(account="sleeper", seconds=60))
+            await asyncio.to_thread(wait_until, lambda: bus.status()["workers"][0]["backlog"] == 1)
+            drained = await asyncio.to_thread(bus.shardbus, "drain")
+            assert drained.returncode == 1
+            assert "key 'sleeper': Slept is running" in drained.stderr
+    _, errors = await asyncio.to_thread(bus.process.communicate)
+    assert bus.process.returncode == 1
+    assert "key 'sleeper': Slept is running" in errors
