@@ -1,4 +1,4 @@
-"""What `--bind` and `--connect` name: a directory for ipc, or a host and port for tcp. Pure but for the environment's default."""
+"""Addresses as people write them: of a bus (a directory for ipc, a host and port for tcp) and of a store."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TcpAddress(msgspec.Struct, frozen=True):
         """Where the supervisor listens."""
         return self.url
 
-    def worker(self, shard: int, counter: int, incarnation: bytes) -> str:
+    def worker(self, shard: int, _counter: int, _incarnation: bytes) -> str:
         """Where a worker listens: its port is its shard's, whatever the incarnation."""
         return f"tcp://{self.host}:{self.port + 1 + shard}"
 

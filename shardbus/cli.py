@@ -83,8 +83,8 @@ def serve(
 ) -> None:
     """Run an application on all cores, until SIGTERM or Ctrl-C; without one, the built-in demo.
 
-    Prints one line on standard output when every worker is ready; logs to standard error. A first signal drains, a second one
-    ends at once. Exit code 0: everything was drained.
+    Prints one line on standard output when every worker is ready; logs to standard error. A first signal drains, a
+    second one ends at once. Exit code 0: everything was drained.
     """
     configure_logging(log_level, log_format, None)
     try:
@@ -110,7 +110,7 @@ def serve(
 
 
 async def _serve(options: ServeOptions) -> list[str]:
-    return await Supervisor(options).run(lambda line: click.echo(line))
+    return await Supervisor(options).run(click.echo)
 
 
 async def _with_client(address: str | None, timeout_s: float, what: str) -> Any:
@@ -125,7 +125,9 @@ async def _ask(client: Client, what: str, timeout_s: float) -> Any:
 @cli.command()
 @_connect_option
 @click.option("--json", "as_json", is_flag=True, help="All of it, as JSON.")
-@click.option("--timeout", type=click.FloatRange(0.1, 600), default=3.0, show_default=True, help="Seconds to wait for an answer.")
+@click.option(
+    "--timeout", type=click.FloatRange(0.1, 600), default=3.0, show_default=True, help="Seconds to wait for an answer."
+)
 def status(address: str | None, as_json: bool, timeout: float) -> None:
     """Show workers, rates, dead letters and waiting events. Exit code 0: healthy."""
     found = _run(_with_client(address, timeout, "status"))
@@ -134,10 +136,10 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
     else:
         click.echo(
             f"{found['bus']} at {found['address']}: {'healthy' if found['healthy'] else 'UNHEALTHY'}"
-            f"{', draining' if found['draining'] else ''}, up {found['uptime_s']:g} s, {found['handled_per_s']:,.0f} events/s, "
-            f"{found['dead_letters']:,} dead letters, {found['waiting']:,} waiting"
+            f"{', draining' if found['draining'] else ''}, up {found['uptime_s']:g} s, "
+            f"{found['handled_per_s']:,.0f} events/s, {found['dead_letters']:,} dead letters, {found['waiting']:,} waiting"
         )
-        click.echo(f"{'shard':>5} {'state':>9} {'pid':>8} {'restarts':>8} {'handled':>15} {'backlog':>8} {'dead':>8} {'MB':>6}  last exit")
+        click.echo("shard     state      pid restarts         handled  backlog     dead     MB  last exit")
         for one in found["workers"]:
             click.echo(
                 f"{one['shard']:>5} {one['state']:>9} {one['pid']:>8} {one['restarts']:>8} {one['handled']:>15,} "
@@ -150,7 +152,9 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
 
 @cli.command()
 @_connect_option
-@click.option("--timeout", type=click.FloatRange(0.1, 7200), default=60.0, show_default=True, help="Seconds to wait for the end.")
+@click.option(
+    "--timeout", type=click.FloatRange(0.1, 7200), default=60.0, show_default=True, help="Seconds to wait for the end."
+)
 def drain(address: str | None, timeout: float) -> None:
     """Have the bus finish what it has accepted, and stop. Exit code 0: everything was drained."""
     try:

@@ -555,7 +555,8 @@ class Client:
         self._check_open()
         self._requests += 1
         number = self._requests
-        future = self._asked[number] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._asked[number] = future
         frame = encode_frame(Ask(number, what, body))
         try:
             async with asyncio.timeout(timeout):
@@ -719,7 +720,8 @@ class Client:
             else:
                 call.reply.set_exception(CommandFailed(call.name, *_decode_failure(what.body)))
         except msgspec.DecodeError as error:
-            call.reply.set_exception(CommandFailed(call.name, type(error).__name__, f"its reply is not as declared: {error}"))
+            told = f"its reply is not as declared: {error}"
+            call.reply.set_exception(CommandFailed(call.name, type(error).__name__, told))
 
     def _lost(self, outbox: _Outbox, what: Lost) -> None:
         call = outbox.commands.pop(what.seq, None)

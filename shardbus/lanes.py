@@ -666,8 +666,8 @@ class Lanes:
         if plan.simple is not None:
             try:
                 plan.decode(body)
-            except Exception as error:  # whatever a message's own checks raise
-                return self._undecodable(error)
+            except Exception as undecodable:  # whatever a message's own checks raise
+                return self._undecodable(undecodable)
         _, error = failed[0]
         place, text = self._place_of(error)
         return Failure(

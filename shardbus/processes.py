@@ -1,7 +1,8 @@
 """Processes and signals: start, watch, kill, pin. The only file that imports subprocess, signal or psutil.
 
-Children are new interpreters, never forks. A pipe joins each to its supervisor: the child writes reports into it, and reads its
-end as the supervisor's death. Linux ends a child with its parent besides (PR_SET_PDEATHSIG); start children from the main thread.
+Children are new interpreters, never forks. A pipe joins each to its supervisor: the child writes reports into it, and reads
+its end as the supervisor's death. Linux ends a child with its parent besides (PR_SET_PDEATHSIG); start children from the main
+thread.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Child:
             self._on_report(report)
 
     async def _poll(self) -> None:
-        while self._process.poll() is None:
+        while self._process.poll() is None:  # noqa: ASYNC110 - no event tells of it on this platform
             await asyncio.sleep(_POLL_S)
         self._ended()
 

@@ -103,12 +103,13 @@ class Registry:
 
         It takes a `WorkerInfo`, or nothing, and yields once. Several open in order and close in reverse.
         """
-        if not inspect.isasyncgenfunction(function):
+        is_lifespan: bool = inspect.isasyncgenfunction(function)
+        if not is_lifespan:
             raise RegistrationError(f"@bus.lifespan takes an `async def` that yields once, not {_shown(function)}")
         takes = _positional_count(function)
         if not (takes[0] <= 1 and takes[1] >= 0):
             raise RegistrationError(f"{_shown(function)}: a lifespan takes (worker) or nothing")
-        manager = contextlib.asynccontextmanager(function)
+        manager: Callable[..., contextlib.AbstractAsyncContextManager[None]] = contextlib.asynccontextmanager(function)
         self._lifespans.append(manager if takes[1] >= 1 else lambda _worker: manager())
         return function
 

@@ -13,8 +13,6 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
-import msgspec
-
 from shardbus.clock import NowNs, wall_ns
 from shardbus.config import PROTOCOL, Limits
 from shardbus.errors import RemoteProtocolError
@@ -25,7 +23,7 @@ from shardbus.registry import Plan
 from shardbus.routing import slot_of
 from shardbus.store import DeadLetter, Envelope, Store, StoreCounts, StoreError, WaitingEvent
 from shardbus.wire.codec import decode_batch
-from shardbus.wire.frames import Bye, Data, Hello, Ping, Reject, Reply, decode_to_worker, encode_frame
+from shardbus.wire.frames import Data, Hello, Ping, Reject, Reply, decode_to_worker, encode_frame
 from shardbus.wire.session import WorkerSession
 
 log = logging.getLogger("shardbus.shard")
@@ -196,6 +194,7 @@ class Shard:
         self._blocked: OrderedDict[bytes, None] = OrderedDict()
         self._touched: list[_Publisher] = []
         self._draining = False
+        self._sessions_made = 0
 
     # -- life
 
@@ -219,7 +218,7 @@ class Shard:
         self._draining = True
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
-        while not (self.lanes.idle() and self._writer.idle()) and loop.time() < end:
+        while not (self.lanes.idle() and self._writer.idle()) and loop.time() < end:  # noqa: ASYNC110 - once in a life
             await asyncio.sleep(0.005)
         self._flush_acks()
         left = self.lanes.running()
@@ -338,7 +337,7 @@ class Shard:
             self._greeting.add(task)
             task.add_done_callback(self._greeting.discard)
         else:
-            self._admit(peer, WorkerSession(frame.publisher, self.epoch, frame.first, self._limits))
+            self._admit(peer, self._new_session(frame))
 
     async def _admit_after_look(self, peer: bytes, frame: Hello) -> None:
         """A publisher that knew a predecessor may resend what is in the store already."""
@@ -348,9 +347,13 @@ class Shard:
             log.warning("the store cannot be read: %s; the publisher will greet again", error)
             return
         if frame.publisher not in self._publishers and not self._draining:
-            session = WorkerSession(frame.publisher, self.epoch, frame.first, self._limits)
+            session = self._new_session(frame)
             session.adopt(dead, waiting)
             self._admit(peer, session)
+
+    def _new_session(self, frame: Hello) -> WorkerSession:
+        self._sessions_made += 1
+        return WorkerSession(frame.publisher, self.epoch, frame.first, self._limits, self._sessions_made)
 
     def _admit(self, peer: bytes, session: WorkerSession) -> None:
         one = self._publishers[session.publisher] = _Publisher(session, peer)

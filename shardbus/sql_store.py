@@ -1,8 +1,8 @@
 """The store over SQLAlchemy: SQLite in memory, on RAM or on disk. The only file that imports SQLAlchemy.
 
 One connection, held open; one caller; one transaction a write. SQL and types are portable, pragmas are SQLite's alone.
-`locking_mode=EXCLUSIVE` comes before WAL: then the WAL index lies in heap memory, and a full RAM disk cannot kill the process
-that maps it. A WAL file survives SIGKILL at any `synchronous` level; NORMAL also keeps it consistent through a power cut.
+`locking_mode=EXCLUSIVE` comes before WAL: then the WAL index lies in heap memory, and a full RAM disk cannot kill the
+process that maps it. A WAL file survives SIGKILL at any `synchronous` level; NORMAL also keeps it consistent through a power cut.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def _names(table: Table) -> tuple[str, ...]:
 
 def _insert(table: Table, conflict: str = "") -> str:
     names = _names(table)
-    return f"INSERT INTO {table.name} ({', '.join(names)}) VALUES ({', '.join(':' + name for name in names)}) {conflict}"
+    values = ", ".join(":" + name for name in names)
+    return f"INSERT INTO {table.name} ({', '.join(names)}) VALUES ({values}) {conflict}"  # noqa: S608 - names of columns
 
 
 # An event that dies again keeps the time of its first death. The same words in SQLite and PostgreSQL.

@@ -1,7 +1,7 @@
 """The supervisor: starts workers, watches them, restarts them, tells clients where they are. Never on the data path.
 
-Owns the routing table, the evidence files and the control socket. Every child and every signal only posts facts; what follows
-from them is decided in one place each: `_on_exit`, `_on_report`, `_check_silence`.
+Owns the routing table, the evidence files and the control socket. Every child and every signal only posts facts; what
+follows from them is decided in one place each: `_on_exit`, `_on_report`, `_check_silence`.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Supervisor:
             await self._until(lambda: self._failure or self._stopping or all(one.ready for one in self._workers))
             if not self._failure and not self._stopping:
                 on_ready(self._ready_line())
-            await self._serve(rundir)
+            await self._serve()
             if self._failure:
                 raise BootError(self._failure)
             return self._not_drained()
@@ -131,7 +131,7 @@ class Supervisor:
 
     # -- life
 
-    async def _serve(self, rundir: RunDir) -> None:
+    async def _serve(self) -> None:
         checked_at = time.monotonic()
         while not (self._stopping or self._failure):
             await self._wait(_CHECK_S)
@@ -195,10 +195,9 @@ class Supervisor:
         if before and before != self._options.workers:
             for shard in range(before):
                 url = self._store_url(rundir, shard)
-                path = url.partition(":///")[2]
-                if url == MEMORY_URL or not os.path.exists(path):
+                if url == MEMORY_URL:
                     continue
-                store = SqlStore(url)
+                store = SqlStore(url)  # one that was never there is made, and is empty
                 counts = await store.open()
                 await store.close()
                 if counts.dead or counts.waiting:
@@ -274,7 +273,8 @@ class Supervisor:
             return
         if worker.counter == 1 and not was_ready:
             # Its very first start: nothing depends on it yet, so say so and stop.
-            self._failure = worker.boot_error or f"the worker of shard {worker.shard} ended before it was ready: {worker.last_exit}"
+            told = f"the worker of shard {worker.shard} ended before it was ready: {worker.last_exit}"
+            self._failure = worker.boot_error or told
             return
         handled = worker.evidence.book.counters().handled
         lived_s = time.monotonic() - worker.ready_at if was_ready else 0.0

@@ -68,7 +68,7 @@ async def _serve(spec: WorkerSpec, registry: Registry, pipe: ReportPipe, stop: a
         plans=registry.plans(),
         store=SqlStore(spec.store_url),
         book=evidence.book,
-        send=lambda peer, frame: sends[0](peer, frame),
+        send=lambda peer, frame: sends[0](peer, frame),  # noqa: PLW0108 - the list is filled once the socket is bound
         now=monotonic_ns,
         limits=DEFAULT_LIMITS,
         broken=_broken,

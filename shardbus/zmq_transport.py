@@ -1,8 +1,8 @@
 """ZeroMQ sockets in an asyncio event loop. The only file that imports zmq.
 
-A message is one part (behind a ROUTER's identity). Sockets never block: what cannot be sent now is lost, and the session above
-sends it again. The socket's descriptor is edge-triggered, so it is drained until nothing is left, under a budget, and looked at
-again after every send.
+A message is one part (behind a ROUTER's identity). Sockets never block: what cannot be sent now is lost, and the session
+above sends it again. The socket's descriptor is edge-triggered, so it is drained until nothing is left, under a budget, and
+looked at again after every send.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class _Frame(msgspec.Struct, frozen=True, array_like=True, gc=False):
 # -- publisher → worker
 
 
-class Hello(_Frame, tag=1):
+class Hello(_Frame, frozen=True, tag=1):
     """Opens a session, or takes it up again after the connection was lost. `first` is the lowest unfinished sequence."""
 
     protocol: int
@@ -33,7 +33,7 @@ class Hello(_Frame, tag=1):
     first: int
 
 
-class Data(_Frame, tag=2):
+class Data(_Frame, frozen=True, tag=2):
     """`count` events from sequence `first` on, packed in `blob`; `skip` lists finished ranges in them (flat pairs).
 
     A stretch that is wholly finished travels with an empty blob, and may be longer than a batch. `attempt` is 1 for what
@@ -49,14 +49,14 @@ class Data(_Frame, tag=2):
     blob: bytes
 
 
-class Ping(_Frame, tag=3):
+class Ping(_Frame, frozen=True, tag=3):
     """Asks for a full `Ack`. `sent` is the sequence that the publisher will use next."""
 
     epoch: bytes
     sent: int
 
 
-class Bye(_Frame, tag=4):
+class Bye(_Frame, frozen=True, tag=4):
     """The publisher leaves; its session may be forgotten."""
 
     epoch: bytes
@@ -65,27 +65,28 @@ class Bye(_Frame, tag=4):
 # -- worker → publisher
 
 
-class Welcome(_Frame, tag=17):
+class Welcome(_Frame, frozen=True, tag=17):
     """The session is open; the worker takes `expected` next.
 
-    `fresh` says that this worker remembers nothing of the publisher, so what was sent before may come to be handled again.
+    `session` numbers the worker's sessions: another number than before says that the worker remembers nothing of the
+    publisher, so what was sent before may come to be handled again.
     """
 
     epoch: bytes
     expected: int
-    fresh: bool
+    session: int
     credit_events: int
     credit_bytes: int
 
 
-class Reject(_Frame, tag=18):
+class Reject(_Frame, frozen=True, tag=18):
     """The worker does not take what was sent. `reason` is one of `REASONS`."""
 
     epoch: bytes
     reason: str
 
 
-class Ack(_Frame, tag=19):
+class Ack(_Frame, frozen=True, tag=19):
     """What is finished: all below `cumulative`, and `finished` (flat ranges above it).
 
     `full` says whether `finished` is all of it or only what is new since the last ack. Everything else is absolute, so
@@ -104,14 +105,14 @@ class Ack(_Frame, tag=19):
     credit_bytes: int
 
 
-class Nack(_Frame, tag=20):
+class Nack(_Frame, frozen=True, tag=20):
     """Data above `expected` arrived: go back and send from `expected` on."""
 
     epoch: bytes
     expected: int
 
 
-class Reply(_Frame, tag=21):
+class Reply(_Frame, frozen=True, tag=21):
     """The outcome of the command with this sequence; `body` is packed as `status` says."""
 
     epoch: bytes
@@ -123,7 +124,7 @@ class Reply(_Frame, tag=21):
 # -- client → supervisor and back
 
 
-class Ask(_Frame, tag=33):
+class Ask(_Frame, frozen=True, tag=33):
     """A question to the supervisor; `body` is msgpack, as `what` says."""
 
     request: int
@@ -131,7 +132,7 @@ class Ask(_Frame, tag=33):
     body: bytes
 
 
-class Answer(_Frame, tag=34):
+class Answer(_Frame, frozen=True, tag=34):
     """The answer to the question with this number. `error` is empty, or says why there is no `body`."""
 
     request: int
@@ -139,7 +140,7 @@ class Answer(_Frame, tag=34):
     body: bytes
 
 
-class TableChanged(_Frame, tag=35):
+class TableChanged(_Frame, frozen=True, tag=35):
     """A new routing table, sent unasked to everybody who asked for one; `body` is a packed `routing.Table`."""
 
     body: bytes
@@ -200,7 +201,7 @@ def decode_to_worker(data: bytes) -> ToWorker:
     Raises:
         RemoteProtocolError: they are not a frame that a publisher may send.
     """
-    frame = _convert(_unpack(data, _SERVER_ARRAY_MAX), ToWorker)
+    frame: ToWorker = _convert(_unpack(data, _SERVER_ARRAY_MAX), ToWorker)
     if isinstance(frame, Data):
         _check_data(frame)
     elif isinstance(frame, Hello) and (len(frame.publisher) != 16 or frame.first < 0):
@@ -210,7 +211,7 @@ def decode_to_worker(data: bytes) -> ToWorker:
 
 def decode_to_publisher(data: bytes) -> ToPublisher:
     """Bytes that a publisher received from a worker. Raises as `decode_to_worker`."""
-    frame = _convert(_unpack(data, _CLIENT_ARRAY_MAX), ToPublisher)
+    frame: ToPublisher = _convert(_unpack(data, _CLIENT_ARRAY_MAX), ToPublisher)
     if isinstance(frame, Ack) and not _is_sorted_pairs(frame.finished, frame.cumulative, frame.received):
         raise RemoteProtocolError("an ack whose ranges are not sorted pairs")
     return frame
@@ -218,12 +219,14 @@ def decode_to_publisher(data: bytes) -> ToPublisher:
 
 def decode_to_supervisor(data: bytes) -> Ask:
     """Bytes that the supervisor received from a client. Raises as `decode_to_worker`."""
-    return _convert(_unpack(data, 16), Ask)
+    frame: Ask = _convert(_unpack(data, 16), Ask)
+    return frame
 
 
 def decode_to_client(data: bytes) -> ToClient:
     """Bytes that a client received from the supervisor. Raises as `decode_to_worker`."""
-    return _convert(_unpack(data, 16), ToClient)
+    frame: ToClient = _convert(_unpack(data, 16), ToClient)
+    return frame
 
 
 def _convert(value: Any, kind: Any) -> Any:

@@ -116,6 +116,7 @@ class PublisherSession:
         self._waiting_before = 0
         self._dead = 0
         self._waiting = 0
+        self._session: int | None = None  # the worker's number for it; None: no welcome of this epoch yet
         self._greeted_ns = -(2**63)
         self._pinged_ns = 0
         self._pinged_seq = 0
@@ -153,6 +154,7 @@ class PublisherSession:
         """
         lost = self._retire_session()
         self.epoch, self.layout = epoch, layout
+        self._session = None
         self._begin_greeting()
         return lost
 
@@ -207,7 +209,7 @@ class PublisherSession:
             self._sent_next = packed.first + packed.count
             self._in_flight_events += packed.unfinished
             self._in_flight_bytes += len(packed.blob)
-            skip = ()
+            skip: tuple[int, ...] = ()
             if packed.unfinished != packed.count:
                 skip = self._finished_in(packed)
             yield self._data(packed.first, packed.count, packed.attempt, skip, packed.blob)
@@ -224,11 +226,12 @@ class PublisherSession:
     def _on_welcome(self, frame: Welcome) -> list[Happened]:
         self.state = State.OPEN
         self._credit_events, self._credit_bytes = frame.credit_events, frame.credit_bytes
-        if frame.fresh:
-            lost: list[Happened] = list(self._retire_session())
+        lost: list[Happened] = []
+        if self._session not in (None, frame.session):
+            lost += self._retire_session()
         else:
-            lost = []
             self._go_back(frame.expected)
+        self._session = frame.session
         self._sent_next = frame.expected
         self._pinged_seq = frame.expected
         return lost
@@ -412,17 +415,17 @@ class WorkerSession:
         "_nacked",
         "cumulative",
         "dead",
-        "first",
         "heard_ns",
+        "number",
         "publisher",
         "received",
         "unfinished",
         "waiting",
     )
 
-    def __init__(self, publisher: bytes, epoch: bytes, first: int, limits: Limits) -> None:
+    def __init__(self, publisher: bytes, epoch: bytes, first: int, limits: Limits, number: int = 1) -> None:
         self.publisher = publisher
-        self.first = first
+        self.number = number  # tells it from other sessions of the same publisher with the same worker
         self.received = first  # the next sequence that is taken
         self.cumulative = first
         self.unfinished = 0
@@ -545,6 +548,6 @@ class WorkerSession:
         )
 
     def welcome(self, credit: tuple[int, int]) -> bytes:
-        """The frame that opens the session. It stays fresh until the first batch, because a welcome can be lost."""
+        """The frame that opens the session, or takes it up again."""
         self._nacked = -1
-        return encode_frame(Welcome(self._epoch, self.received, self.received == self.first, *credit))
+        return encode_frame(Welcome(self._epoch, self.received, self.number, *credit))
