@@ -1,8 +1,8 @@
 """Processes and signals: start, watch, kill, pin. The only file that imports subprocess, signal or psutil.
 
 Children are new interpreters, never forks. A pipe joins each to its supervisor: the child writes reports into it, and reads
-its end as the supervisor's death. Linux ends a child with its parent besides (PR_SET_PDEATHSIG); start children from the main
-thread.
+its end as the supervisor's death. Linux ends a child with its parent besides (PR_SET_PDEATHSIG); start children from the
+main thread.
 """
 
 from __future__ import annotations

@@ -41,10 +41,9 @@ def test_a_second_holds_exactly_its_rate() -> None:
     assert pacer.scheduled(10 * SECOND - 1) == 200_000
 
 
-def test_no_error_adds_up_over_a_week() -> None:
+def test_no_error_adds_up_over_a_million_seconds() -> None:
     pacer = ConstantRate.of(START, 33_333.333)
-    week = 7 * 24 * 3600
-    assert pacer.intended_ns(33_333_333 * week // 1000, 1) == [START + week * SECOND]
+    assert pacer.intended_ns(33_333_333_000, 1) == [START + 1_000_000 * SECOND]
 
 
 def test_a_rate_below_the_resolution_is_refused() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -59,7 +61,7 @@ def test_uniform_keys_come_equally_often() -> None:
 def test_uniform_keys_come_in_random_order() -> None:
     # Of two neighbours, one in `keys` should be equal; a cycle would have none, a sorted deck nearly all.
     events = deal(UniformKeys(100, 0, 1), 65_600)
-    pairs = sum(a[1] == b[1] for a, b in zip(events, events[1:], strict=False))
+    pairs = sum(a[1] == b[1] for a, b in itertools.pairwise(events))
     expected, deviation = 656, 26  # binomial: n p, √(n p)
     assert abs(pairs - expected) < 5 * deviation
 
@@ -111,6 +113,6 @@ def test_the_specification_chooses_the_keys() -> None:
         ("flush_s", 0.0, "the time for the flush"),
     ],
 )
-def test_a_value_out_of_range_is_refused_by_name(field: str, value: float, named: str) -> None:
+def test_a_value_out_of_range_is_refused_by_name(field: str, value: Any, named: str) -> None:
     with pytest.raises(LoadError, match=f"{named} must be from"):
         LoadSpec(**{"rate": 1.0, field: value})
