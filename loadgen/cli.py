@@ -15,7 +15,7 @@ import shardbus
 from loadgen.processes import end_as_on_interrupt
 from loadgen.report import EXIT_USAGE, BusState, Report, rows_of
 from loadgen.runner import run
-from loadgen.spec import KEYS_MAX, PAYLOAD_BYTES_MAX, WORKERS_MAX, LoadError, LoadSpec, Progress
+from loadgen.spec import KEYS_MAX, PAYLOAD_BYTES_MAX, WORKERS_MAX, Call, LoadError, LoadSpec, Progress
 
 _PLAIN_EVERY: Final = 5  # progress lines that go to a file or a pipe: one of so many
 _STYLES: Final = {"ok": "green", "failed": "red", "generator-bound": "yellow", "saturated": "yellow"}
@@ -146,67 +146,89 @@ def _run(spec: LoadSpec) -> Report:
 
 @click.command(context_settings={"auto_envvar_prefix": "LOADGEN", "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="shardbus")
-@click.option("--rate", type=_Rate(), required=True, help="Events per second, or max: as many as the bus takes.")
+@click.option(
+    "--rate", metavar="N|max", type=_Rate(), required=True, help="Events per second, or max: as many as the bus takes."
+)
 @click.option(
     "--connect",
-    "address",
     metavar="URL",
     envvar=["LOADGEN_CONNECT", "SHARDBUS_URL"],
     help="A running bus: ipc://DIRECTORY or tcp://HOST:PORT. Default: this user's, started for the run if none runs.",
 )
-@click.option("--duration", "duration_s", type=float, default=10.0, show_default=True, help="Seconds measured.")
+@click.option("--duration", metavar="S", type=float, default=10.0, show_default=True, help="Seconds that are measured.")
+@click.option("--warmup", metavar="S", type=float, default=2.0, show_default=True, help="Seconds before, not measured.")
 @click.option(
-    "--warmup", "warmup_s", type=float, default=2.0, show_default=True, help="Seconds before that, not measured."
-)
-@click.option(
-    "--keys", type=_Keys(), default="1000", show_default=True, help="Keys, or unique: a new one for every event."
+    "--keys", metavar="N|unique", type=_Keys(), default="1000", show_default=True, help="Unique: a new key every event."
 )
 @click.option(
     "--payload",
-    "payload_bytes",
+    metavar="BYTES",
     type=click.IntRange(0, PAYLOAD_BYTES_MAX),
     default=0,
     show_default=True,
-    help="Bytes that each event carries besides its key.",
+    help="What each event carries besides its key.",
 )
 @click.option(
     "--workers",
+    metavar="N",
     type=click.IntRange(1, WORKERS_MAX),
     default=1,
     show_default=True,
-    help="Workers of a bus that is started for the run; one that runs has its own.",
+    help="Of a bus that is started for the run; one that runs has its own.",
 )
 @click.option(
     "--call",
     type=click.Choice(["publish_many", "publish"]),
     default="publish_many",
-    show_default=True,
-    help="How to send.",
-)
-@click.option("--seed", type=int, default=1, show_default=True, help="The same seed makes the same events.")
-@click.option(
-    "--flush", "flush_s", type=float, default=30.0, show_default=True, help="Seconds to wait for what is unfinished."
+    help="The client's call that sends.",
 )
 @click.option(
-    "--json", "json_path", metavar="FILE", help="Write the report as JSON; - writes it to stdout instead of the table."
+    "--seed", metavar="N", type=int, default=1, show_default=True, help="The same seed makes the same events."
 )
-def cli(json_path: str | None, **options: Any) -> None:
+@click.option("--flush", metavar="S", type=float, default=30.0, show_default=True, help="Seconds to wait for the rest.")
+@click.option(
+    "--json", "path", metavar="FILE", envvar="LOADGEN_JSON", help="Write the report; - is stdout, without table."
+)
+def cli(
+    rate: float | None,
+    connect: str | None,
+    duration: float,
+    warmup: float,
+    keys: int | None,
+    payload: int,
+    workers: int,
+    call: Call,
+    seed: int,
+    flush: float,
+    path: str | None,
+) -> None:
     """Drive a bus with events on a schedule that never slips, and report what became of them.
 
     Every option is also read from LOADGEN_…, for instance LOADGEN_RATE. Exit code 0: ok; 1: events were lost, overtaken,
     repeated unannounced or not finished; 2: the run could not be made; 3: this machine could not offer the rate;
     4: the bus did not keep up.
     """
-    _check_target(json_path)
+    _check_target(path)
     end_as_on_interrupt()
     try:
-        spec = LoadSpec(**options)
+        spec = LoadSpec(
+            rate=rate,
+            duration_s=duration,
+            warmup_s=warmup,
+            keys=keys,
+            payload_bytes=payload,
+            call=call,
+            seed=seed,
+            address=connect,
+            workers=workers,
+            flush_s=flush,
+        )
     except LoadError as error:
         _fail(str(error), EXIT_USAGE)
     report = _run(spec)
-    if json_path is not None:
-        _write(report, json_path)
-    if json_path != "-":
+    if path is not None:
+        _write(report, path)
+    if path != "-":
         _show(report)
     sys.exit(report.exit_code)
 

@@ -1,4 +1,4 @@
-"""Addresses as people write them: of a bus (a directory for ipc, a host and port for tcp) and of a store."""
+"""Addresses of a bus as people write them: a directory for ipc, a host and port for tcp."""
 
 from __future__ import annotations
 
@@ -92,30 +92,3 @@ def default_address(environment: Mapping[str, str]) -> str:
     if base and os.path.isdir(base):
         return f"ipc://{base}/shardbus"
     return f"ipc://{tempfile.gettempdir()}/shardbus-{os.getuid()}"
-
-
-# -- stores
-
-MEMORY_URL: Final = "sqlite+aiosqlite:///:memory:"
-_SQLITE: Final = "sqlite+aiosqlite:///"
-
-
-def file_store_url(path: str) -> str:
-    """The URL of a store in a SQLite file."""
-    return f"{_SQLITE}{path}"
-
-
-def shard_store_url(url: str, shard: int) -> str:
-    """The URL of one shard's store under `--dead-letters URL`: a file is one shard's alone, so its name gets the number.
-
-    Raises:
-        ConfigError: not a URL of a store that this version can use.
-    """
-    if not url.startswith(_SQLITE) or url == _SQLITE:
-        raise ConfigError(f"{url!r} is not a store that shardbus knows; use sqlite+aiosqlite:///FILE")
-    if url == MEMORY_URL:
-        return MEMORY_URL
-    root, suffix = os.path.splitext(os.path.abspath(url.removeprefix(_SQLITE)))
-    if not os.path.isdir(os.path.dirname(root)):
-        raise ConfigError(f"{url!r}: there is no directory {os.path.dirname(root)}; make it first")
-    return file_store_url(f"{root}-{shard}{suffix or '.db'}")

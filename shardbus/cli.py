@@ -12,13 +12,14 @@ from typing import Any, Final, NoReturn, TypeVar
 import click
 import msgspec
 
-from shardbus.addresses import default_address, parse_address, shard_store_url
+from shardbus.addresses import default_address, parse_address
 from shardbus.application import DEMO, load_application
 from shardbus.client import Client
 from shardbus.connecting import connect
 from shardbus.errors import BusRejected, BusUnreachable, ShardbusError
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.processes import check_platform
+from shardbus.sql_store import shard_url
 from shardbus.store import StoreError
 from shardbus.supervisor import ServeOptions, Supervisor
 
@@ -91,7 +92,7 @@ def serve(
         check_platform()
         load_application(application)  # a mistake shows here, once, instead of in every worker
         if dead_letters is not None:
-            shard_store_url(dead_letters, 0)
+            shard_url(dead_letters, 0)
         options = ServeOptions(
             application=application,
             workers=workers,

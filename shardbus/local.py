@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import msgspec
 
-from shardbus.addresses import MEMORY_URL, shard_store_url
 from shardbus.client import Channel, Client, open_client
 from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
@@ -24,7 +23,7 @@ from shardbus.metrics import Book, book_bytes
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.shard import Shard
-from shardbus.sql_store import SqlStore
+from shardbus.sql_store import MEMORY_URL, SqlStore, shard_url
 from shardbus.store import Store
 from shardbus.wire.frames import Answer, decode_to_supervisor, encode_frame
 
@@ -199,4 +198,4 @@ async def _tick(shards: list[Shard]) -> None:
 
 
 def _url_of(dead_letters: str | None, shard: int) -> str:
-    return MEMORY_URL if dead_letters is None else shard_store_url(dead_letters, shard)
+    return MEMORY_URL if dead_letters is None else shard_url(dead_letters, shard)

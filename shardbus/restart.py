@@ -34,4 +34,4 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
             return GiveUp(fruitless_deaths)
         if fruitless_deaths == 0:
             return RestartIn(0.0)
-        return RestartIn(min(self.delay_s_max, self.delay_s * 2 ** (fruitless_deaths - 1)))
+        return RestartIn(min(self.delay_s_max, self.delay_s * 2.0 ** min(fruitless_deaths - 1, 60)))

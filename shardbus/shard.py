@@ -32,7 +32,7 @@ Send = Callable[[bytes, bytes], bool]
 """Send a frame to a peer; False where it could not be taken, and the protocol has to mend it."""
 
 _RETRY_S: Final = 0.25  # how long a failing store is left alone
-_WRITE_ROWS_MAX: Final = 1000  # more rows in a statement gain little and hold the others up
+_WRITE_ROWS_MAX: Final = 1024  # more rows in a transaction gain little and hold the others up
 _RESTING_MAX: Final = 4096  # sessions of silent publishers that are remembered
 _NS: Final = 1_000_000_000
 
@@ -56,10 +56,11 @@ class _Writer:
     nothing of it is acked.
     """
 
-    def __init__(self, store: Store, rows_max: int) -> None:
+    def __init__(self, store: Store, rows_max: int, broken: Callable[[BaseException], None]) -> None:
         self.counts = StoreCounts(dead=0, waiting=0, position_max=0)
         self.failing = ""
         self._store = store
+        self._broken = broken
         self._rows_max = rows_max
         self._rows = 0
         self._dead: list[tuple[DeadLetter, Callable[[], None]]] = []
@@ -75,6 +76,11 @@ class _Writer:
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="shardbus-store-writer")
+        self._task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._broken(error)  # a defect; without its writer a shard acks nothing more
 
     async def close(self) -> None:
         if self._task is not None:
@@ -182,7 +188,7 @@ class Shard:
         self._now = now
         self._limits = limits
         self._broken = broken
-        self._writer = _Writer(store, limits.store_rows_max)
+        self._writer = _Writer(store, limits.store_rows_max, broken)
         self._store = store
         self._position = 0
         self._adopted_position = 0  # rows up to here were written by a predecessor, and may have run

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
-from shardbus.addresses import MEMORY_URL, Address, file_store_url, shard_store_url
+from shardbus.addresses import Address
 from shardbus.errors import BootError, ConfigError, RemoteProtocolError
 from shardbus.evidence import SharedBook
 from shardbus.processes import Child, cores, on_stop_signals, reap_orphans, signal_name
@@ -24,7 +24,7 @@ from shardbus.reports import Beat, BootFailed, Drained, Ready, WorkerSpec, decod
 from shardbus.restart import GiveUp, RestartIn, RestartPolicy
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.rundir import RunDir
-from shardbus.sql_store import SqlStore
+from shardbus.sql_store import MEMORY_URL, SqlStore, shard_url, sqlite_file_url
 from shardbus.wire.frames import Answer, TableChanged, decode_to_supervisor, encode_frame
 from shardbus.zmq_transport import Router, ZmqListener
 
@@ -210,8 +210,8 @@ class Supervisor:
 
     def _store_url(self, rundir: RunDir, shard: int) -> str:
         if self._options.dead_letters is not None:
-            return shard_store_url(self._options.dead_letters, shard)
-        return file_store_url(rundir.store_path(shard)) if rundir.on_ram else MEMORY_URL
+            return shard_url(self._options.dead_letters, shard)
+        return sqlite_file_url(rundir.store_path(shard)) if rundir.on_ram else MEMORY_URL
 
     # -- workers
 

@@ -24,8 +24,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config",),
     ("clock",),
+    ("addresses",),
     ("messages",),
-    ("routing", "restart"),
+    ("routing", "restart", "reports"),
     ("wire",),  # the package itself, which holds nothing
     ("wire.ranges",),
     ("wire.frames",),
@@ -36,14 +37,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("store",),
     ("metrics",),
     ("lanes",),
-    ("evidence", "sql_store", "zmq_transport", "processes", "rundir"),  # adapters: one effect each
+    # adapters: one effect each
+    ("evidence", "sql_store", "zmq_transport", "processes", "rundir", "logs", "application"),
     ("shard",),
     ("client", "worker", "supervisor"),  # roles
-    ("local",),
+    ("local", "connecting"),
     ("bus",),
     ("testing",),
     ("demo",),
     ("cli",),
+    ("__main__",),
 )
 
 # Arrows that point down the list and are forbidden all the same: (from, to) → why.

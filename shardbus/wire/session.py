@@ -73,13 +73,14 @@ Happened = Replied | Rejected | Lost
 class _Packed:
     """A sealed batch, kept until every message in it is finished."""
 
-    __slots__ = ("attempt", "blob", "commands", "count", "first", "unfinished")
+    __slots__ = ("attempt", "blob", "commands", "count", "first", "sent", "unfinished")
 
     def __init__(self, first: int, count: int, blob: bytes, commands: tuple[int, ...]) -> None:
         self.first = first
         self.count = count
         self.blob = blob
         self.attempt = 1
+        self.sent = False  # in this session, so that the worker may have it, whatever was gone back since
         self.commands = commands  # sequences of commands that must not be sent twice
         self.unfinished = count
 
@@ -206,6 +207,7 @@ class PublisherSession:
                 yield self._data(self._sent_next, packed.first - self._sent_next, 1, stretch, b"")
             self._unsent.popleft()
             self._sent.append(packed)
+            packed.sent = True
             self._sent_next = packed.first + packed.count
             self._in_flight_events += packed.unfinished
             self._in_flight_bytes += len(packed.blob)
@@ -279,7 +281,10 @@ class PublisherSession:
         self._waiting_before += self._waiting
         self._dead = self._waiting = 0
         lost: list[Lost] = []
-        for packed in self._sent:
+        for packed in (*self._sent, *self._unsent):
+            if not packed.sent:
+                continue
+            packed.sent = False
             packed.attempt += 1
             lost.extend(Lost(seq) for seq in packed.commands if not self.is_finished(seq))
             packed.commands = ()

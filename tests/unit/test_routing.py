@@ -36,7 +36,7 @@ GOLDEN: list[tuple[WireKey, int, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "slot"), GOLDEN, ids=lambda it: ascii(it))
+@pytest.mark.parametrize(("key", "value", "slot"), GOLDEN, ids=ascii)
 def test_the_hash_and_the_slot_of_a_key_never_change(key: WireKey, value: int, slot: int):
     assert stable_hash(key) == value
     assert slot_of(key) == slot
