@@ -6,14 +6,11 @@ import asyncio
 import os
 import random
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zmq
-
-sys.path.insert(0, str(Path(__file__).parent))
 from buses import APPLICATION, RunningBus, is_alive, wait_until
 
 import shardbus
