@@ -12,7 +12,6 @@ import logging
 import os
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
-from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
 from uuid import UUID
 
@@ -340,13 +339,12 @@ class Client:
         step = self._limits.batch_events_max
         stamped = ordinals is not None or intended_ns is not None
         while at < total:
-            taken = 0
-            if self._outboxes and not self._outboxes[0].paused:
-                taken = self._append_uniform(events, at, step, ordinals, intended_ns)
+            taken = self._append_uniform(events, at, step, ordinals, intended_ns)
             if taken:
                 at += taken
                 continue
-            for event in islice(events, at, min(total, at + step)):
+            # One by one: the next one, which has to wait for room, or a stretch of mixed ones.
+            for event in events[at : at + (step if taken is None else 1)]:
                 if stamped:
                     await self.publish(
                         event,
@@ -364,24 +362,26 @@ class Client:
         step: int,
         ordinals: Sequence[int] | None,
         intended_ns: Sequence[int] | None,
-    ) -> int:
-        """Append a stretch of small events of one keyed type, column by column; 0 where it is not such a stretch.
+    ) -> int | None:
+        """Append a stretch of small events of one keyed type, column by column; None where it is not such a stretch.
+
+        Returns how many were appended: fewer where an outbox is full, 0 where that is the first one's.
 
         Half the cost of one at a time (measured: 0.3 against 0.6 µs an event), because the loops run in C.
         """
         chunk = events[at : at + step]
         route = self._routes.get(chunk[0].__class__)
         if route is None or route.key_of is None or set(map(type, chunk)) != {route.type}:
-            return 0
+            return None
         keys = list(map(route.key_of, chunk))
         if set(map(type, keys)) != {route.key_class}:
-            return 0
+            return None
         try:
             bodies = list(map(_encode, chunk))
         except Exception:  # one of them cannot be encoded: one at a time finds which, behind those before it
-            return 0
+            return None
         if max(map(len, bodies)) > _SMALL_BYTES:
-            return 0
+            return None
         outboxes = list(map(self._outbox_of.get, keys))
         first = outboxes[0]
         if first is not None and outboxes.count(first) == len(outboxes):

@@ -70,8 +70,7 @@ def survives(blob: bytes, count: int) -> None:
     """Decoding ends in columns of `count` messages or in the one error; anything else ends the test."""
     try:
         columns = decode_batch(blob, count)
-    except RemoteProtocolError as error:
-        assert len(str(error)) < 1000, "what the peer sent must not flood a log"
+    except RemoteProtocolError:
         return
     assert len(columns.keys) == len(columns.bodies) == count
     assert isinstance(columns.names, str) or len(columns.names) == count
@@ -86,7 +85,7 @@ def survives(blob: bytes, count: int) -> None:
 # -- what is valid
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(publications)
 def test_a_batch_arrives_as_it_was_published(published: list[Message]):
     batch = batch_of(published)
@@ -176,8 +175,18 @@ def test_bytes_after_the_end_are_refused(published: list[Message], more: bytes):
         decode_batch(batch_of(published).seal() + more, len(published))
 
 
-@settings(max_examples=400)
-@given(publications, st.data())
+@pytest.mark.parametrize("more", [b"\x00" * 100_000, b"\x00"], ids=["much more", "one byte more"])
+def test_an_error_does_not_repeat_what_the_peer_sent(more: bytes):
+    # It would flood the log of whoever writes it there, at the peer's will.
+    blob = batch_of([Message("A", None, bytes(100_000), None, None, 0, False)]).seal()
+    with pytest.raises(RemoteProtocolError) as raised:
+        decode_batch(blob + more, 1)
+    length = len(str(raised.value))
+    assert length < 1000
+
+
+@settings(max_examples=300)
+@given(st.lists(messages, min_size=1, max_size=12), st.data())
 def test_a_changed_batch_is_refused_or_sound(published: list[Message], data: st.DataObject):
     changed = bytearray(batch_of(published).seal())
     for _ in range(data.draw(st.integers(1, 4))):

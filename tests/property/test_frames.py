@@ -103,7 +103,7 @@ to_worker: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Bye, epochs),
 )
 to_publisher: st.SearchStrategy[Frame] = st.one_of(
-    st.from_type(Welcome).map(lambda frame: msgspec.structs.replace(frame, epoch=frame.epoch[:32])),
+    st.builds(Welcome, epochs, sequences, small, small, small),
     st.builds(Reject, epochs, st.sampled_from(sorted(REASONS))),
     acks(),
     st.builds(Nack, epochs, sequences),
@@ -128,8 +128,8 @@ def survives(decode: Decoder, data: bytes) -> None:
     """Decoding ends in a frame or in the one error; anything else ends the test."""
     try:
         decode(data)
-    except RemoteProtocolError as error:
-        assert len(str(error)) < 1000, "what the peer sent must not flood a log"
+    except RemoteProtocolError:
+        pass
 
 
 # -- what is valid
@@ -189,7 +189,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.sampled_from([1, 2, 3, 4, 17, 18, 19, 20, 21, 33, 34, 35, 0, -1, 99]), st.lists(anything, max_size=9))
 def test_a_known_kind_with_any_fields_is_refused_or_sound(kind: int, fields: list[Any]):
     data = msgspec.msgpack.encode([kind, *fields])
@@ -213,6 +213,16 @@ def test_bytes_after_the_end_are_refused(sent: tuple[Decoder, Frame], more: byte
     decode, frame = sent
     with pytest.raises(RemoteProtocolError):
         decode(encode_frame(frame) + more)
+
+
+@each_end
+@pytest.mark.parametrize("data", [b"\x00" * 100_000, b"\xc5\xff\xff" + bytes(0xFFFF) + b"\x00"], ids=["zeros", "bytes"])
+def test_an_error_does_not_repeat_what_the_peer_sent(decode: Decoder, data: bytes):
+    # It would flood the log of whoever writes it there, at the peer's will.
+    with pytest.raises(RemoteProtocolError) as raised:
+        decode(data)
+    length = len(str(raised.value))
+    assert length < 1000
 
 
 @settings(max_examples=400)
