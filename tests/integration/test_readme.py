@@ -120,7 +120,7 @@ async def test_state_in_a_store_of_its_own_is_exact(make_bus: MakeBus, short_pat
     bus.wait_ready()
     pause = ["0.05" if len(events) < 10_000 else "0.02"] if kills else []
     publishers = [
-        subprocess.Popen(
+        subprocess.Popen(  # noqa: ASYNC220 - it only starts; the test goes on beside it
             [sys.executable, "publisher.py", str(part), *pause],
             cwd=short_path,
             env=bus.environment() | {"SHARDBUS_URL": bus.address},
