@@ -3,9 +3,9 @@
 Owns the open loop and its clock. It alone decides when an event goes; what the bus made of it is the collector's to say.
 It ends when its stdin does, so that it never outlives whoever started it.
 
-Paced, it wakes up every 100 µs or so, sends all that is due, each event stamped with its own intended instant, and gives
-the event loop one turn. It sleeps in `time.sleep` on purpose: asyncio rounds a delay up to a millisecond, and spinning
-would steal the core that the bus is measured on.
+Paced, it wakes up when the next event is due, though not within 100 µs, sends all that is due, each event stamped with
+its own intended instant, and gives the event loop one turn. It sleeps in `time.sleep` on purpose: asyncio rounds a delay
+up to a millisecond, and spinning would steal the core that the bus is measured on.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from shardbus.demo import Tick
 
 BATCH: Final = 256  # events a call: what fits into a frame of the bus
 _NS: Final = 1_000_000_000
-_TICK_S: Final = 100e-6  # really about 160 µs: what Linux makes of it
+_NAP_NS_MIN: Final = 100_000  # really about 160 µs: what Linux makes of it
+_NAP_NS_MAX: Final = 1_000_000  # so long may an ack or a credit lie unread
 _LONG_WAIT_NS: Final = 3_000_000  # longer waits are asyncio's: a slow load does not keep a core awake
 _OVERRUN_NS: Final = 100_000_000  # a schedule that is further behind at its end is broken off
 _CONNECT_S: Final = 10.0
@@ -237,7 +238,7 @@ async def _idle(wait_ns: int) -> None:
     if wait_ns > _LONG_WAIT_NS:
         await asyncio.sleep((wait_ns - _LONG_WAIT_NS // 2) / _NS)
     else:
-        time.sleep(_TICK_S)  # noqa: ASYNC251 - see the module's docstring
+        time.sleep(min(max(wait_ns, _NAP_NS_MIN), _NAP_NS_MAX) / _NS)  # noqa: ASYNC251 - see the module's docstring
 
 
 async def drive(spec: LoadSpec, say: Say) -> None:

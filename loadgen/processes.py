@@ -27,8 +27,13 @@ _END_S: Final = 10.0  # longer than a drain; then it is killed
 
 
 @contextlib.asynccontextmanager
-async def _started(arguments: list[str], *, piped_stdin: bool) -> AsyncIterator[Process]:
-    """Run `python -m …`, with its stdout to read; ended when the block is left, by force where it takes too long."""
+async def started(arguments: list[str], *, piped_stdin: bool) -> AsyncIterator[Process]:
+    """Run `python -m …`, with its stdout to read; ended when the block is left, by force where it takes too long.
+
+    Args:
+        arguments: what follows `-m`.
+        piped_stdin: whether its stdin is to be written; otherwise it has none.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -69,7 +74,7 @@ async def started_bus(workers: int, address: str | None = None) -> AsyncIterator
     """
     arguments = ["shardbus", "serve", "--workers", str(workers), "--drain-timeout", f"{_DRAIN_S:g}"]
     arguments += ["--log-level", "warning", *(["--bind", address] if address is not None else [])]
-    async with _started(arguments, piped_stdin=False) as process:
+    async with started(arguments, piped_stdin=False) as process:
         assert process.stdout is not None  # it is a pipe
         try:
             async with asyncio.timeout(_READY_S):
@@ -115,7 +120,7 @@ class DriverProcess:
 @contextlib.asynccontextmanager
 async def started_driver(spec: LoadSpec) -> AsyncIterator[DriverProcess]:
     """Start the driver of a run; ended when the block is left."""
-    async with _started(["loadgen.driver"], piped_stdin=True) as process:
+    async with started(["loadgen.driver"], piped_stdin=True) as process:
         assert process.stdin is not None  # it is a pipe, and stays open: its end tells the driver that nobody listens
         process.stdin.write(encode_line(spec) + b"\n")
         await process.stdin.drain()

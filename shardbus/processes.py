@@ -30,6 +30,29 @@ _POLL_S: Final = 0.05  # where there is no pidfd
 Stop = Callable[[], None]
 
 
+class _Frames:
+    """Cuts a stream of bytes into the messages that were framed into it."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The messages that are whole now."""
+        self._buffer += data
+        found = []
+        while len(self._buffer) >= 4:
+            end = 4 + int.from_bytes(self._buffer[:4], "big")
+            if len(self._buffer) < end:
+                break
+            found.append(bytes(self._buffer[4:end]))
+            del self._buffer[:end]
+        return found
+
+
+def _framed(message: bytes) -> bytes:
+    return len(message).to_bytes(4, "big") + message
+
+
 class Child:
     """A started worker process.
 
@@ -53,7 +76,7 @@ class Child:
             )
         self._reports = ours
         ours.setblocking(False)
-        self._buffer = bytearray()
+        self._frames = _Frames()
         self._loop.add_reader(ours, self._read)
         self.pid = self._process.pid
         self._watch: asyncio.Task[None] | None = None
@@ -74,14 +97,13 @@ class Child:
         if not data:
             self._loop.remove_reader(self._reports)
             return
-        self._buffer += data
-        while len(self._buffer) >= 4:
-            end = 4 + int.from_bytes(self._buffer[:4], "big")
-            if len(self._buffer) < end:
-                return
-            report = bytes(self._buffer[4:end])
-            del self._buffer[:end]
+        for report in self._frames.feed(data):
             self._on_report(report)
+
+    def tell(self, message: bytes) -> None:
+        """Send it a message of a few hundred bytes; a child that is dead hears nothing."""
+        with contextlib.suppress(OSError):
+            self._reports.send(_framed(message))  # the pipe's buffer is empty but for this
 
     async def _poll(self) -> None:
         while self._process.poll() is None:  # noqa: ASYNC110 - no event tells of it on this platform
@@ -124,32 +146,36 @@ class Child:
 class ReportPipe:
     """A child's way to its supervisor. Never blocks: a report that does not fit now is dropped, the next says as much."""
 
-    def __init__(self, descriptor: int, on_parent_gone: Stop) -> None:
+    def __init__(self, descriptor: int, on_message: Callable[[bytes], None], on_parent_gone: Stop) -> None:
         self._socket = socket.socket(fileno=descriptor)
         self._socket.setblocking(False)
+        self._on_message = on_message
         self._on_parent_gone = on_parent_gone
+        self._frames = _Frames()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket, self._read)
 
     def _read(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            try:
-                if self._socket.recv(4096):
-                    return
-            except ConnectionError:
-                pass
+        try:
+            data = self._socket.recv(4096)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data = b""
+        if not data:
             self._loop.remove_reader(self._socket)
             self._on_parent_gone()
+        for message in self._frames.feed(data):
+            self._on_message(message)
 
     def send(self, report: bytes) -> bool:
         """Send a report; False where there is no room now."""
-        framed = len(report).to_bytes(4, "big") + report
         _, writable, _ = select.select([], [self._socket], [], 0)
         if not writable:
             return False
         try:
             self._socket.settimeout(1.0)  # a few hundred bytes into a writable socket; the rest of a frame must follow
-            self._socket.sendall(framed)
+            self._socket.sendall(_framed(report))
         except OSError:
             return False
         finally:

@@ -1,4 +1,4 @@
-"""What supervisor and worker tell each other: a specification at the start, reports after it. Pure."""
+"""What supervisor and worker tell each other: how to boot, which shard to serve, reports after it. Pure."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from typing import Final
 import msgspec
 
 
-class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a worker process is told when it starts."""
+class Boot(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker process is told when it starts, before it is known which shard it will serve."""
 
     application: str
+    log_level: str
+    log_format: str
+    parent: int
+
+
+class Assignment(msgspec.Struct, frozen=True, kw_only=True):
+    """The shard that a worker is to serve, once in its life."""
+
     shard: int
     shards: int
     epoch: bytes
@@ -19,9 +27,6 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     evidence_path: str
     store_url: str
     drain_s: float
-    log_level: str
-    log_format: str
-    parent: int
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -57,5 +62,7 @@ Report = Ready | BootFailed | Beat | Drained
 
 encode_report: Final = msgspec.msgpack.Encoder().encode
 decode_report: Final = msgspec.msgpack.Decoder(Report).decode
-encode_spec: Final = msgspec.json.Encoder().encode
-decode_spec: Final = msgspec.json.Decoder(WorkerSpec).decode
+encode_boot: Final = msgspec.json.Encoder().encode
+decode_boot: Final = msgspec.json.Decoder(Boot).decode
+encode_assignment: Final = msgspec.msgpack.Encoder().encode
+decode_assignment: Final = msgspec.msgpack.Decoder(Assignment).decode

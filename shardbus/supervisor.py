@@ -20,7 +20,17 @@ from shardbus.addresses import Address
 from shardbus.errors import BootError, ConfigError, RemoteProtocolError
 from shardbus.evidence import SharedBook
 from shardbus.processes import Child, cores, on_stop_signals, reap_orphans, signal_name
-from shardbus.reports import Beat, BootFailed, Drained, Ready, WorkerSpec, decode_report, encode_spec
+from shardbus.reports import (
+    Assignment,
+    Beat,
+    Boot,
+    BootFailed,
+    Drained,
+    Ready,
+    decode_report,
+    encode_assignment,
+    encode_boot,
+)
 from shardbus.restart import GiveUp, RestartIn, RestartPolicy
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.rundir import RunDir
@@ -77,6 +87,14 @@ class _Worker:
         return max(0, self.counter - 1)
 
 
+class _Process:
+    """A started process: a spare one until it is some worker's."""
+
+    def __init__(self) -> None:
+        self.child: Child | None = None
+        self.worker: _Worker | None = None
+
+
 class Supervisor:
     """Runs a bus until it is told to stop. Make one, then await `run`."""
 
@@ -95,7 +113,7 @@ class Supervisor:
         self._drain_asked: list[tuple[bytes, int]] = []
         self._started_at = time.monotonic()
         self._rate: tuple[float, int, float] = (0.0, 0, 0.0)
-        self._background: set[asyncio.Task[None]] = set()
+        self._spare: _Process | None = None
 
     async def run(self, on_ready: Callable[[str], None]) -> list[str]:
         """Start all workers, call `on_ready` with a line for people, serve, drain; return lines on what was not drained.
@@ -117,6 +135,7 @@ class Supervisor:
                 self._start(worker, rundir)
             await self._until(lambda: self._failure or self._stopping or all(one.ready for one in self._workers))
             if not self._failure and not self._stopping:
+                self._spare = self._spawn(rundir)
                 on_ready(self._ready_line())
             await self._serve()
             if self._failure:
@@ -144,7 +163,8 @@ class Supervisor:
                 for worker in self._workers:
                     worker.heard_at = checked_at
             self._measure_rate(checked_at)
-            reap_orphans({one.child.pid for one in self._workers if one.child is not None})
+            reap_orphans(self._own_pids())
+        self._drop_spare()
         if self._failure:
             return
         log.info("draining, for up to %g s; a second signal ends it at once", self._options.drain_s)
@@ -160,16 +180,25 @@ class Supervisor:
         if self._drain_asked:
             await asyncio.sleep(0.1)  # the last frames leave with the socket's own thread
 
+    def _drop_spare(self) -> None:
+        if self._spare is not None and self._spare.child is not None:
+            self._spare.child.kill()
+
     async def _end_all(self) -> None:
+        self._drop_spare()
         for worker in self._workers:
             if worker.child is not None:
                 worker.child.kill()
         self._stopping = True
         end = time.monotonic() + 10.0
-        while any(one.child is not None for one in self._workers) and time.monotonic() < end:
+        while (self._spare or any(one.child is not None for one in self._workers)) and time.monotonic() < end:
             await self._wait(0.05)
-        for task in self._background:
-            task.cancel()
+
+    def _own_pids(self) -> set[int]:
+        children = [one.child for one in self._workers]
+        if self._spare is not None:
+            children.append(self._spare.child)
+        return {child.pid for child in children if child is not None}
 
     async def _until(self, condition: Callable[[], object]) -> None:
         while not condition():
@@ -224,8 +253,7 @@ class Supervisor:
         worker.beat = None
         worker.heard_at = time.monotonic()
         worker.handled_before = worker.evidence.book.counters().handled
-        spec = WorkerSpec(
-            application=self._options.application,
+        assignment = Assignment(
             shard=worker.shard,
             shards=self._options.workers,
             epoch=worker.epoch,
@@ -234,17 +262,41 @@ class Supervisor:
             evidence_path=rundir.evidence_path(worker.shard),
             store_url=self._store_url(rundir, worker.shard),
             drain_s=self._options.drain_s,
+        )
+        process, self._spare = self._spare or self._spawn(rundir), None
+        process.worker, worker.child = worker, process.child
+        if worker.child is not None:
+            worker.child.tell(encode_assignment(assignment))
+
+    def _spawn(self, rundir: RunDir) -> _Process:
+        """Start a process that imports everything and then waits for its shard.
+
+        One stands by as a spare, so that a dead worker's successor needs no time to boot: that costs its memory, and saves
+        most of the time in which the shard is not served.
+        """
+        process = _Process()
+        boot = Boot(
+            application=self._options.application,
             log_level=self._options.log_level,
             log_format=self._options.log_format,
             parent=os.getpid(),
         )
-        worker.child = Child(
-            ["shardbus.worker", encode_spec(spec).decode()],
-            lambda report: self._on_report(worker, report),
-            lambda code: self._on_exit(worker, rundir, code),
-        )
 
-    def _on_report(self, worker: _Worker, data: bytes) -> None:
+        def on_report(report: bytes) -> None:
+            if process.worker is not None:
+                self._on_report(process.worker, rundir, report)
+
+        def on_exit(code: int) -> None:
+            if process.worker is not None:
+                self._on_exit(process.worker, rundir, code)
+            elif self._spare is process:
+                self._spare = None  # the next one is started when it is needed
+                self._changed.set()
+
+        process.child = Child(["shardbus.worker", encode_boot(boot).decode()], on_report, on_exit)
+        return process
+
+    def _on_report(self, worker: _Worker, rundir: RunDir, data: bytes) -> None:
         worker.heard_at = time.monotonic()
         match decode_report(data):
             case Ready():
@@ -255,6 +307,8 @@ class Supervisor:
                 if worker.child is not None and len(usable) > self._options.workers:
                     worker.child.pin(usable[1 + worker.shard])  # the first core is left to publishers
                 self._announce()
+                if self._spare is None and worker.restarts and not self._stopping:
+                    self._spare = self._spawn(rundir)
             case BootFailed(error=error):
                 worker.boot_error = error
             case Beat() as beat:

@@ -1,7 +1,9 @@
 """A worker process: one shard, its application, a socket, and the way to the supervisor.
 
-Started as `python -m shardbus.worker SPEC DESCRIPTOR` by the supervisor. Reports that it is ready, then beats once a second
-from the very event loop that runs the handlers, so that a loop that hangs is silent. SIGTERM drains it.
+Started as `python -m shardbus.worker BOOT DESCRIPTOR` by the supervisor. It imports everything, the application too, and
+then waits for the shard that it is to serve: so a spare one can stand by, and a dead worker's successor is there at once.
+Reports that it is ready, then beats once a second from the very event loop that runs the handlers, so that a loop that hangs
+is silent. SIGTERM drains it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,17 @@ from shardbus.evidence import SharedBook
 from shardbus.logs import configure_logging
 from shardbus.processes import ReportPipe, die_with_parent, on_stop_signals
 from shardbus.registry import Registry, WorkerInfo
-from shardbus.reports import Beat, BootFailed, Drained, Ready, WorkerSpec, decode_spec, encode_report
+from shardbus.reports import (
+    Assignment,
+    Beat,
+    Boot,
+    BootFailed,
+    Drained,
+    Ready,
+    decode_assignment,
+    decode_boot,
+    encode_report,
+)
 from shardbus.shard import Shard
 from shardbus.sql_store import SqlStore
 from shardbus.store import StoreError
@@ -39,12 +51,15 @@ _EXIT_BROKEN: Final = 70  # EX_SOFTWARE
 _GC_THRESHOLDS: Final = (50_000, 20, 20)
 
 
-async def run_worker(spec: WorkerSpec, descriptor: int) -> int:
+async def run_worker(boot: Boot, descriptor: int) -> int:
     """Serve until told to stop; return the exit code."""
     stop = asyncio.Event()
-    pipe = ReportPipe(descriptor, on_parent_gone=lambda: os._exit(1))
+    assigned: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    pipe = ReportPipe(descriptor, on_message=assigned.set_result, on_parent_gone=lambda: os._exit(1))
     try:
-        registry = load_application(spec.application)
+        registry = load_application(boot.application)
+        spec = decode_assignment(await assigned)
+        configure_logging(boot.log_level, boot.log_format, spec.shard)
         async with registry.running(WorkerInfo(bus=registry.name, shard=spec.shard, shards=spec.shards)):
             return await _serve(spec, registry, pipe, stop)
     except (BootError, ConfigError, StoreError) as error:
@@ -57,7 +72,7 @@ async def run_worker(spec: WorkerSpec, descriptor: int) -> int:
     return _EXIT_BOOT
 
 
-async def _serve(spec: WorkerSpec, registry: Registry, pipe: ReportPipe, stop: asyncio.Event) -> int:
+async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: asyncio.Event) -> int:
     evidence = SharedBook(spec.evidence_path)
     listener = ZmqListener()
     sends: list[Any] = []
@@ -126,15 +141,14 @@ def _broken(error: BaseException) -> None:
 
 
 def main() -> None:
-    """Entry of the process: a spec as JSON, and the descriptor of the pipe."""
-    spec = decode_spec(sys.argv[1].encode())
-    die_with_parent(spec.parent)
-    configure_logging(spec.log_level, spec.log_format, spec.shard)
+    """Entry of the process: how to boot, as JSON, and the descriptor of the pipe."""
     try:
-        code = asyncio.run(run_worker(spec, int(sys.argv[2])))
-    except msgspec.DecodeError as error:
-        sys.exit(f"shardbus.worker is started by `shardbus serve`: {error}")
-    sys.exit(code)
+        boot, descriptor = decode_boot(sys.argv[1]), int(sys.argv[2])
+    except (IndexError, ValueError, msgspec.DecodeError):
+        sys.exit("shardbus.worker is started by `shardbus serve`")
+    die_with_parent(boot.parent)
+    configure_logging(boot.log_level, boot.log_format, None)
+    sys.exit(asyncio.run(run_worker(boot, descriptor)))
 
 
 if __name__ == "__main__":

@@ -331,8 +331,12 @@ BROKEN = {
         "loadgen/report.py:1: loadgen imports benchmarks.shared, which is not for it",
     ),
     "an owner's effect taken": (
-        {"shardbus/client.py": "import zmq.asyncio\n"},
-        "shardbus/client.py:1: imports zmq.asyncio, but sockets belong to shardbus/zmq_transport.py",
+        {"shardbus/client.py": "import sqlalchemy.orm\n"},
+        "shardbus/client.py:1: imports sqlalchemy.orm, but databases belong to shardbus/sql_store.py",
+    ),
+    "an effect that a neighbour of its owner takes": (
+        {"loadgen/driver.py": "import zmq\n"},
+        "loadgen/driver.py:1: imports zmq, but sockets belong to shardbus/zmq_transport.py and benchmarks/bare_loop.py",
     ),
     "an owner's effect taken inside a function": (
         {"loadgen/driver.py": "def f():\n    from subprocess import run\n"},
@@ -353,9 +357,7 @@ def test_what_is_broken_on_purpose_is_reported(sources: dict[str, str], fault: s
 SOUND = {
     "an arrow that points down": {"shardbus/lanes.py": "from shardbus.wire.session import State\n"},
     "the core of a worker": {"shardbus/worker.py": "from shardbus.shard import Shard\n"},
-    "the local engine": {
-        "shardbus/local.py": "from shardbus.client import Client\nfrom shardbus.shard import Shard\n"
-    },
+    "the local engine": {"shardbus/local.py": "from shardbus.client import Client\nfrom shardbus.shard import Shard\n"},
     "the face": {"shardbus/__init__.py": "from shardbus.bus import Bus\nfrom shardbus.cli import main\n"},
     "the demo as a user": {"shardbus/demo.py": "import shardbus\nfrom shardbus import Bus\n"},
     "loadgen on the public names": {

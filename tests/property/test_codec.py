@@ -42,7 +42,8 @@ keys: st.SearchStrategy[WireKey] = st.one_of(
 stamps = st.integers(0, 2**63 - 1)
 messages = st.builds(
     Message,
-    name=st.sampled_from(["OrderPlaced", "Заказ", "x" * DEFAULT_LIMITS.name_bytes_max]) | st.text(min_size=1, max_size=20),
+    name=st.sampled_from(["OrderPlaced", "Заказ", "x" * DEFAULT_LIMITS.name_bytes_max])
+    | st.text(min_size=1, max_size=20),
     key=keys,
     body=st.binary(max_size=60),
     stamp=st.none() | st.tuples(stamps, stamps),
@@ -120,9 +121,7 @@ def test_a_batch_of_one_type_carries_its_name_once():
 
 
 def test_sealing_twice_gives_the_same_bytes():
-    batch = batch_of(
-        [Message("A", 1, b"x", (1, 2), None, 0, False), Message("B", 2, b"y", None, {"h": "v"}, 0, False)]
-    )
+    batch = batch_of([Message("A", 1, b"x", (1, 2), None, 0, False), Message("B", 2, b"y", None, {"h": "v"}, 0, False)])
     assert batch.seal() == batch.seal()
 
 
@@ -185,7 +184,7 @@ def test_an_error_does_not_repeat_what_the_peer_sent(more: bytes):
     assert length < 1000
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(messages, min_size=1, max_size=12), st.data())
 def test_a_changed_batch_is_refused_or_sound(published: list[Message], data: st.DataObject):
     changed = bytearray(batch_of(published).seal())
@@ -217,7 +216,7 @@ anything = st.recursive(
 SOUND: list[Any] = ["A", [1, 2], [b"x", b"y"], None, None, None]
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.integers(0, 5), anything)
 def test_a_column_of_anything_is_refused_or_sound(column: int, value: Any):
     columns = list(SOUND)

@@ -189,7 +189,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(st.sampled_from([1, 2, 3, 4, 17, 18, 19, 20, 21, 33, 34, 35, 0, -1, 99]), st.lists(anything, max_size=9))
 def test_a_known_kind_with_any_fields_is_refused_or_sound(kind: int, fields: list[Any]):
     data = msgspec.msgpack.encode([kind, *fields])
@@ -225,7 +225,7 @@ def test_an_error_does_not_repeat_what_the_peer_sent(decode: Decoder, data: byte
     assert length < 1000
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(frames, st.data())
 def test_a_changed_frame_is_refused_or_sound(sent: tuple[Decoder, Frame], data: st.DataObject):
     decode, frame = sent

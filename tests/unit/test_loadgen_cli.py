@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from click.testing import CliRunner, Result
 
 import loadgen.cli
 from loadgen.machine import Machine
-from loadgen.report import EXIT_CODES, Report
+from loadgen.report import EXIT_CODES, Report, Verdict
 from loadgen.runner import Watcher
 from loadgen.spec import LoadError, LoadSpec
 from shardbus import BusUnreachable
@@ -72,7 +71,7 @@ class Command:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
     made = Command()
     monkeypatch.delenv("SHARDBUS_URL", raising=False)
     monkeypatch.setattr(loadgen.cli, "run", made.run)
@@ -146,7 +145,7 @@ def test_a_run_that_cannot_be_made_is_one_line_and_exits_with_2(command, error: 
 
 
 @pytest.mark.parametrize("verdict", EXIT_CODES)
-def test_the_verdict_is_the_exit_code(command, verdict: str):
+def test_the_verdict_is_the_exit_code(command, verdict: Verdict):
     command.outcome = msgspec.structs.replace(REPORT, verdict=verdict, reasons=("why",))
     result = command("--rate", "5")
     assert result.exit_code == EXIT_CODES[verdict]

@@ -101,9 +101,7 @@ class Worker:
             return [] if answer is None else [answer]
         skipped = {seq for at in range(0, len(skip), 2) for seq in range(skip[at], skip[at + 1])}
         self.ran += [
-            (chr(letter), frame.attempt)
-            for seq, letter in enumerate(frame.blob, frame.first)
-            if seq not in skipped
+            (chr(letter), frame.attempt) for seq, letter in enumerate(frame.blob, frame.first) if seq not in skipped
         ]
         return []
 
@@ -781,7 +779,9 @@ def test_credit_counts_bytes_too():
     assert pair.worker.letters() == "abcd"
     pair.finish(0, 1)
     pair.ack()
-    assert pair.worker.letters() == "abcd", "the batch is kept whole, so its bytes are spent until all of it is finished"
+    assert pair.worker.letters() == "abcd", (
+        "the batch is kept whole, so its bytes are spent until all of it is finished"
+    )
     pair.finish(2)
     pair.ack()
     assert pair.worker.letters() == "abcde"

@@ -1,0 +1,1 @@
+"""Benchmarks of shardbus: `python -m benchmarks.NAME`. Method and results: README.md beside this file."""

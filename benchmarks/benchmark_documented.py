@@ -1,0 +1,62 @@
+"""The figures that the reference documented, on this bus: throughput, and latency.
+
+Twice each: the publish call alone, as the reference measured it, and to the end of the handler, across processes, which is
+what an application sees. The reference's third part, session cleanup, comes with sessions and is not measured yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from benchmarks import scenarios
+
+_CALLS = 200_000
+
+
+async def benchmark(options: argparse.Namespace) -> int:
+    """Measure, and print; the exit code."""
+    async with scenarios.private_bus(1) as address:
+        calls_per_s, call_us = await scenarios.publish_calls(address, _CALLS)
+        fast = await scenarios.full_speed(address, options.duration)
+        paced = await scenarios.paced(address, options.duration)
+    rate, late = scenarios.REFERENCE_RATE, scenarios.REFERENCE_P99
+    checks = [
+        scenarios.at_least("publish calls alone", calls_per_s, options.target, reference=rate),
+        scenarios.at_most_us("publish call alone, p99", call_us.p99, scenarios.REFERENCE_P99_US, reference=late),
+        scenarios.sound("full speed, to the end of the handler", fast),
+        scenarios.at_least("events finished", fast.achieved_rate, options.target, reference="not measured"),
+        *scenarios.latency_checks(paced, p50_us_max=options.p50_us, p99_us_max=options.p99_us),
+    ]
+    method = (
+        "session cleanup: comes with sessions; not measured",
+        f"publish calls alone: {_CALLS:,} calls, one after another, each until it returns: the event is in the outbox",
+        f"the rest: 1 worker, 1 publisher, {options.duration:g} s for each load after 1 s of warm-up",
+        scenarios.EVERY_EVENT,
+        scenarios.REFERENCE_METHOD,
+    )
+    return scenarios.show("benchmark as documented", checks, method)
+
+
+def main() -> int:
+    """Parse options and run."""
+    parser = scenarios.parser("benchmark_documented", __doc__)
+    parser.add_argument("--duration", type=float, default=10.0, metavar="S", help="seconds for each load (default 10)")
+    parser.add_argument(
+        "--target",
+        type=float,
+        default=10 * scenarios.REFERENCE_EVENTS_PER_S,
+        metavar="N",
+        help="events/s (default: 10 × reference)",
+    )
+    parser.add_argument(
+        "--p50-us", type=int, default=scenarios.P50_US_MAX, metavar="US", help="latency p50 at 20,000/s"
+    )
+    parser.add_argument(
+        "--p99-us", type=int, default=scenarios.P99_US_MAX, metavar="US", help="latency p99 at 20,000/s"
+    )
+    return scenarios.main(benchmark(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

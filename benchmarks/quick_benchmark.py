@@ -1,0 +1,67 @@
+"""A check in seconds: does the bus run here, how fast, and how late? Ends within 30 seconds.
+
+Two workers: 20,000 events/s for some seconds, then as many as the bus takes, then commands one after another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from benchmarks import scenarios
+from benchmarks.scenarios import Check
+
+_WORKERS = 2
+_COMMANDS = 1000
+_RATE_MIN = 250_000.0  # two workers and a publisher share the cores; 20 times the reference
+
+
+async def benchmark(options: argparse.Namespace) -> int:
+    """Measure, and print; the exit code."""
+    async with scenarios.private_bus(_WORKERS) as address:
+        paced = await scenarios.paced(address, options.duration)
+        fast = await scenarios.full_speed(address, options.duration)
+        commands = await scenarios.round_trips(address, _COMMANDS)
+    checks: list[Check] = [
+        *scenarios.latency_checks(paced, p50_us_max=options.p50_us, p99_us_max=options.p99_us),
+        scenarios.sound("full speed, workers: 2", fast),
+        scenarios.at_least(
+            "events finished, full speed",
+            fast.achieved_rate,
+            options.target,
+            reference=scenarios.REFERENCE_RATE,
+        ),
+        scenarios.at_most_us("command round trip p50", commands.p50, options.round_trip_us),
+    ]
+    method = (
+        f"{_WORKERS} workers, one publisher, {options.duration:g} s for each load after 1 s of warm-up",
+        scenarios.EVERY_EVENT,
+        scenarios.FROM_INTENDED,
+        scenarios.REFERENCE_METHOD,
+    )
+    return scenarios.show("quick benchmark", checks, method)
+
+
+def main() -> int:
+    """Parse options and run."""
+    parser = scenarios.parser("quick_benchmark", __doc__)
+    parser.add_argument("--duration", type=float, default=5.0, metavar="S", help="seconds for each load (default 5)")
+    parser.add_argument("--target", type=float, default=_RATE_MIN, metavar="N", help="events/s at full speed")
+    parser.add_argument(
+        "--p50-us", type=int, default=scenarios.P50_US_MAX, metavar="US", help="latency p50 at 20,000/s"
+    )
+    parser.add_argument(
+        "--p99-us", type=int, default=scenarios.P99_US_MAX, metavar="US", help="latency p99 at 20,000/s"
+    )
+    parser.add_argument(
+        "--round-trip-us",
+        type=int,
+        default=scenarios.ROUND_TRIP_P50_US_MAX,
+        metavar="US",
+        help="command round trip p50",
+    )
+    return scenarios.main(benchmark(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

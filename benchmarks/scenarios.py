@@ -1,0 +1,213 @@
+"""What the benchmarks share: a bus of their own, the loads, the targets, and how a result is told.
+
+Every figure comes from `loadgen`, so it is measured to the end of the handler, across processes, with every event acked and
+checked; only what is called "publish call alone" is not, and stands there because the reference measured nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, Final
+
+import msgspec
+
+import shardbus
+from loadgen import LoadError, LoadSpec, Report, run_async
+from loadgen.histogram import Percentiles, percentiles_us
+from loadgen.machine import this_machine
+from loadgen.processes import end_as_on_interrupt, started_bus
+from loadgen.spec import Call
+from shardbus.demo import GetCount, Tick
+
+REFERENCE_EVENTS_PER_S: Final = 12_553.0
+REFERENCE_P99_US: Final = 219
+REFERENCE_RATE: Final = f"{REFERENCE_EVENTS_PER_S:,.0f} events/s"
+REFERENCE_P99: Final = f"{REFERENCE_P99_US / 1000:.3f} ms"
+EVERY_EVENT: Final = "typed events over 1,000 keys, one awaited handler; each acked; order, loss and repeats checked"
+FROM_INTENDED: Final = "latency: from the instant at which the event should have gone to the end of its handler"
+REFERENCE_METHOD: Final = "the reference: the publish call alone, in one process, without acks"
+
+RATE_MIN: Final = 1_000_000.0  # events per second: one publisher, one worker, the better of the two calls
+BARE_RATIO_MIN: Final = 0.6  # of the bare loop's rate
+PACED_RATE: Final = 20_000.0  # events per second, at which latency is measured
+P50_US_MAX: Final = 250
+P99_US_MAX: Final = 1_000
+ROUND_TRIP_P50_US_MAX: Final = 250
+
+_KEYS: Final = 1000
+_WARM_CALLS: Final = 200
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One target: what was measured, what was wanted, whether it was reached, what the reference had, and why it failed."""
+
+    name: str
+    measured: str
+    target: str
+    passed: bool
+    reference: str = ""
+    why: str = ""
+
+
+# -- targets
+
+
+def at_least(name: str, rate: float, target: float, *, reference: str = "") -> Check:
+    """A rate in events per second that must reach its target."""
+    return Check(
+        name=name,
+        measured=f"{rate:,.0f} events/s",
+        target=f"≥ {target:,.0f}",
+        passed=rate >= target,
+        reference=reference,
+    )
+
+
+def at_most_us(name: str, value_us: int | None, target_us: int, *, reference: str = "") -> Check:
+    """A time in microseconds that must stay within its target; None was not measured, which fails."""
+    return Check(
+        name=name,
+        measured="not measured" if value_us is None else f"{value_us / 1000:,.3f} ms",
+        target=f"≤ {target_us / 1000:,.3f} ms",
+        passed=value_us is not None and value_us <= target_us,
+        reference=reference,
+    )
+
+
+def sound(name: str, report: Report) -> Check:
+    """Whether a run kept every promise and its own schedule; without that, its figures mean nothing."""
+    return Check(
+        name=name,
+        measured=report.verdict,
+        target="ok",
+        passed=report.verdict == "ok",
+        why="; ".join(report.reasons),
+    )
+
+
+def latency_checks(report: Report, *, p50_us_max: int, p99_us_max: int) -> list[Check]:
+    """The three targets of a paced run: its verdict, and two percentiles from the intended instant to the handler's end."""
+    p50_us, p99_us = (report.latency_us.p50, report.latency_us.p99) if report.latency_us else (None, None)
+    at = f"at {report.offered_rate or 0:,.0f}/s, workers: {len(report.workers)}"
+    return [
+        sound(f"paced run {at}", report),
+        at_most_us(f"latency p50 {at}", p50_us, p50_us_max),
+        at_most_us(f"latency p99 {at}", p99_us, p99_us_max, reference=REFERENCE_P99),
+    ]
+
+
+# -- what is measured
+
+
+@contextlib.asynccontextmanager
+async def private_bus(workers: int) -> AsyncIterator[str]:
+    """The address of a bus with the demo application that nobody else uses, until the block is left."""
+    with tempfile.TemporaryDirectory(prefix="shardbus-bench-") as directory:
+        address = f"ipc://{directory}/bus"
+        async with started_bus(workers, address):
+            yield address
+
+
+async def full_speed(address: str, duration_s: float, call: Call = "publish_many") -> Report:
+    """As many events as the bus takes from one publisher, after a second of warm-up."""
+    return await run_async(
+        LoadSpec(rate=None, address=address, duration_s=duration_s, warmup_s=1.0, keys=_KEYS, call=call)
+    )
+
+
+async def paced(address: str, duration_s: float, rate: float = PACED_RATE) -> Report:
+    """A constant rate, after a second of warm-up."""
+    return await run_async(LoadSpec(rate=rate, address=address, duration_s=duration_s, warmup_s=1.0, keys=_KEYS))
+
+
+async def round_trips(address: str, count: int) -> Percentiles:
+    """Commands one after another, each awaited: microseconds from the call to the reply."""
+    times_us: Counter[int] = Counter()
+    async with shardbus.connect(address) as client:
+        for number in range(_WARM_CALLS + count):
+            began_ns = time.perf_counter_ns()
+            await client.execute(GetCount(key=f"k{number % _KEYS}"))
+            if number >= _WARM_CALLS:
+                times_us[(time.perf_counter_ns() - began_ns) // 1000] += 1
+    return _percentiles(times_us)
+
+
+async def publish_calls(address: str, count: int) -> tuple[float, Percentiles]:
+    """The publish call alone, one after another, as the reference measured it: calls per second, and microseconds each.
+
+    A call returns when the event is in the outbox, so this says what publishing costs the caller and nothing of the bus. One
+    in so many waits for a turn of the event loop, or for room. The times are rounded up.
+    """
+    times_us: Counter[int] = Counter()
+    async with shardbus.connect(address) as client:
+        began_ns = last_ns = time.perf_counter_ns()
+        for number in range(count):
+            await client.publish(Tick(key=f"k{number % _KEYS}", n=number))
+            now_ns = time.perf_counter_ns()
+            times_us[(now_ns - last_ns) // 1000 + 1] += 1
+            last_ns = now_ns
+        elapsed_ns = last_ns - began_ns
+        await client.flush(30.0)
+    return count * 1e9 / elapsed_ns, _percentiles(times_us)
+
+
+def _percentiles(times_us: Counter[int]) -> Percentiles:
+    found = percentiles_us(times_us.items())
+    assert found is not None  # at least one call was made
+    return found
+
+
+# -- how it is told
+
+
+def parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """Options of a benchmark; each adds its own, with its targets among them, so that it can be made to fail."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def show(title: str, checks: Sequence[Check], method: Sequence[str]) -> int:
+    """Print targets, results and method; the exit code: 0 if every target was reached."""
+    machine = this_machine()
+    print(f"\n{title}")
+    print(f"{machine.cpu_count} × {machine.cpu_model}, {machine.system}, Python {machine.python}\n")
+    widths = [max(len(getattr(check, column)) for check in checks) for column in ("name", "measured", "target")]
+    for check in checks:
+        cells = [f"{text:<{width}}" for text, width in zip(_cells(check), widths, strict=True)]
+        reference = f"   reference: {check.reference}" if check.reference else ""
+        print(f"{'PASS' if check.passed else 'FAIL'}  {'  '.join(cells)}{reference}")
+    print()
+    for line in method:
+        print(f"- {line}")
+    print()
+    missed = [check for check in checks if not check.passed]
+    for check in missed:
+        print(f"FAIL: {check.name}: {check.measured}, wanted {check.target}{f' ({check.why})' if check.why else ''}")
+    print(f"{'PASS' if not missed else f'FAIL: {len(missed)} of {len(checks)} targets missed'}")
+    return 1 if missed else 0
+
+
+def _cells(check: Check) -> tuple[str, str, str]:
+    return check.name, check.measured, check.target
+
+
+def main(benchmark: Coroutine[Any, Any, int]) -> int:
+    """Run a benchmark to its exit code; what went wrong is one line for people."""
+    end_as_on_interrupt()
+    try:
+        return asyncio.run(benchmark)
+    except KeyboardInterrupt:
+        print("interrupted; what was started was ended")
+        return 130
+    except (LoadError, shardbus.ShardbusError) as error:
+        print(f"FAIL: {error}")
+        return 1
