@@ -63,6 +63,9 @@ _decode_failure: Final = msgspec.msgpack.Decoder(tuple[str, str, str]).decode
 _decode_evidence: Final = msgspec.msgpack.Decoder(list[Evidence]).decode
 
 
+_UNENCODABLE: Final = (TypeError, ValueError, OverflowError, msgspec.EncodeError, RecursionError)
+
+
 class Channel(Protocol):
     """One way to a peer. Frames go out in order, or are lost with the connection."""
 
@@ -282,12 +285,16 @@ class Client:
         Raises:
             InvalidKey: the key's value cannot be one.
             MessageTooLarge: the encoded event is above the limit.
+            UsageError: not an event, or a value in it cannot be encoded.
             ClientClosed: the client was closed.
         """
         route = self._routes.get(event.__class__)
         if route is None:
             route = self._learn(event, Event)
-        body = _encode(event)
+        try:
+            body = _encode(event)
+        except _UNENCODABLE as error:
+            raise _cannot_encode(route, error) from error
         key: Any = None
         if route.key_of is not None:
             key = route.key_of(event)
@@ -496,7 +503,10 @@ class Client:
         """
         self._check_open()
         route = self._routes.get(command.__class__) or self._learn(command, Command)
-        body = _encode(command)
+        try:
+            body = _encode(command)
+        except _UNENCODABLE as error:
+            raise _cannot_encode(route, error) from error
         key = None if route.key_of is None else to_wire_key(route.key_of(command))
         if headers is not None:
             _check_headers(headers, self._limits)
@@ -823,6 +833,10 @@ class Client:
                 outbox.session.tick(now_ns)
                 self._pump(outbox)
             await asyncio.sleep(_TICK_S)
+
+
+def _cannot_encode(route: _Route, error: Exception) -> UsageError:
+    return UsageError(f"{route.name} cannot be encoded, so nothing was published: {error}")
 
 
 def _uuid(key: tuple[bytes]) -> UUID:

@@ -114,7 +114,11 @@ def to_wire_key(key: Any, *, key_bytes_max: int = DEFAULT_LIMITS.key_bytes_max) 
         return (key.bytes,)
     if isinstance(key, str):
         text = str.__str__(key)  # an enum member or another subclass routes as its plain value
-        if len(text) > key_bytes_max or len(text.encode("utf-8", "surrogatepass")) > key_bytes_max:
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            raise InvalidKey(f"{text[:40]!r} is no sound text: it has half of a surrogate pair; use bytes") from None
+        if size > key_bytes_max:
             raise InvalidKey(f"a key of more than {key_bytes_max:,} bytes: {text[:40]!r}…; use a digest of it as the key")
         return text
     if isinstance(key, bool):

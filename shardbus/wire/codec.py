@@ -18,7 +18,7 @@ import msgspec
 from shardbus.config import DEFAULT_LIMITS
 from shardbus.errors import RemoteProtocolError
 from shardbus.messages import WireKey
-from shardbus.wire.frames import refuse_extension
+from shardbus.wire.frames import brief, refuse_extension
 
 Headers = dict[str, str]
 
@@ -161,7 +161,7 @@ def decode_batch(blob: bytes, count: int) -> Columns:
     except RemoteProtocolError:
         raise
     except (ValueError, TypeError, IndexError, RecursionError, msgpack.UnpackException) as error:
-        raise RemoteProtocolError(f"not a batch: {error!r}") from error
+        raise RemoteProtocolError(f"not a batch: {brief(error)}") from None
 
 
 def _spread_names(names: Any, count: int) -> list[str]:

@@ -178,6 +178,11 @@ def refuse_extension(code: int, data: bytes) -> NoReturn:
     raise RemoteProtocolError(f"extension type {code} is not part of the protocol")
 
 
+def brief(error: Exception) -> str:
+    """What went wrong with a peer's bytes, without repeating them: some errors hold all that was sent."""
+    return type(error).__name__ if isinstance(error, msgpack.ExtraData) else f"{type(error).__name__}: {error}"[:160]
+
+
 def _unpack(data: bytes, array_max: int) -> Any:
     try:
         return msgpack.unpackb(
@@ -192,7 +197,7 @@ def _unpack(data: bytes, array_max: int) -> Any:
             max_ext_len=0,
         )
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        raise RemoteProtocolError(f"not a frame: {error!r}") from error
+        raise RemoteProtocolError(f"not a frame: {brief(error)}") from None
 
 
 def decode_to_worker(data: bytes) -> ToWorker:
@@ -231,9 +236,9 @@ def decode_to_client(data: bytes) -> ToClient:
 
 def _convert(value: Any, kind: Any) -> Any:
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, kind, builtin_types=(bytes,))  # else text would pass as base64 of bytes
     except msgspec.ValidationError as error:
-        raise RemoteProtocolError(f"not a frame: {error}") from error
+        raise RemoteProtocolError(f"not a frame: {brief(error)}") from None
 
 
 def _check_data(frame: Data) -> None:
