@@ -306,6 +306,11 @@ class PublisherBook:
             if attempt > 1:
                 self._add(_ANNOUNCED, 1)
 
+    def used(self, now_ns: int) -> None:
+        """Something of this publisher came: its row is not the one to give away."""
+        if not self.retired:
+            self._book._rows[self.row * _ROW + _USED] = now_ns
+
     def note_dead(self) -> None:
         """A stamped event became a dead letter."""
         if not self.retired:

@@ -308,6 +308,8 @@ class Shard:
             book = one.book
             if columns.ordinals is not None and (book is None or book.retired):
                 book = one.book = self.book.publisher(session.publisher)
+            if book is not None:
+                book.used(now_ns)
             self.lanes.push(
                 Inbound(
                     session,
