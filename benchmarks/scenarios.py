@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import tempfile
 import time
 from collections import Counter
@@ -107,11 +108,14 @@ def latency_checks(report: Report, *, p50_us_max: int, p99_us_max: int) -> list[
 
 @contextlib.asynccontextmanager
 async def private_bus(workers: int) -> AsyncIterator[str]:
-    """The address of a bus with the demo application that nobody else uses, until the block is left."""
-    with tempfile.TemporaryDirectory(prefix="shardbus-bench-") as directory:
-        address = f"ipc://{directory}/bus"
-        async with started_bus(workers, address):
-            yield address
+    """The address of a bus with the demo application that nobody else uses, until the block is left.
+
+    It is always the same one, so that what a bus keeps beyond its end is found again instead of adding up, and that a second
+    benchmark beside this one is refused: each would spoil the other's figures.
+    """
+    address = f"ipc://{tempfile.gettempdir()}/shardbus-benchmarks-{os.getuid()}"
+    async with started_bus(workers, address):
+        yield address
 
 
 async def full_speed(address: str, duration_s: float, call: Call = "publish_many") -> Report:

@@ -20,7 +20,7 @@ import msgspec
 
 from loadgen.spec import DriverFailed, DriverLine, LoadError, LoadSpec, decode_line, encode_line
 
-_LINE_BYTES_MAX: Final = 16 * 1024 * 1024  # a result carries a count for each microsecond of send lag that was seen
+_LINE_BYTES_MAX: Final = 4 * 1024 * 1024  # a result carries up to 27,648 counts of send lags
 _READY_S: Final = 60.0
 _DRAIN_S: Final = 5.0
 _END_S: Final = 10.0  # longer than a drain; then it is killed
@@ -106,6 +106,8 @@ class DriverProcess:
                     text = await stdout.readline()
             except TimeoutError:
                 raise LoadError(f"the driver process has said nothing for {silence_s:g} s") from None
+            except ValueError as error:  # a line beyond the bound
+                raise LoadError(f"the driver process said what cannot be understood: {error}") from error
             if not text:
                 return
             try:

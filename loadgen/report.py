@@ -22,7 +22,8 @@ EXIT_USAGE: Final = 2
 
 ACHIEVED_MIN: Final = 0.99  # of the offered rate; below it, somebody did not keep up
 SEND_LAG_P99_US_MAX: Final = 5_000  # above it, the generator was not on time, and its latencies would be its own
-WAITED_SHARE_MAX: Final = 0.01  # of the window, spent waiting for room; above it, the bus is what made sending late
+WAITED_SHARE_MAX: Final = 0.01  # of the window, spent waiting for room; above it, the bus may have made sending late
+OWN_PACE_MIN: Final = 0.9  # of what was due while the generator did not wait; below it, it was too slow by itself
 
 
 # -- what a report is made of
@@ -110,8 +111,8 @@ def judge(facts: Facts) -> Judgement:
     late = _lateness(facts)
     slow = facts.achieved_rate < ACHIEVED_MIN * facts.offered_rate
     achieved = f"{facts.achieved_rate:,.0f} of {facts.offered_rate:,.0f} events/s were finished in the measured window"
-    if late and facts.waited_share <= WAITED_SHARE_MAX:
-        return Judgement("generator-bound", (late, "the bus had room, so this machine cannot offer this rate"))
+    if late and _is_generators_fault(facts, facts.scheduled):
+        return Judgement("generator-bound", (late, "one driver process cannot offer this rate here"))
     if late:
         waited = f"publish waited for room {facts.waited_share:.0%} of the time"
         return Judgement("saturated", (waited, late, achieved))
@@ -132,6 +133,16 @@ def _broken_promises(facts: Facts) -> list[str]:
         unannounced = facts.duplicates - facts.redelivered
         reasons.append(f"{unannounced:,} of {facts.duplicates:,} repeats were not announced as redelivered")
     return reasons
+
+
+def _is_generators_fault(facts: Facts, scheduled: int) -> bool:
+    """Whether a late generator would have been late with a bus that always has room.
+
+    It would if it never waited to speak of. It also would if it sent far less in the time that it did not wait than was
+    due in that time.
+    """
+    in_time_of_its_own = scheduled * (1 - facts.waited_share)
+    return facts.waited_share <= WAITED_SHARE_MAX or facts.sent < OWN_PACE_MIN * in_time_of_its_own
 
 
 def _lateness(facts: Facts) -> str:
@@ -322,9 +333,10 @@ def _notes(result: DriverResult, totals: Totals) -> Sequence[str]:
             f"{totals.unchecked:,} events could not be checked for order and repeats: their keys were more than the shards "
             "remember"
         )
-    unmeasured = result.sent - totals.samples
-    if result.scheduled is not None and unmeasured > totals.dead + result.final.in_flight + result.final.waiting:
-        notes.append(f"{unmeasured:,} of {result.sent:,} events of the measured window have no latency")
+    measured = sum(result.send_lag_us.values())
+    unmeasured = measured - totals.samples
+    if unmeasured > totals.dead + result.final.in_flight + result.final.waiting:
+        notes.append(f"{unmeasured:,} of {measured:,} events of the measured window have no latency")
     return notes
 
 

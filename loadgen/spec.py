@@ -101,7 +101,7 @@ class DriverResult(msgspec.Struct, frozen=True, kw_only=True, tag="result"):
 
     The window is the measured part, behind the warm-up. `before` and `after` are the ledger at its edges, `final` the
     ledger after the flush, which took `flush_s`. `scheduled` events should have been sent in the window (None: unpaced),
-    `sent` were. `send_lag_us` counts those by how late they were sent, in whole microseconds. `waited_s` of the window
+    `sent` were. `send_lag_us` counts the measured ones by how late they went, in microseconds. `waited_s` of the window
     passed inside publish calls that waited for room. `cpu_share` is the processor time that the driver took in the window
     (1.0: one whole core), `rss_bytes` the most memory that it ever held.
     """

@@ -23,7 +23,7 @@ import asyncio
 import contextvars
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from itertools import compress, islice, repeat
 from operator import length_hint
 from types import TracebackType
@@ -42,7 +42,7 @@ from shardbus.wire.codec import Columns, Extra
 from shardbus.wire.frames import REPLY_EXPIRED, REPLY_FAILED, REPLY_OK
 from shardbus.wire.session import WorkerSession
 
-_SLICE_NS: Final = 1_000_000  # a leader gives the event loop a turn about once a millisecond
+_SLICE_NS: Final = 2_000_000  # a leader gives the event loop a turn about every two milliseconds
 _SLICE_EVENTS_MAX: Final = 4096
 _ERROR_CHARS_MAX: Final = 2000
 _PLACES_MAX: Final = 1024
@@ -173,10 +173,23 @@ class _Lane:
 class Inbound:
     """A batch that was taken, as the leader's cursor over it.
 
-    `rows` is shared by the leaders that work on it one after another; what was done in order is reported as one range.
+    `rows` is shared by the leaders that work on it one after another; what was done in order is reported as one range. A row
+    does not say its sequence: that follows from how far the iterator has come, so it costs nothing where nobody asks.
     """
 
-    __slots__ = ("_run_start", "attempt", "book", "columns", "end", "first", "received_ns", "rows", "seqs", "session")
+    __slots__ = (
+        "_keys",
+        "_plans",
+        "_run_start",
+        "attempt",
+        "book",
+        "columns",
+        "end",
+        "first",
+        "received_ns",
+        "rows",
+        "session",
+    )
 
     def __init__(
         self,
@@ -198,12 +211,14 @@ class Inbound:
         self.columns = columns
         self.received_ns = received_ns
         self._run_start = first
-        self.seqs: Iterator[int] = iter(range(first, self.end))
+        self._keys = iter(columns.keys)
         names = columns.names
-        self.rows: Iterator[tuple[int, Plan, WireKey, bytes, int, int]] = zip(
-            self.seqs,
-            repeat(plans.get(names, UNKNOWN)) if isinstance(names, str) else [plans.get(n, UNKNOWN) for n in names],
-            columns.keys,
+        self._plans = (
+            plans.get(names, UNKNOWN) if isinstance(names, str) else [plans.get(name, UNKNOWN) for name in names]
+        )
+        self.rows: Iterator[tuple[WireKey, Plan, bytes, int, int]] = zip(
+            self._keys,  # first: it is the one that ends
+            repeat(self._plans) if isinstance(self._plans, Plan) else self._plans,
             columns.bodies,
             repeat(0) if columns.ordinals is None or book is None else columns.ordinals,
             repeat(0) if columns.intended_ns is None or book is None else columns.intended_ns,
@@ -216,33 +231,40 @@ class Inbound:
                 wanted[low:high] = bytes(high - low)
             self.rows = compress(self.rows, wanted)
 
+    @property
+    def next_seq(self) -> int:
+        """The sequence of the row that comes next; the present one's is one less."""
+        return self.end - length_hint(self._keys)
+
     def finish_before(self, seq: int) -> int:
         """Report what was done in order below `seq`; return how many messages that were."""
         start, self._run_start = self._run_start, seq
         return self.session.finish_range(start, seq) if start < seq else 0
 
-    def hold(self, seq: int) -> int:
-        """As `finish_before`, and leave `seq` to whoever takes it out of the batch."""
+    def hold(self) -> int:
+        """As `finish_before` the present row, and leave that one to whoever takes it out of the batch."""
+        seq = self.next_seq - 1
         done = self.finish_before(seq)
         self._run_start = seq + 1
         return done
 
-    def delivery(self, seq: int, plan: Plan, key: WireKey, body: bytes, ordinal: int, intended_ns: int) -> Delivery:
-        """One message of the batch, apart."""
-        at = seq - self.first
-        names = self.columns.names
-        extra = self.columns.extras.get(at) if self.columns.extras else None
+    def delivery(self) -> Delivery:
+        """The present row, apart."""
+        columns = self.columns
+        at = self.next_seq - 1 - self.first
+        stamped = self.book is not None
+        extra = columns.extras.get(at) if columns.extras else None
         return Delivery(
             self.session,
             self.book,
             self.session.publisher,
-            seq,
-            names if isinstance(names, str) else names[at],
-            plan,
-            key,
-            body,
-            ordinal,
-            intended_ns,
+            self.first + at,
+            columns.names if isinstance(columns.names, str) else columns.names[at],
+            self._plans if isinstance(self._plans, Plan) else self._plans[at],
+            columns.keys[at],
+            columns.bodies[at],
+            columns.ordinals[at] if stamped and columns.ordinals is not None else 0,
+            columns.intended_ns[at] if stamped and columns.intended_ns is not None else 0,
             self.attempt,
             extra,
             self.received_ns + extra.timeout_ns if extra is not None and extra.timeout_ns else 0,
@@ -272,9 +294,9 @@ class Lanes:
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._slice_events = 64
-        # Where the leader is, for whoever overtakes it.
-        self._row: tuple[int, Plan, WireKey, bytes, int, int] | None = None
+        # What the leader runs outside the fast path, for whoever overtakes it.
         self._running: Delivery | None = None
+        self._keyless: dict[object | None, Delivery] = {}  # of overtaken leaders whose message has no lane
         self._places: dict[tuple[Any, ...], tuple[str, str]] = {}
 
     # -- what the shard calls
@@ -348,15 +370,18 @@ class Lanes:
 
     def _overtake(self) -> None:
         """The leader is suspended in a handler: its key is busy from now on, and the task is no longer leader."""
-        self._leader = None
+        token, self._leader = self._leader, None
         running = self._running
         cursor = self._cursor
-        if running is None and cursor is not None and self._row is not None:
-            self._host.handled(cursor.hold(self._row[0]))
+        if running is None:
+            assert cursor is not None  # a leader that runs no delivery runs the fast path of a batch
+            self._host.handled(cursor.hold())
             self._host.touched(cursor.session)
-            running = cursor.delivery(*self._row)
-        self._running = self._row = None
-        if running is not None and running.key is not None:
+            running = cursor.delivery()
+            if running.key is None:
+                self._keyless[token] = running
+        self._running = None
+        if running.key is not None:
             lane = self._busy.get(running.key)
             if lane is None:
                 self._busy[running.key] = _Lane(running.key, running)
@@ -386,7 +411,7 @@ class Lanes:
             self._learn_slice(allowed - budget, self._now() - started_ns)
 
     def _learn_slice(self, done: int, took_ns: int) -> None:
-        """Let a slice take about a millisecond, whatever the handlers cost."""
+        """Let a slice take about two milliseconds, whatever the handlers cost."""
         if done > 0:
             fitting = max(1, min(_SLICE_EVENTS_MAX, done * _SLICE_NS // max(1, took_ns)))
             self._slice_events = fitting if fitting < self._slice_events else min(fitting, 2 * self._slice_events)
@@ -399,16 +424,21 @@ class Lanes:
         busy, now, clean = self._busy, self._now, self._clean
         book = cursor.book
         positions: dict[WireKey, int] = {} if book is None else book.positions
-        last: Any = None if book is None else book.last  # a stamp implies a book
+        known: Any = None if book is None else book.known  # a stamp implies a book
+        last: Any = None if book is None else book.last
         note: Any = None if book is None else book.note
         latencies: dict[int, int] = {}
-        before = length_hint(cursor.seqs)
-        for row in islice(cursor.rows, budget):
-            seq, plan, key, body, ordinal, intended_ns = row
-            simple = plan.simple
+        before = cursor.next_seq
+        current: Plan | None = None
+        simple: Callable[[Any], Awaitable[None]] | None = None
+        decode: Callable[[bytes], Any] = UNKNOWN.decode
+        # The tuples are not kept, so `zip` uses one again and again.
+        for key, plan, body, ordinal, intended_ns in islice(cursor.rows, budget):
+            if plan is not current:
+                current, simple, decode = plan, plan.simple, plan.decode
             if simple is None or key in busy:
-                self._host.handled(cursor.hold(seq))
-                delivery = cursor.delivery(seq, plan, key, body, ordinal, intended_ns)
+                self._host.handled(cursor.hold())
+                delivery = cursor.delivery()
                 if key in busy:
                     self._append(busy[key], delivery)
                 else:
@@ -418,19 +448,18 @@ class Lanes:
                 if context != clean:
                     break
                 continue
-            self._row = row
             try:
-                await simple(plan.decode(body))
+                await simple(decode(body))
             except BaseException as error:  # the handler's, or the body's: judged in one place
-                self._fast_failed(cursor, token, row, error)
+                self._fast_failed(cursor, token, plan, key, body, error)
                 break
             if self._leader is not token:
-                self._fast_overtaken(cursor, row)
+                self._settle(self._overtaken(token, key), None)
                 break
             if ordinal:
                 at = positions.get(key)
-                if at is not None and last[at] == ordinal - 1:
-                    last[at] = ordinal
+                if at is not None and known[at] == ordinal - 1:
+                    known[at] = last[at] = ordinal
                 else:
                     note(key, ordinal, cursor.attempt)
             if intended_ns:
@@ -442,36 +471,34 @@ class Lanes:
             book.record(latencies)
         if self._leader is not token:
             return 0
-        self._row = None
-        left = length_hint(cursor.seqs)
         # What was done so far is acked now, because the rest may take long.
-        self._host.handled(cursor.finish_before(cursor.end - left))
-        if not left:
+        after = cursor.next_seq
+        self._host.handled(cursor.finish_before(after))
+        if after == cursor.end:
             self._cursor = None
         self._host.touched(cursor.session)
-        return budget - (before - left)
+        return budget - (after - before)
 
-    def _fast_overtaken(self, cursor: Inbound, row: tuple[int, Plan, WireKey, bytes, int, int]) -> None:
-        """A handler of the fast path returned after its task was overtaken: its follower made a delivery of it."""
-        lane = self._busy.get(row[2]) if row[2] is not None else None
-        delivery = lane.running if lane is not None and lane.running is not None else cursor.delivery(*row)
-        self._settle(delivery, None)
+    def _overtaken(self, token: object, key: WireKey) -> Delivery:
+        """What the follower made of the message whose handler was running when this task was overtaken."""
+        if key is None:
+            return self._keyless.pop(token)
+        running = self._busy[key].running
+        assert running is not None  # the lane waits for this very task
+        return running
 
     def _fast_failed(
-        self, cursor: Inbound, token: object, row: tuple[int, Plan, WireKey, bytes, int, int], error: BaseException
+        self, cursor: Inbound, token: object, plan: Plan, key: WireKey, body: bytes, error: BaseException
     ) -> None:
         if isinstance(error, GeneratorExit) or self._closing:
             raise error
-        _, plan, key, body, _, _ = row
         self._absorb(error)
         failure = self._judge(plan, body, ((plan.handlers[0], error),))
         if self._leader is token:
-            self._host.handled(cursor.hold(row[0]))
-            self._row = None
-            delivery = cursor.delivery(*row)
+            self._host.handled(cursor.hold())
+            delivery = cursor.delivery()
         else:
-            lane = self._busy.get(key) if key is not None else None
-            delivery = lane.running if lane is not None and lane.running is not None else cursor.delivery(*row)
+            delivery = self._overtaken(token, key)
         self._settle(delivery, failure)
 
     @staticmethod

@@ -127,6 +127,7 @@ class Book:
         self._owners = words[at : at + keys]  # the publisher's row + 1; 0: free
         at += keys
         self.last = words[at : at + keys]
+        self.known: list[int] = self.last.tolist()  # the same to read: a list's element costs a third of a view's
         # What the buffer holds already, until its key is seen again.
         self._inherited: dict[tuple[int, int], int] = {
             (owner, self._hashes[at]): at for at, owner in enumerate(self._owners) if owner
@@ -197,7 +198,7 @@ class Book:
             self._seen[at] = None
         # Retired first: a kill in between counts a key twice, and never reports a loss that was none.
         self._rows[(owner - 1) * _ROW + _RETIRED] += self.last[at]
-        self.last[at] = 0
+        self.last[at] = self.known[at] = 0
         self._owners[at] = 0
 
     def _place(self, book: PublisherBook, key: WireKey) -> int:
@@ -209,7 +210,7 @@ class Book:
             self._words[3] = (at + 1) % self._keys
             if self._owners[at]:
                 self._forget(at)
-            self.last[at] = 0
+            self.last[at] = self.known[at] = 0
             self._hashes[at] = digest
             self._owners[at] = book.row + 1
         book.positions[key] = at
@@ -254,7 +255,7 @@ class PublisherBook:
     all else comes through `irregular`. A retired book has lost its row and takes nothing more.
     """
 
-    __slots__ = ("_book", "_overtaken", "last", "positions", "publisher", "retired", "row")
+    __slots__ = ("_book", "_overtaken", "known", "last", "positions", "publisher", "retired", "row")
 
     def __init__(self, book: Book, row: int, publisher: bytes) -> None:
         self._book = book
@@ -262,14 +263,15 @@ class PublisherBook:
         self.publisher = publisher
         self.positions: dict[WireKey, int] = {}
         self.last = book.last
+        self.known = book.known
         self.retired = False
         self._overtaken: set[tuple[WireKey, int]] = set()
 
     def note(self, key: WireKey, ordinal: int, attempt: int) -> None:
         """An event with this ordinal reached its outcome."""
         at = self.positions.get(key)
-        if at is not None and self.last[at] == ordinal - 1:
-            self.last[at] = ordinal
+        if at is not None and self.known[at] == ordinal - 1:
+            self.known[at] = self.last[at] = ordinal
         else:
             self.irregular(key, ordinal, attempt)
 
@@ -280,21 +282,21 @@ class PublisherBook:
         at = self.positions.get(key)
         if at is None:
             at = self._book._place(self, key)
-        last = self.last[at]
+        last = self.known[at]
         if ordinal == last + 1:
-            self.last[at] = ordinal
+            self.known[at] = self.last[at] = ordinal
         elif ordinal <= last:
             self._come_back(key, ordinal, attempt)
         elif last == 0 and self._word(_RETIRED):
             # Keys of this publisher were forgotten, and this may be one: its past was counted when it was retired.
             self._add(_RETIRED, 1 - ordinal)
             self._add(_UNCHECKED, 1)
-            self.last[at] = ordinal
+            self.known[at] = self.last[at] = ordinal
         else:
             self._add(_MISSING, ordinal - last - 1)
             room = _OVERTAKEN_MAX - len(self._overtaken)
             self._overtaken.update((key, number) for number in range(last + 1, min(ordinal, last + 1 + room)))
-            self.last[at] = ordinal
+            self.known[at] = self.last[at] = ordinal
 
     def _come_back(self, key: WireKey, ordinal: int, attempt: int) -> None:
         if (key, ordinal) in self._overtaken:

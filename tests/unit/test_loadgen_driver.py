@@ -6,7 +6,7 @@ import pytest
 
 import shardbus
 from loadgen.collector import totals_of
-from loadgen.driver import Driver
+from loadgen.driver import Driver, LagCounts
 from loadgen.report import Totals
 from loadgen.spec import DriverResult, LoadSpec
 from loadgen.workload import workload_of
@@ -61,3 +61,21 @@ async def test_a_bus_that_fails_every_event_has_dead_letters_and_no_loss():
 
     result, totals = await drive(LoadSpec(rate=500.0, warmup_s=0.0, duration_s=0.1, keys=5), application)
     assert result.final.dead == totals.dead == totals.distinct == result.final.published
+
+
+def test_send_lags_are_exact_to_two_milliseconds_and_to_three_digits_beyond():
+    lags = LagCounts()
+    lags.add([1_000_000_000 - lag_us * 1000 for lag_us in (0, 7, 7, 2047, 123_456)], 1_000_000_000)
+    found = lags.counts()
+    (longest,) = set(found) - {0, 7, 2047}
+    assert (found[0], found[7], found[2047], found[longest]) == (1, 2, 1, 1)
+    assert 123_456 <= longest <= 123_456 * 1.001
+
+
+def test_the_memory_for_send_lags_is_bounded_and_none_is_forgotten():
+    lags = LagCounts()
+    for second in range(4):
+        lags.add(list(range(0, 200_000_000, 1000)), (second + 1) * 1_000_000_000)
+    assert sum(lags.counts().values()) == 800_000
+    assert len(lags.counts()) <= 27_648
+    assert len(lags._counts) <= 65_536

@@ -71,7 +71,19 @@ VERDICTS: list[tuple[str, dict[str, Any], Verdict, str]] = [
         "a late generator is not excused by a bus that it kept idle",
         {"send_lag_p99_us": 80_000, "achieved_rate": 15_000.0, "waited_share": 0.01},
         "generator-bound",
-        "the bus had room",
+        "one driver process cannot offer",
+    ),
+    (
+        "a generator that waits now and then, and is far too slow besides",
+        {"sent": 90_000, "waited_share": 0.05},
+        "generator-bound",
+        "90,000 of 200,000",
+    ),
+    (
+        "a bus that stops takes what fits and no more, while the generator is on time",
+        {"sent": 65_536, "waited_share": 0.67, "achieved_rate": 0.0},
+        "saturated",
+        "0 of 20,000 events/s",
     ),
     ("a broken promise outweighs saturation", {"lost": 1, "waited_share": 1.0, "sent": 5}, "failed", "1 events"),
     (
