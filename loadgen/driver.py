@@ -321,4 +321,4 @@ async def _main(spec: LoadSpec) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(decode_spec(sys.stdin.buffer.readline())))
+    shardbus.run(_main(decode_spec(sys.stdin.buffer.readline())))

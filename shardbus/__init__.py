@@ -20,6 +20,7 @@ from shardbus.errors import (
     ShardbusError,
     UsageError,
 )
+from shardbus.event_loop import run
 from shardbus.messages import Command, Event
 from shardbus.registry import WorkerInfo
 
@@ -46,5 +47,6 @@ __all__ = [
     "UsageError",
     "WorkerInfo",
     "connect",
+    "run",
 ]
 __version__ = "0.1.0"

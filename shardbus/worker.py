@@ -22,6 +22,7 @@ from shardbus.application import load_application
 from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS
 from shardbus.errors import BootError, ConfigError
+from shardbus.event_loop import run
 from shardbus.evidence import SharedBook
 from shardbus.logs import configure_logging
 from shardbus.processes import ReportPipe, die_with_parent, on_stop_signals
@@ -148,7 +149,7 @@ def main() -> None:
         sys.exit("shardbus.worker is started by `shardbus serve`")
     die_with_parent(boot.parent)
     configure_logging(boot.log_level, boot.log_format, None)
-    sys.exit(asyncio.run(run_worker(boot, descriptor)))
+    sys.exit(run(run_worker(boot, descriptor)))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("metrics",),
     ("lanes",),
     # adapters: one effect each
-    ("evidence", "sql_store", "zmq_transport", "processes", "rundir", "logs", "application"),
+    ("evidence", "sql_store", "zmq_transport", "processes", "rundir", "logs", "application", "event_loop"),
     ("shard",),
     ("client", "worker", "supervisor"),  # roles
     ("local", "connecting"),
@@ -96,6 +96,7 @@ OWNERS: tuple[Owner, ...] = (
     ),
     Owner("shared memory", ("mmap",), ("shardbus/evidence.py",)),
     Owner("command lines", ("click",), ("shardbus/cli.py", "loadgen/cli.py")),
+    Owner("event loops", ("uvloop",), ("shardbus/event_loop.py",)),
     Owner("locks on files", ("fcntl",), ("shardbus/rundir.py",)),
     Owner("untrusted bytes", ("msgpack",), ("shardbus/wire/frames.py", "shardbus/wire/codec.py")),
 )
