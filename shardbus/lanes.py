@@ -280,7 +280,6 @@ class Lanes:
     def __init__(self, plans: Mapping[str, Plan], host: LaneHost, limits: Limits, now: NowNs) -> None:
         self.plans = plans
         self.queued = 0  # messages in memory behind busy keys
-        self.leaders_started = 0
         self._host = host
         self._limits = limits
         self._now = now
@@ -357,7 +356,6 @@ class Lanes:
         task = loop.create_task(self._lead(token, context), context=context)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
-        self.leaders_started += 1
         # Behind the task's first step in the loop's queue: when it runs, that step has ended or is suspended in a handler.
         self._armed = True
         loop.call_soon(self._turn, context=self._clean)

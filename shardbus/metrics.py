@@ -16,7 +16,7 @@ one word a key, so that no kill at any instant can make it wrong.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import compress
 from operator import eq
 from typing import Final
@@ -343,12 +343,3 @@ def _signed(word: int) -> int:
 def book_bytes(*, keys: int, publishers: int) -> int:
     """The size of a book's buffer."""
     return 8 * (_HEADER + publishers * (_ROW + BUCKETS) + 3 * keys)
-
-
-def add_counters(all_counters: Iterable[Counters]) -> Counters:
-    """The sum of several shards' counters."""
-    totals = dict.fromkeys(COUNTERS, 0)
-    for counters in all_counters:
-        for name in COUNTERS:
-            totals[name] += getattr(counters, name)
-    return Counters(**totals)

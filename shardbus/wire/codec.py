@@ -64,8 +64,7 @@ class Batch:
         """Stamp the message that was just appended; those before it that have no stamp get none."""
         missing = len(self.bodies) - 1 - len(self.ordinals)
         if missing:
-            self.ordinals.extend(repeat(0, missing))
-            self.intended_ns.extend(repeat(0, missing))
+            self._leave_unstamped(missing)
         self.ordinals.append(ordinal)
         self.intended_ns.append(intended_ns)
         self.stamped = True
@@ -73,12 +72,14 @@ class Batch:
     def stamp_many(self, ordinals: Sequence[int], intended_ns: Sequence[int], count: int) -> None:
         """Stamp the last `count` messages."""
         missing = len(self.bodies) - count - len(self.ordinals)
-        if missing:
-            self.ordinals.extend(repeat(0, missing))
-            self.intended_ns.extend(repeat(0, missing))
+        self._leave_unstamped(missing)
         self.ordinals.extend(ordinals)
         self.intended_ns.extend(intended_ns)
         self.stamped = True
+
+    def _leave_unstamped(self, count: int) -> None:
+        self.ordinals.extend(repeat(0, count))
+        self.intended_ns.extend(repeat(0, count))
 
     def seal(self) -> bytes:
         """Pack all columns. A batch of one type carries its name once."""
@@ -90,10 +91,7 @@ class Batch:
             names = (distinct, bytes(map(place.__getitem__, self.names)))
         ordinals = intended = None
         if self.stamped:
-            missing = len(self.bodies) - len(self.ordinals)
-            if missing:
-                self.ordinals.extend(repeat(0, missing))
-                self.intended_ns.extend(repeat(0, missing))
+            self._leave_unstamped(len(self.bodies) - len(self.ordinals))
             ordinals, intended = _stamps_out(self.ordinals), _stamps_out(self.intended_ns)
         extras = _encode(self.extras) if self.extras else None
         return _encode((names, self.keys, self.bodies, ordinals, intended, extras))
