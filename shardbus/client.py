@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final, Protocol, TypeVar
 from uuid import UUID
@@ -437,10 +436,9 @@ class Client:
         batch.keys.extend(keys)
         batch.bodies.extend(bodies)
         if ordinals is not None or intended_ns is not None:
-            zeros = array("q", bytes(8 * count))
             batch.stamp_many(
-                zeros if ordinals is None else ordinals[at : at + count],
-                zeros if intended_ns is None else intended_ns[at : at + count],
+                None if ordinals is None else ordinals[at : at + count],
+                None if intended_ns is None else intended_ns[at : at + count],
                 count,
             )
         self._published += count

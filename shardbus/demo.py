@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from shardbus import Bus, Command, Event
 
-_KEYS_MAX = 65_536  # keys whose count is kept in memory; when full, the oldest is forgotten
+_KEYS_MAX = 65_536  # keys whose count is kept in memory; when full, all are forgotten
 
 
 class Tick(Event, key="key", gc=False):
@@ -24,7 +22,7 @@ class GetCount(Command[int], key="key"):
 
 
 bus = Bus("demo")
-_counts: OrderedDict[str, int] = OrderedDict()
+_counts: dict[str, int] = {}
 
 
 @bus.on(Tick)
@@ -35,7 +33,7 @@ async def count(event: Tick) -> None:
         _counts[key] += 1
         return
     if len(_counts) >= _KEYS_MAX:
-        _counts.popitem(last=False)
+        _counts.clear()
     _counts[key] = 1
 
 

@@ -101,6 +101,7 @@ _ID, _USED, _RETIRED, _REPEATS, _ANNOUNCED, _OUT_OF_ORDER, _MISSING, _UNCHECKED,
     9,
     10,
 )
+_USE_NOTE_NS: Final = 100_000_000  # how exactly it is known when a row was used last
 _OVERTAKEN_MAX: Final = 65_536  # ordinals that were overtaken and are remembered one by one, for each publisher
 
 
@@ -255,7 +256,7 @@ class PublisherBook:
     all else comes through `irregular`. A retired book has lost its row and takes nothing more.
     """
 
-    __slots__ = ("_book", "_overtaken", "known", "last", "positions", "publisher", "retired", "row")
+    __slots__ = ("_book", "_overtaken", "_use_ns", "known", "last", "positions", "publisher", "retired", "row")
 
     def __init__(self, book: Book, row: int, publisher: bytes) -> None:
         self._book = book
@@ -266,6 +267,7 @@ class PublisherBook:
         self.known = book.known
         self.retired = False
         self._overtaken: set[tuple[WireKey, int]] = set()
+        self._use_ns = 0
 
     def note(self, key: WireKey, ordinal: int, attempt: int) -> None:
         """An event with this ordinal reached its outcome."""
@@ -310,7 +312,8 @@ class PublisherBook:
 
     def used(self, now_ns: int) -> None:
         """Something of this publisher came: its row is not the one to give away."""
-        if not self.retired:
+        if now_ns >= self._use_ns and not self.retired:
+            self._use_ns = now_ns + _USE_NOTE_NS
             self._book._rows[self.row * _ROW + _USED] = now_ns
 
     def note_dead(self) -> None:

@@ -306,7 +306,7 @@ class Shard:
             return
         if columns is not None:
             book = one.book
-            if columns.ordinals is not None and (book is None or book.retired):
+            if (columns.ordinals or columns.intended_ns) and (book is None or book.retired):
                 book = one.book = self.book.publisher(session.publisher)
             if book is not None:
                 book.used(now_ns)
@@ -319,7 +319,6 @@ class Shard:
                     frame.attempt,
                     skip,
                     columns,
-                    self.lanes.plans,
                     now_ns,
                 )
             )

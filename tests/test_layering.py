@@ -98,7 +98,6 @@ OWNERS: tuple[Owner, ...] = (
     Owner("command lines", ("click",), ("shardbus/cli.py", "loadgen/cli.py")),
     Owner("event loops", ("uvloop",), ("shardbus/event_loop.py",)),
     Owner("locks on files", ("fcntl",), ("shardbus/rundir.py",)),
-    Owner("untrusted bytes", ("msgpack",), ("shardbus/wire/frames.py", "shardbus/wire/codec.py")),
 )
 
 # Nothing is ever unpickled, so nobody owns it.

@@ -6,19 +6,19 @@ not decode costs nothing but itself.
 
 from __future__ import annotations
 
+import struct
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import repeat
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-import msgpack
 import msgspec
 
 from shardbus.config import DEFAULT_LIMITS
 from shardbus.errors import RemoteProtocolError
 from shardbus.messages import WireKey
-from shardbus.wire.frames import brief, refuse_extension
+from shardbus.wire.frames import brief
 
 Headers = dict[str, str]
 
@@ -32,7 +32,7 @@ class Extra(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What few messages carry: their place in the batch, headers, and for a command how long its caller still waits."""
 
     at: int
-    headers: Headers
+    headers: Annotated[Headers, msgspec.Meta(max_length=DEFAULT_LIMITS.headers_max)]
     timeout_ns: int  # 0: an event
     idempotent: bool
 
@@ -43,10 +43,10 @@ _EXTRA_BYTES_MAX: Final = DEFAULT_LIMITS.batch_bytes_target
 class Batch:
     """The open batch of an outbox: columns that grow by one element per message. `seal()` packs it.
 
-    `ordinals` and `intended_ns` stay empty until a message brings a stamp; 0 means none.
+    `ordinals` and `intended_ns` are as long as the last stamped message needs; 0 means no stamp.
     """
 
-    __slots__ = ("bodies", "extras", "intended_ns", "keys", "names", "ordinals", "stamped")
+    __slots__ = ("bodies", "extras", "intended_ns", "keys", "names", "ordinals")
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -55,46 +55,50 @@ class Batch:
         self.ordinals: array[int] = array("q")
         self.intended_ns: array[int] = array("q")
         self.extras: list[Extra] = []
-        self.stamped = False
 
     def __len__(self) -> int:
         return len(self.bodies)
 
     def stamp(self, ordinal: int, intended_ns: int) -> None:
-        """Stamp the message that was just appended; those before it that have no stamp get none."""
-        missing = len(self.bodies) - 1 - len(self.ordinals)
+        """Stamp the message that was just appended; 0: it has none."""
+        if ordinal:
+            self._lengthen(self.ordinals, 1)
+            self.ordinals.append(ordinal)
+        if intended_ns:
+            self._lengthen(self.intended_ns, 1)
+            self.intended_ns.append(intended_ns)
+
+    def stamp_many(self, ordinals: Sequence[int] | None, intended_ns: Sequence[int] | None, count: int) -> None:
+        """Stamp the last `count` messages; None: they have none."""
+        if ordinals is not None:
+            self._lengthen(self.ordinals, count)
+            self.ordinals.extend(ordinals)
+        if intended_ns is not None:
+            self._lengthen(self.intended_ns, count)
+            self.intended_ns.extend(intended_ns)
+
+    def _lengthen(self, column: array[int], but: int) -> None:
+        """Leave every message unstamped that has no stamp yet, but the last ones."""
+        missing = len(self.bodies) - but - len(column)
         if missing:
-            self._leave_unstamped(missing)
-        self.ordinals.append(ordinal)
-        self.intended_ns.append(intended_ns)
-        self.stamped = True
-
-    def stamp_many(self, ordinals: Sequence[int], intended_ns: Sequence[int], count: int) -> None:
-        """Stamp the last `count` messages."""
-        missing = len(self.bodies) - count - len(self.ordinals)
-        self._leave_unstamped(missing)
-        self.ordinals.extend(ordinals)
-        self.intended_ns.extend(intended_ns)
-        self.stamped = True
-
-    def _leave_unstamped(self, count: int) -> None:
-        self.ordinals.extend(repeat(0, count))
-        self.intended_ns.extend(repeat(0, count))
+            column.extend(repeat(0, missing))
 
     def seal(self) -> bytes:
         """Pack all columns. A batch of one type carries its name once."""
-        distinct = list(dict.fromkeys(self.names))
-        if len(distinct) == 1:
-            names: Any = distinct[0]
-        else:
-            place = {name: at for at, name in enumerate(distinct)}
-            names = (distinct, bytes(map(place.__getitem__, self.names)))
-        ordinals = intended = None
-        if self.stamped:
-            self._leave_unstamped(len(self.bodies) - len(self.ordinals))
-            ordinals, intended = _stamps_out(self.ordinals), _stamps_out(self.intended_ns)
+        place = {name: at for at, name in enumerate(dict.fromkeys(self.names))}
+        places = None if len(place) == 1 else bytes(map(place.__getitem__, self.names))
+        ordinals, intended = self._stamps_out(self.ordinals), self._stamps_out(self.intended_ns)
         extras = _encode(self.extras) if self.extras else None
-        return _encode((names, self.keys, self.bodies, ordinals, intended, extras))
+        return _encode((list(place), places, self.keys, self.bodies, ordinals, intended, extras))
+
+    def _stamps_out(self, stamps: array[int]) -> bytes | None:
+        if not stamps:
+            return None
+        self._lengthen(stamps, 0)
+        if _SWAP:
+            stamps = array("q", stamps)
+            stamps.byteswap()
+        return stamps.tobytes()
 
 
 class Columns:
@@ -107,8 +111,8 @@ class Columns:
         names: str | list[str],
         keys: tuple[WireKey, ...],
         bodies: tuple[bytes, ...],
-        ordinals: array[int] | None,
-        intended_ns: array[int] | None,
+        ordinals: tuple[int, ...] | None,
+        intended_ns: tuple[int, ...] | None,
         extras: dict[int, Extra],
     ) -> None:
         self.names = names
@@ -123,96 +127,94 @@ class Columns:
         return repeat(self.names) if isinstance(self.names, str) else self.names
 
 
+_column: Final = msgspec.Meta(max_length=DEFAULT_LIMITS.batch_events_max)
+_Text = Annotated[str, msgspec.Meta(max_length=DEFAULT_LIMITS.key_bytes_max)]
+
+
+class _PackedBatch(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A batch on the wire. `places` has an index into `names` for each message, or is None where all have the one name."""
+
+    names: Annotated[tuple[_Text, ...], _column]
+    places: bytes | None
+    keys: Annotated[tuple[_Text | int | None, ...], _column]
+    bodies: Annotated[tuple[bytes, ...], _column]
+    ordinals: bytes | None
+    intended_ns: bytes | None
+    extras: bytes | None
+
+
+class _PackedBatchAny(_PackedBatch, array_like=True, forbid_unknown_fields=True, gc=False):
+    """The same with keys of any type, because msgspec takes no union of text and bytes."""
+
+    keys: Annotated[tuple[Any, ...], _column]
+
+
+_decode_usual: Final = msgspec.msgpack.Decoder(_PackedBatch).decode
+_decode_any: Final = msgspec.msgpack.Decoder(_PackedBatchAny).decode
+_decode_extras: Final = msgspec.msgpack.Decoder(Annotated[list[Extra], _column]).decode
+
+
 def decode_batch(blob: bytes, count: int) -> Columns:
     """Unpack a batch of `count` messages.
 
     Raises:
-        RemoteProtocolError: the bytes are not such a batch. Nothing beyond the limits was allocated.
+        RemoteProtocolError: the bytes are not such a batch.
     """
     try:
-        names, keys, bodies, ordinals, intended, extras = msgpack.unpackb(
-            blob,
-            use_list=False,
-            strict_map_key=True,
-            ext_hook=refuse_extension,
-            max_array_len=DEFAULT_LIMITS.batch_events_max,
-            max_map_len=0,
-            max_str_len=DEFAULT_LIMITS.key_bytes_max,
-            max_bin_len=DEFAULT_LIMITS.frame_bytes_max,
-            max_ext_len=0,
-        )
-        if not (type(keys) is tuple is type(bodies) and len(keys) == count == len(bodies)):
+        try:
+            packed = _decode_usual(blob)
+            keys: tuple[WireKey, ...] = packed.keys
+        except msgspec.ValidationError:
+            packed = _decode_any(blob)
+            keys = tuple(map(_sound_key, packed.keys))
+        if not len(keys) == count == len(packed.bodies):
             raise RemoteProtocolError(f"a batch whose columns do not hold {count} messages each")
-        kinds = set(map(type, keys))
-        if not kinds <= _KEY_TYPES or not set(map(type, bodies)) <= _BYTES_ONLY:
-            raise RemoteProtocolError("a batch with a key or a body of the wrong type")
-        if tuple in kinds or bytes in kinds:
-            _check_keys(keys)
         return Columns(
-            names if type(names) is str else _spread_names(names, count),
+            _names_in(packed.names, packed.places, count),
             keys,
-            bodies,
-            _stamps_in(ordinals, count),
-            _stamps_in(intended, count),
-            {} if extras is None else _extras_in(extras, count),
+            packed.bodies,
+            None if packed.ordinals is None else _stamps_in(packed.ordinals, count),
+            None if packed.intended_ns is None else _stamps_in(packed.intended_ns, count),
+            {} if packed.extras is None else _extras_in(packed.extras, count),
         )
-    except RemoteProtocolError:
-        raise
-    except (ValueError, TypeError, IndexError, RecursionError, msgpack.UnpackException) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise RemoteProtocolError(f"not a batch: {brief(error)}") from None
 
 
-def _spread_names(names: Any, count: int) -> list[str]:
-    distinct, places = names
-    if not (type(places) is bytes and len(places) == count and set(map(type, distinct)) == {str}):
+def _names_in(names: tuple[str, ...], places: bytes | None, count: int) -> str | list[str]:
+    if places is None and len(names) == 1:
+        return names[0]
+    if places is None or len(places) != count or max(places, default=0) >= len(names):
         raise RemoteProtocolError("a batch whose names are not one for each message")
-    return [distinct[place] for place in places]
+    return [names[place] for place in places]
 
 
-def _check_keys(keys: tuple[Any, ...]) -> None:
-    for key in keys:
-        if type(key) is tuple and not (len(key) == 1 and type(key[0]) is bytes and len(key[0]) == 16):
-            raise RemoteProtocolError("a batch with a UUID key that is not 16 bytes")
-        if type(key) is bytes and len(key) > DEFAULT_LIMITS.key_bytes_max:
-            raise RemoteProtocolError(f"a batch with a key of {len(key):,} bytes")
+def _sound_key(key: Any) -> WireKey:
+    match key:
+        case str() | bytes() if len(key) <= DEFAULT_LIMITS.key_bytes_max:
+            return key
+        case None:
+            return None
+        case int() if not isinstance(key, bool):
+            return key
+        case [bytes(digits)] if len(digits) == 16:
+            return (digits,)
+    raise RemoteProtocolError("a batch with a key that is none, or too long")
 
 
-def _stamps_out(stamps: array[int]) -> bytes:
-    if _SWAP:
-        stamps = array("q", stamps)
-        stamps.byteswap()
-    return stamps.tobytes()
-
-
-def _stamps_in(packed: Any, count: int) -> array[int] | None:
-    if packed is None:
-        return None
-    if type(packed) is not bytes or len(packed) != 8 * count:
+def _stamps_in(packed: bytes, count: int) -> tuple[int, ...]:
+    if len(packed) != 8 * count:
         raise RemoteProtocolError("a batch whose stamps are not one for each message")
-    stamps = array("q", packed)
-    if _SWAP:
-        stamps.byteswap()
-    if min(stamps) < 0:
+    stamps = struct.unpack(f"<{count}q", packed)
+    if min(stamps, default=0) < 0:
         raise RemoteProtocolError("a batch with a negative stamp")
     return stamps
 
 
-def _extras_in(packed: Any, count: int) -> dict[int, Extra]:
-    if type(packed) is not bytes or len(packed) > _EXTRA_BYTES_MAX * 2:
-        raise RemoteProtocolError("a batch whose extras are not bytes, or too many of them")
-    # First through msgpack, which bounds what may be allocated; then typed.
-    rows = msgpack.unpackb(
-        packed,
-        use_list=False,
-        strict_map_key=True,
-        ext_hook=refuse_extension,
-        max_array_len=DEFAULT_LIMITS.batch_events_max,
-        max_map_len=DEFAULT_LIMITS.headers_max,
-        max_str_len=4096,
-        max_bin_len=0,
-        max_ext_len=0,
-    )
-    extras = {extra.at: extra for extra in msgspec.convert(rows, list[Extra])}
+def _extras_in(packed: bytes, count: int) -> dict[int, Extra]:
+    if len(packed) > _EXTRA_BYTES_MAX * 2:
+        raise RemoteProtocolError("a batch with too many bytes of extras")
+    extras = {extra.at: extra for extra in _decode_extras(packed)}
     if any(not (0 <= at < count and 0 <= extra.timeout_ns < 2**63) for at, extra in extras.items()):
         raise RemoteProtocolError("a batch with an extra that belongs to none of its messages")
     return extras

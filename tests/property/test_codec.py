@@ -99,13 +99,11 @@ def test_a_batch_arrives_as_it_was_published(published: list[Message]):
     assert [type(key) for key in columns.keys] == [type(message.key) for message in published]
     assert list(columns.bodies) == [message.body for message in published]
 
-    if any(message.stamp is not None for message in published):
-        assert columns.ordinals is not None
-        assert columns.intended_ns is not None
-        arrived = list(zip(columns.ordinals, columns.intended_ns, strict=True))
-        assert arrived == [message.stamp or (0, 0) for message in published]
-    else:
-        assert columns.ordinals is columns.intended_ns is None
+    stamps = [message.stamp or (0, 0) for message in published]
+    ordinals, instants = [list(column) for column in zip(*stamps, strict=True)]
+    assert list(columns.ordinals or [0] * len(published)) == ordinals
+    assert list(columns.intended_ns or [0] * len(published)) == instants
+    assert (columns.ordinals is None, columns.intended_ns is None) == (not any(ordinals), not any(instants))
 
     assert columns.extras == {
         at: Extra(at, message.headers, message.timeout_ns, message.idempotent)
@@ -213,11 +211,11 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=20,
 )
-SOUND: list[Any] = ["A", [1, 2], [b"x", b"y"], None, None, None]
+SOUND: list[Any] = [["A"], None, [1, 2], [b"x", b"y"], None, None, None]
 
 
 @settings(max_examples=150)
-@given(st.integers(0, 5), anything)
+@given(st.integers(0, 6), anything)
 def test_a_column_of_anything_is_refused_or_sound(column: int, value: Any):
     columns = list(SOUND)
     columns[column] = value
@@ -227,8 +225,8 @@ def test_a_column_of_anything_is_refused_or_sound(column: int, value: Any):
 @settings(max_examples=200)
 @given(anything)
 def test_extras_of_anything_are_refused_or_sound(value: Any):
-    survives(pack([*SOUND[:5], pack(value)]), 2)
-    survives(pack([*SOUND[:5], pack([value])]), 2)
+    survives(pack([*SOUND[:6], pack(value)]), 2)
+    survives(pack([*SOUND[:6], pack([value])]), 2)
 
 
 def stamps_of(*values: int) -> bytes:
@@ -236,41 +234,43 @@ def stamps_of(*values: int) -> bytes:
 
 
 UNSOUND: dict[str, list[Any]] = {
-    "a column too few": SOUND[:5],
+    "a column too few": SOUND[:6],
     "a column too many": [*SOUND, None],
-    "a key that is a float": ["A", [1, 2.0], [b"x", b"y"], None, None, None],
-    "a key that is a truth value": ["A", [1, True], [b"x", b"y"], None, None, None],
-    "a UUID of 15 bytes": ["A", [1, [b"u" * 15]], [b"x", b"y"], None, None, None],
-    "a UUID of text": ["A", [1, ["u" * 16]], [b"x", b"y"], None, None, None],
-    "a UUID of two parts": ["A", [1, [b"u" * 16, b"u" * 16]], [b"x", b"y"], None, None, None],
-    "a key of too many bytes": ["A", [1, b"k" * 1025], [b"x", b"y"], None, None, None],
-    "a key of too much text": ["A", [1, "k" * 1025], [b"x", b"y"], None, None, None],
-    "a body that is text": ["A", [1, 2], [b"x", "y"], None, None, None],
-    "a body that is none": ["A", [1, 2], [b"x", None], None, None, None],
-    "a body too few": ["A", [1, 2], [b"x"], None, None, None],
-    "a key too many": ["A", [1, 2, 3], [b"x", b"y"], None, None, None],
-    "no name": [None, [1, 2], [b"x", b"y"], None, None, None],
-    "a name that is bytes": [b"A", [1, 2], [b"x", b"y"], None, None, None],
-    "a place that names nothing": [(["A"], b"\x00\x01"), [1, 2], [b"x", b"y"], None, None, None],
-    "a place too few": [(["A"], b"\x00"), [1, 2], [b"x", b"y"], None, None, None],
-    "names that are no text": [(["A", 7], b"\x00\x00"), [1, 2], [b"x", b"y"], None, None, None],
-    "names of two columns": [(["A"], b"\x00\x00", 1), [1, 2], [b"x", b"y"], None, None, None],
-    "a stamp too few": ["A", [1, 2], [b"x", b"y"], stamps_of(1), stamps_of(1, 2), None],
-    "half a stamp": ["A", [1, 2], [b"x", b"y"], stamps_of(1, 2)[:-1], stamps_of(1, 2), None],
-    "a negative ordinal": ["A", [1, 2], [b"x", b"y"], stamps_of(1, -2), stamps_of(1, 2), None],
-    "a negative instant": ["A", [1, 2], [b"x", b"y"], stamps_of(1, 2), stamps_of(1, -2), None],
-    "stamps that are text": ["A", [1, 2], [b"x", b"y"], "x" * 16, stamps_of(1, 2), None],
-    "extras that are not packed": ["A", [1, 2], [b"x", b"y"], None, None, []],
-    "an extra of no message": ["A", [1, 2], [b"x", b"y"], None, None, pack([[2, {}, 0, False]])],
-    "an extra from below": ["A", [1, 2], [b"x", b"y"], None, None, pack([[-1, {}, 0, False]])],
-    "a negative timeout": ["A", [1, 2], [b"x", b"y"], None, None, pack([[0, {}, -1, False]])],
-    "an endless timeout": ["A", [1, 2], [b"x", b"y"], None, None, pack([[0, {}, 2**63, False]])],
-    "a header that is a number": ["A", [1, 2], [b"x", b"y"], None, None, pack([[0, {"h": 1}, 0, False]])],
+    "a key that is a float": [["A"], None, [1, 2.0], [b"x", b"y"], None, None, None],
+    "a key that is a truth value": [["A"], None, [1, True], [b"x", b"y"], None, None, None],
+    "a UUID of 15 bytes": [["A"], None, [1, [b"u" * 15]], [b"x", b"y"], None, None, None],
+    "a UUID of text": [["A"], None, [1, ["u" * 16]], [b"x", b"y"], None, None, None],
+    "a UUID of two parts": [["A"], None, [1, [b"u" * 16, b"u" * 16]], [b"x", b"y"], None, None, None],
+    "a key of too many bytes": [["A"], None, [1, b"k" * 1025], [b"x", b"y"], None, None, None],
+    "a key of too much text": [["A"], None, [1, "k" * 1025], [b"x", b"y"], None, None, None],
+    "a body that is text": [["A"], None, [1, 2], [b"x", "y"], None, None, None],
+    "a body that is none": [["A"], None, [1, 2], [b"x", None], None, None, None],
+    "a body too few": [["A"], None, [1, 2], [b"x"], None, None, None],
+    "a key too many": [["A"], None, [1, 2, 3], [b"x", b"y"], None, None, None],
+    "no name": [[], None, [1, 2], [b"x", b"y"], None, None, None],
+    "a name that is bytes": [[b"A"], None, [1, 2], [b"x", b"y"], None, None, None],
+    "a place that names nothing": [["A"], b"\x00\x01", [1, 2], [b"x", b"y"], None, None, None],
+    "a place too few": [["A"], b"\x00", [1, 2], [b"x", b"y"], None, None, None],
+    "names that are no text": [["A", 7], b"\x00\x00", [1, 2], [b"x", b"y"], None, None, None],
+    "two names and no places": [["A", "B"], None, [1, 2], [b"x", b"y"], None, None, None],
+    "places that are text": [["A", "B"], "01", [1, 2], [b"x", b"y"], None, None, None],
+    "a name of too much text": [["A" * 1025], None, [1, 2], [b"x", b"y"], None, None, None],
+    "a stamp too few": [["A"], None, [1, 2], [b"x", b"y"], stamps_of(1), stamps_of(1, 2), None],
+    "half a stamp": [["A"], None, [1, 2], [b"x", b"y"], stamps_of(1, 2)[:-1], stamps_of(1, 2), None],
+    "a negative ordinal": [["A"], None, [1, 2], [b"x", b"y"], stamps_of(1, -2), stamps_of(1, 2), None],
+    "a negative instant": [["A"], None, [1, 2], [b"x", b"y"], stamps_of(1, 2), stamps_of(1, -2), None],
+    "stamps that are text": [["A"], None, [1, 2], [b"x", b"y"], "x" * 16, stamps_of(1, 2), None],
+    "extras that are not packed": [["A"], None, [1, 2], [b"x", b"y"], None, None, []],
+    "an extra of no message": [["A"], None, [1, 2], [b"x", b"y"], None, None, pack([[2, {}, 0, False]])],
+    "an extra from below": [["A"], None, [1, 2], [b"x", b"y"], None, None, pack([[-1, {}, 0, False]])],
+    "a negative timeout": [["A"], None, [1, 2], [b"x", b"y"], None, None, pack([[0, {}, -1, False]])],
+    "an endless timeout": [["A"], None, [1, 2], [b"x", b"y"], None, None, pack([[0, {}, 2**63, False]])],
+    "a header that is a number": [["A"], None, [1, 2], [b"x", b"y"], None, None, pack([[0, {"h": 1}, 0, False]])],
     "too many headers": [
-        "A", [1, 2], [b"x", b"y"], None, None, pack([[0, {str(at): "" for at in range(33)}, 0, False]]),
+        ["A"], None, [1, 2], [b"x", b"y"], None, None, pack([[0, {str(at): "" for at in range(33)}, 0, False]]),
     ],
-    "extras with more after their end": ["A", [1, 2], [b"x", b"y"], None, None, pack([]) + b"\x00"],
-    "too many bytes of extras": ["A", [1, 2], [b"x", b"y"], None, None, bytes(600_000)],
+    "extras with more after their end": [["A"], None, [1, 2], [b"x", b"y"], None, None, pack([]) + b"\x00"],
+    "too many bytes of extras": [["A"], None, [1, 2], [b"x", b"y"], None, None, bytes(600_000)],
 }  # fmt: skip
 
 
@@ -312,7 +312,8 @@ def peak_bytes(call: Callable[[], object]) -> int:
 @pytest.mark.parametrize("header", ANNOUNCED.values(), ids=ANNOUNCED)
 def test_a_header_that_announces_too_much_is_refused_before_it_is_allocated(header: bytes):
     def refused() -> None:
-        for blob in (header, b"\x96\xa1A" + header, pack([*SOUND[:5], header]), pack([*SOUND[:5], b"\x91" + header])):
+        within = [pack([*SOUND[:6], header]), pack([*SOUND[:6], b"\x91" + header])]
+        for blob in (header, b"\x97\x91\xa1A\xc0" + header, *within):
             with pytest.raises(RemoteProtocolError):
                 decode_batch(blob, 2)
 
