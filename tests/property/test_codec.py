@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import msgpack
 import msgspec
 import pytest
 from hypothesis import example, given, settings
@@ -110,6 +111,13 @@ def test_a_batch_arrives_as_it_was_published(published: list[Message]):
         for at, message in enumerate(published)
         if message.headers is not None
     }
+
+
+@given(publications)
+def test_a_batch_is_plain_msgpack_to_another_implementation(published: list[Message]):
+    names, places, keys, bodies, *_ = msgpack.unpackb(batch_of(published).seal(), use_list=False)
+    assert [names[place] for place in places or bytes(len(keys))] == [message.name for message in published]
+    assert (keys, bodies) == (tuple(m.key for m in published), tuple(m.body for m in published))
 
 
 def test_a_batch_of_one_type_carries_its_name_once():
