@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("clock",),
     ("addresses",),
     ("messages",),
-    ("routing", "restart", "reports"),
+    ("routing", "restart", "reports", "retry", "breaker"),
     ("wire",),  # the package itself, which holds nothing
     ("wire.ranges",),
     ("wire.frames",),
