@@ -683,7 +683,10 @@ class Lanes:
     def _append(self, lane: _Lane, delivery: Delivery) -> None:
         """Queue a message behind a busy key: in memory, or in the store where its lane has gone there."""
         is_event = delivery.extra is None or not delivery.extra.timeout_ns
-        if lane.stored and is_event and self._host.can_keep():
+        if lane.stored and is_event and not self._host.can_keep():
+            # In memory only. Nothing behind it may be kept before it is, or a successor would run that first.
+            lane.stored = False
+        if lane.stored and is_event:
             self._host.keep((delivery,))
             end = lane.queue[-1] if lane.queue else None
             if isinstance(end, _Stored):
@@ -705,7 +708,9 @@ class Lanes:
         events = [
             delivery
             for delivery in (lane.running, *lane.queue)
-            if isinstance(delivery, Delivery) and not (delivery.extra is not None and delivery.extra.timeout_ns)
+            if isinstance(delivery, Delivery)
+            and not delivery.position
+            and not (delivery.extra is not None and delivery.extra.timeout_ns)
         ]
         self._host.keep(events)
 

@@ -151,12 +151,14 @@ class World:
         self.senders = self.chance.choice([1, 2])
         self.events_each = self.chance.choice([20, 60])
         self.keys = self.chance.choice([1, 3, 8])
+        self.store_failures = self.chance.choice([0, 0, 3])
         self.network = Network(self)
         self.control: list[_Channel] = []
         self.peers = 0
         self.back: dict[bytes, _Channel] = {}
         self.rows = [MemoryRows() for _ in range(self.shards_count)]
         self.shards: list[Shard | None] = [None] * self.shards_count
+        self.stores: list[MemoryStore | None] = [None] * self.shards_count
         self.counters = [0] * self.shards_count
         self.version = 0
         self.handlings: list[Handling] = []
@@ -232,12 +234,13 @@ class World:
     async def start_shard(self, at: int) -> None:
         self.counters[at] += 1
         size = book_bytes(**BOOK)
+        store = self.stores[at] = MemoryStore(self.rows[at])
         shard = Shard(
             shard=at,
             epoch=self.epoch(at),
             layout=1,
             plans=self.registry.plans(),
-            store=MemoryStore(self.rows[at]),
+            store=store,
             book=Book(memoryview(bytearray(size)), **BOOK),
             send=self.from_shard(at, self.counters[at]),
             now=self.now_ns,
@@ -263,6 +266,15 @@ class World:
                 self.kill_shard(at)
                 await asyncio.sleep(self.chance.random() * 0.5)
                 await self.start_shard(at)
+
+    async def failing_stores(self) -> None:
+        for _ in range(self.store_failures):
+            await asyncio.sleep(self.chance.random() * FAULTS_END_S / (self.store_failures + 1))
+            store = self.stores[self.chance.randrange(self.shards_count)]
+            assert store is not None
+            store.failing = "locked"
+            await asyncio.sleep(self.chance.random())
+            store.failing = ""
 
     # -- the publishers
 
@@ -301,6 +313,7 @@ class World:
             await self.start_shard(at)
         async with asyncio.TaskGroup() as group:
             group.create_task(self.faults())
+            group.create_task(self.failing_stores())
             senders = [group.create_task(self.sender(number)) for number in range(self.senders)]
         clients = [task.result() for task in senders]
         ledgers = [await client.flush(600.0) for client in clients]
