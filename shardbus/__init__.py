@@ -1,5 +1,6 @@
 """A message bus for Python applications that have outgrown one core."""
 
+from shardbus.breaker import Breaker
 from shardbus.bus import Bus
 from shardbus.client import Client, Ledger
 from shardbus.connecting import connect
@@ -23,9 +24,11 @@ from shardbus.errors import (
 from shardbus.event_loop import run
 from shardbus.messages import Command, Event
 from shardbus.registry import WorkerInfo
+from shardbus.retry import Retry
 
 __all__ = [
     "BootError",
+    "Breaker",
     "Bus",
     "BusRejected",
     "BusUnreachable",
@@ -43,6 +46,7 @@ __all__ = [
     "NotDelivered",
     "RegistrationError",
     "RemoteProtocolError",
+    "Retry",
     "ShardbusError",
     "UsageError",
     "WorkerInfo",

@@ -41,6 +41,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     credit_bytes_max: int = 128 * 1024 * 1024  # likewise, in bytes of packed events
     session_credit_events_max: int = 16_384  # unfinished events of one publisher; when spent, its outbox holds
     lane_events_max: int = 1024  # events waiting behind one key in memory; more go to the store
+    lane_wait_s_max: float = 1.0  # a lane that has to wait for longer goes to the store
     queued_events_max: int = 8192  # events waiting behind all busy keys; above it, each longer lane goes to the store
     store_rows_max: int = 2_000_000  # dead letters and waiting events; when full, nothing more is acked as stored
     blocked_peers_max: int = 4096  # peers that sent garbage and are ignored; the oldest is forgotten

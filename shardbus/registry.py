@@ -13,8 +13,10 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from shardbus.breaker import Breaker, Circuit
 from shardbus.errors import RegistrationError
 from shardbus.messages import Command, Event, Message, check_key_type, reply_type, wire_name
+from shardbus.retry import Retry
 
 Handler = Callable[..., Any]
 HandlerT = TypeVar("HandlerT", bound=Handler)
@@ -33,12 +35,18 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Registered(msgspec.Struct, frozen=True, kw_only=True):
-    """One handler of one message type."""
+    """One handler of one message type, and what is done when it fails.
+
+    `name` is unique among the handlers of its type, and the same after a restart: attempts and dead letters refer to it.
+    """
 
     name: str
     call: Handler
     is_async: bool
     wants_context: bool
+    retry: Retry
+    timeout_s: float | None
+    breaker: Breaker | None
 
 
 class Plan:
@@ -46,9 +54,10 @@ class Plan:
 
     `simple` is the handler itself where there is exactly one, for an event, `async def`, without context: the lanes await it
     directly, because that costs 62 ns and the general path three times as much. Otherwise it is None.
+    `circuits` has one for each handler that asked for a breaker; they are this worker's.
     """
 
-    __slots__ = ("decode", "encode_reply", "handlers", "is_command", "message_type", "name", "simple")
+    __slots__ = ("circuits", "decode", "encode_reply", "handlers", "is_command", "message_type", "name", "simple")
 
     def __init__(self, message_type: type[Message], handlers: tuple[Registered, ...]) -> None:
         self.name = wire_name(message_type)
@@ -56,11 +65,11 @@ class Plan:
         self.decode: Callable[[bytes], Any] = msgspec.msgpack.Decoder(message_type).decode
         self.encode_reply: Callable[[Any], bytes] = _ENCODE_REPLY
         self.handlers = handlers
+        self.circuits = {one.name: Circuit(one.breaker) for one in handlers if one.breaker is not None}
         self.is_command = issubclass(message_type, Command)
         only = handlers[0] if len(handlers) == 1 and not self.is_command else None
-        self.simple: Callable[[Any], Awaitable[None]] | None = (
-            only.call if only is not None and only.is_async and not only.wants_context else None
-        )
+        is_plain = only is not None and not (only.wants_context or only.timeout_s or only.breaker) and only.is_async
+        self.simple: Callable[[Any], Awaitable[None]] | None = only.call if only is not None and is_plain else None
 
 
 class Registry:
@@ -74,29 +83,49 @@ class Registry:
         self._types: dict[str, type[Message]] = {}
         self._lifespans: list[Callable[[WorkerInfo], contextlib.AbstractAsyncContextManager[None]]] = []
 
-    def on(self, event_type: type[Event]) -> Callable[[HandlerT], HandlerT]:
+    def on(
+        self,
+        event_type: type[Event],
+        *,
+        retry: Retry | None = None,
+        timeout_s: float | None = None,
+        breaker: Breaker | None = None,
+    ) -> Callable[[HandlerT], HandlerT]:
         """Register an event handler: `@bus.on(OrderPlaced)`.
 
         The handler takes `(event)` or `(event, context)` and is `async def` or plain `def`. Handlers of one event run one
-        after another, in the order of their registration.
+        after another, in the order of their registration. One that fails is called again by its own policy, while those
+        that succeeded are not; its key waits meanwhile, other keys go on.
+
+        Args:
+            event_type: the event.
+            retry: how often it is called for one event, and after which waits. Default: `Retry()`, three times.
+            timeout_s: seconds after which the handler is cancelled and has failed; only for `async def`. Default: none.
+            breaker: when to stop calling a handler that keeps failing. Default: never.
 
         Raises:
-            RegistrationError: not an event type, a key that cannot be one, a name that another type has, or a signature
-                that cannot be called so.
+            RegistrationError: not an event type, a key that cannot be one, a name that another type has, a signature
+                that cannot be called so, or options that make no sense.
         """
         if not (isinstance(event_type, type) and issubclass(event_type, Event) and event_type is not Event):
             raise RegistrationError(f"@bus.on takes a subclass of Event, not {_shown(event_type)}")
-        return self._registrar(event_type)
+        return self._registrar(event_type, retry or Retry(), timeout_s, breaker)
 
-    def command(self, command_type: type[Command[Any]]) -> Callable[[HandlerT], HandlerT]:
+    def command(
+        self, command_type: type[Command[Any]], *, timeout_s: float | None = None
+    ) -> Callable[[HandlerT], HandlerT]:
         """Register the one handler of a command: `@bus.command(GetTotal)`. What it returns is the reply.
+
+        Args:
+            command_type: the command.
+            timeout_s: seconds after which the handler is cancelled, whatever its caller would wait. Default: none.
 
         Raises:
             RegistrationError: as for `on`, or the command has a handler already.
         """
         if not (isinstance(command_type, type) and issubclass(command_type, Command) and command_type is not Command):
             raise RegistrationError(f"@bus.command takes a subclass of Command, not {_shown(command_type)}")
-        return self._registrar(command_type)
+        return self._registrar(command_type, Retry(attempts=1), timeout_s, None)
 
     def lifespan(self, function: LifespanT) -> LifespanT:
         """Register what opens before a worker's first message and closes after its last: an async generator function.
@@ -125,7 +154,9 @@ class Registry:
         """A plan for each message type that has a handler, by its name on the wire."""
         return {wire_name(kind): Plan(kind, tuple(handlers)) for kind, handlers in self._handlers.items()}
 
-    def _registrar(self, message_type: type[Message]) -> Callable[[HandlerT], HandlerT]:
+    def _registrar(
+        self, message_type: type[Message], retry: Retry, timeout_s: float | None, breaker: Breaker | None
+    ) -> Callable[[HandlerT], HandlerT]:
         check_key_type(message_type)
         name = wire_name(message_type)
         known = self._types.get(name)
@@ -141,7 +172,19 @@ class Registry:
                 raise RegistrationError(
                     f"{message_type.__name__} has a handler already ({handlers[0].name}); a command has exactly one"
                 )
-            registered = _inspect(function, message_type)
+            call = _inspect(function, message_type)
+            if timeout_s is not None and not (timeout_s > 0 and call.is_async):
+                why = "a time is above 0" if call.is_async else "a plain `def` cannot be cancelled; make it `async def`"
+                raise RegistrationError(f"{_shown(function)}: timeout_s={timeout_s:g}: {why}")
+            registered = Registered(
+                name=_unique(call.name, {handler.name for handler in handlers}),
+                call=function,
+                is_async=call.is_async,
+                wants_context=call.wants_context,
+                retry=retry,
+                timeout_s=timeout_s,
+                breaker=breaker,
+            )
             if issubclass(message_type, Command):
                 _check_reply(message_type)
             self._types[name] = message_type
@@ -151,7 +194,21 @@ class Registry:
         return register
 
 
-def _inspect(function: Handler, message_type: type[Message]) -> Registered:
+class _Call(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    is_async: bool
+    wants_context: bool
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    """A name that none of `taken` is: functions made in a loop, or lambdas, share theirs."""
+    number = 1
+    while (candidate := name if number == 1 else f"{name}#{number}") in taken:
+        number += 1
+    return candidate
+
+
+def _inspect(function: Handler, message_type: type[Message]) -> _Call:
     shown = _shown(function)
     if not callable(function):
         raise RegistrationError(f"{shown} is not callable; a handler is a function of (message) or (message, context)")
@@ -161,9 +218,8 @@ def _inspect(function: Handler, message_type: type[Message]) -> Registered:
     if least > 2 or most < 1:
         raise RegistrationError(f"{shown}: a handler takes (message) or (message, context)")
     target = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004 - the method itself is inspected
-    return Registered(
+    return _Call(
         name=f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__qualname__)}",
-        call=function,
         is_async=inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(target),
         wants_context=_wants_context(function, least, most),
     )

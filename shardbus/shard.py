@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
@@ -16,12 +17,12 @@ from typing import Final
 from shardbus.clock import NowNs, wall_ns
 from shardbus.config import PROTOCOL, Limits
 from shardbus.errors import RemoteProtocolError
-from shardbus.lanes import UNKNOWN, Delivery, Failure, Inbound, Lanes
+from shardbus.lanes import UNKNOWN, Delivery, Inbound, Lanes
 from shardbus.messages import WireKey
 from shardbus.metrics import Book, PublisherBook
 from shardbus.registry import Plan
 from shardbus.routing import slot_of
-from shardbus.store import DeadLetter, Envelope, Store, StoreCounts, StoreError, WaitingEvent
+from shardbus.store import DeadLetter, Envelope, Failure, Store, StoreCounts, StoreError, WaitingEvent
 from shardbus.wire.codec import decode_batch
 from shardbus.wire.frames import Data, Hello, Ping, Reject, Reply, decode_to_worker, encode_frame
 from shardbus.wire.session import WorkerSession
@@ -65,6 +66,7 @@ class _Writer:
         self._rows = 0
         self._dead: list[tuple[DeadLetter, Callable[[], None]]] = []
         self._waiting: list[tuple[WaitingEvent, Callable[[], None]]] = []
+        self._changed: dict[int, WaitingEvent] = {}  # by position: the last change is the one that counts
         self._done: list[int] = []
         self._reads: list[Callable[[], Awaitable[None]]] = []
         self._wanted = asyncio.Event()
@@ -89,7 +91,10 @@ class _Writer:
         await self._store.close()
 
     def idle(self) -> bool:
-        return not (self._dead or self._waiting or self._done or self._reads or self._wanted.is_set())
+        return not (self._writes_left() or self._reads or self._wanted.is_set())
+
+    def _writes_left(self) -> bool:
+        return bool(self._dead or self._waiting or self._changed or self._done)
 
     def has_room(self) -> bool:
         return self._rows + len(self._dead) + len(self._waiting) < self._rows_max and not self.failing
@@ -100,6 +105,10 @@ class _Writer:
 
     def add_waiting(self, row: WaitingEvent, then: Callable[[], None]) -> None:
         self._waiting.append((row, then))
+        self._wanted.set()
+
+    def add_changed(self, row: WaitingEvent) -> None:
+        self._changed[row.position] = row
         self._wanted.set()
 
     def add_done(self, position: int) -> None:
@@ -129,23 +138,27 @@ class _Writer:
             if self.failing:
                 log.warning("the store writes again")
                 self.failing = ""
-            if not (self._dead or self._waiting or self._done or self._reads):
+            if not (self._writes_left() or self._reads):
                 self._wanted.clear()
 
     async def _write_all(self) -> None:
         """Write until nothing is left but what the store has no room for."""
-        while self._dead or self._waiting or self._done:
+        while self._writes_left():
             room = max(0, self._rows_max - self._rows)
             dead = self._dead[: min(room, _WRITE_ROWS_MAX)]
             waiting = self._waiting[: min(room - len(dead), _WRITE_ROWS_MAX)]
-            # Removals are written once everything that was asked for before them is in.
+            # Changes and removals are written once everything that was asked for before them is in.
             all_in = len(dead) == len(self._dead) and len(waiting) == len(self._waiting)
+            changed = list(self._changed.values()) if all_in else []
             done = self._done[: _WRITE_ROWS_MAX] if all_in else []
-            if not (dead or waiting or done):
+            if not (dead or waiting or changed or done):
                 raise StoreError(f"it is full ({self._rows:,} rows)")
             await self._store.write(
-                dead=[row for row, _ in dead], waiting=[row for row, _ in waiting], done=done
+                dead=[row for row, _ in dead], waiting=[row for row, _ in waiting], changed=changed, done=done
             )
+            for row in changed:
+                if self._changed.get(row.position) is row:
+                    del self._changed[row.position]
             del self._dead[: len(dead)], self._waiting[: len(waiting)], self._done[: len(done)]
             self._rows += len(dead) + len(waiting) - len(done)
             self.counts = StoreCounts(
@@ -178,14 +191,17 @@ class Shard:
         now: NowNs,
         limits: Limits,
         broken: Callable[[BaseException], None],
+        wall: NowNs = wall_ns,
+        chance: Callable[[], float] = random.random,
     ) -> None:
         self.shard = shard
         self.epoch = epoch
         self.book = book
-        self.lanes = Lanes(plans, self, limits, now)
+        self.lanes = Lanes(plans, self, limits, now, chance)
         self._layout = layout
         self._send = send
         self._now = now
+        self._wall = wall
         self._limits = limits
         self._broken = broken
         self._writer = _Writer(store, limits.store_rows_max, broken)
@@ -217,7 +233,7 @@ class Shard:
         lanes = await self._store.waiting_lanes() if counts.waiting else []
         self._writer.start()
         for lane in lanes:
-            self.lanes.adopt(lane.key, lane.count)
+            self.lanes.adopt(lane.key, lane.count, self._by_our_clock(lane.due_ns))
 
     async def drain(self, deadline_s: float) -> list[str]:
         """Take nothing new, and wait until everything accepted is finished; return what was not, in words."""
@@ -452,7 +468,7 @@ class Shard:
 
     def bury(self, delivery: Delivery, failure: Failure) -> None:
         """Write a dead letter; finish its event once that is committed."""
-        now_ns = wall_ns()
+        now_ns = self._wall()
         letter = DeadLetter(
             envelope=_envelope(delivery),
             handlers=failure.handlers,
@@ -485,10 +501,25 @@ class Shard:
         for delivery in deliveries:
             self._position += 1
             delivery.position = self._position
-            self._writer.add_waiting(
-                WaitingEvent(position=self._position, envelope=_envelope(delivery)), self._kept(delivery)
-            )
+            self._writer.add_waiting(self._waiting_event(delivery), self._kept(delivery))
         self.book.count("stored", len(deliveries))
+
+    def amend(self, delivery: Delivery) -> None:
+        """Write what has changed of an event that goes on waiting."""
+        self._writer.add_changed(self._waiting_event(delivery))
+
+    def _waiting_event(self, delivery: Delivery) -> WaitingEvent:
+        due_ns = delivery.due_ns
+        return WaitingEvent(
+            position=delivery.position,
+            envelope=_envelope(delivery),
+            todo=delivery.todo or {},
+            gave_up=delivery.gave_up,
+            due_ns=due_ns - self._now() + self._wall() if due_ns else 0,  # a successor has its own clock
+        )
+
+    def _by_our_clock(self, wall_due_ns: int) -> int:
+        return wall_due_ns - self._wall() + self._now() if wall_due_ns else 0
 
     def _kept(self, delivery: Delivery) -> Callable[[], None]:
         def committed() -> None:
@@ -515,7 +546,7 @@ class Shard:
         envelope = row.envelope
         inherited = row.position <= self._adopted_position
         stamped = envelope.ordinal or envelope.intended_ns
-        return Delivery(
+        delivery = Delivery(
             None,
             self.book.publisher(envelope.publisher) if stamped else None,
             envelope.publisher,
@@ -531,7 +562,10 @@ class Shard:
             0,
             row.position,
         )
-
+        delivery.due_ns = self._by_our_clock(row.due_ns)
+        delivery.todo = row.todo or None
+        delivery.gave_up = row.gave_up
+        return delivery
 
 
 def _envelope(delivery: Delivery) -> Envelope:

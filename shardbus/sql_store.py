@@ -40,10 +40,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from shardbus.errors import ConfigError
 from shardbus.messages import WireKey
-from shardbus.store import DeadLetter, Envelope, StoreCounts, StoreError, WaitingEvent, WaitingLane
+from shardbus.store import DeadLetter, Envelope, Failure, StoreCounts, StoreError, WaitingEvent, WaitingLane
 
 MEMORY_URL: Final = "sqlite+aiosqlite:///:memory:"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """Raise it with every change of the tables below; a store of another version is refused."""
 
 _ROWS_MAX: Final = 512  # rows of one statement: 18 columns of them stay far below SQLite's 32,766 parameters
@@ -99,7 +99,7 @@ _waiting: Final = Table(
     "waiting",
     _metadata,
     *_envelope_columns(),
-    Column("handlers", LargeBinary, nullable=False),  # msgpack
+    Column("progress", LargeBinary),  # msgpack of `todo` and `gave_up`
     Column("due_ns", BigInteger, nullable=False),
     Column("position", _RowNumber, primary_key=True, autoincrement=False),
     Index("waiting_by_key", "key", "position"),
@@ -122,6 +122,7 @@ _meta: Final = Table(
 
 _DEAD_COLUMNS: Final = tuple(column.name for column in _dead.columns if column is not _dead.c.id)
 _DEAD_IDENTITY: Final = ("publisher", "seq")
+_CHANGING: Final = ("attempt", "progress", "due_ns")  # what may change of a waiting event
 
 # Values are bound under other names than their columns, which SQLAlchemy keeps for itself in an UPDATE.
 _replace_dead: Final = (
@@ -134,13 +135,26 @@ _select_dead: Final = (
     .join(_tracebacks, _tracebacks.c.place == _dead.c.place, isouter=True)
     .order_by(_dead.c.first_ns, _dead.c.id)
 )
+_change_waiting: Final = (
+    update(_waiting)
+    .where(_waiting.c.position == bindparam("at"))
+    .values({name: bindparam(f"new_{name}") for name in _CHANGING})
+)
+_heads: Final = (
+    select(_waiting.c.key, func.count().label("count"), func.min(_waiting.c.position).label("first"))
+    .group_by(_waiting.c.key)
+    .subquery()
+)
 _select_lanes: Final = (
-    select(_waiting.c.key, func.count()).group_by(_waiting.c.key).order_by(func.min(_waiting.c.position))
+    select(_heads.c.key, _heads.c.count, _waiting.c.due_ns)
+    .join(_waiting, _waiting.c.position == _heads.c.first)
+    .order_by(_heads.c.first)
 )
 
 _pack: Final = msgspec.msgpack.Encoder().encode
 _unpack_headers: Final = msgspec.msgpack.Decoder(dict[str, str]).decode
 _unpack_handlers: Final = msgspec.msgpack.Decoder(tuple[str, ...]).decode
+_unpack_progress: Final = msgspec.msgpack.Decoder(tuple[dict[str, int], tuple[Failure, ...]]).decode
 
 _UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
 
@@ -218,7 +232,14 @@ class SqlStore:
         """What the store holds now, as of `open()` and every `write()` since. Asks nobody."""
         return self._counts
 
-    async def write(self, *, dead: Sequence[DeadLetter], waiting: Sequence[WaitingEvent], done: Sequence[int]) -> None:
+    async def write(
+        self,
+        *,
+        dead: Sequence[DeadLetter] = (),
+        waiting: Sequence[WaitingEvent] = (),
+        changed: Sequence[WaitingEvent] = (),
+        done: Sequence[int] = (),
+    ) -> None:
         """See `Store.write`. Fastest with 512 rows, or a multiple, of a kind.
 
         Raises:
@@ -239,6 +260,19 @@ class SqlStore:
                     ],
                 )
             await self._insert_waiting.run(connection, waiting_rows)
+            if changed:
+                await connection.execute(
+                    _change_waiting,
+                    [
+                        {
+                            "at": event.position,
+                            "new_attempt": event.envelope.attempt,
+                            "new_progress": _progress(event),
+                            "new_due_ns": event.due_ns,
+                        }
+                        for event in changed
+                    ],
+                )
             removed = await self._delete_waiting.run(connection, [(position,) for position in done])
         # Only now is it committed, and true.
         if len(self._known_places) + len(places) > _PLACES_MAX:
@@ -258,7 +292,7 @@ class SqlStore:
         """
         async with self._transaction() as connection:
             rows = (await connection.execute(_select_lanes)).all()
-        return [WaitingLane(key=_unpack_key(key), count=count) for key, count in rows]
+        return [WaitingLane(key=_unpack_key(key), count=count, due_ns=due_ns) for key, count, due_ns in rows]
 
     async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
         """Up to `limit` waiting events of a key with a position above `after`, in order.
@@ -461,7 +495,11 @@ def _dead_row(letter: DeadLetter) -> tuple[Any, ...]:
 
 
 def _waiting_row(event: WaitingEvent) -> tuple[Any, ...]:
-    return (*_envelope_row(event.envelope), _pack(event.handlers), event.due_ns, event.position)
+    return (*_envelope_row(event.envelope), _progress(event), event.due_ns, event.position)
+
+
+def _progress(event: WaitingEvent) -> bytes | None:
+    return _pack((event.todo, event.gave_up)) if event.todo or event.gave_up else None
 
 
 def _to_envelope(row: Sequence[Any]) -> Envelope:
@@ -497,12 +535,10 @@ def _to_dead(row: Sequence[Any]) -> DeadLetter:
 
 
 def _to_waiting(row: Sequence[Any]) -> WaitingEvent:
-    handlers, due_ns, position = row[_ENVELOPE_WIDTH:]
+    progress, due_ns, position = row[_ENVELOPE_WIDTH:]
+    todo, gave_up = ({}, ()) if progress is None else _unpack_progress(progress)
     return WaitingEvent(
-        position=position,
-        envelope=_to_envelope(row[:_ENVELOPE_WIDTH]),
-        handlers=_unpack_handlers(handlers),
-        due_ns=due_ns,
+        position=position, envelope=_to_envelope(row[:_ENVELOPE_WIDTH]), todo=todo, gave_up=gave_up, due_ns=due_ns
     )
 
 

@@ -28,11 +28,26 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     attempt: int
 
 
+class Failure(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Why an event was not handled.
+
+    `handlers` names those that gave up (none where the event was never decoded); `reason` is one of `failed`, `timeout`,
+    `circuit-open`, `undecodable`, `unknown-type`. `place` identifies the traceback.
+    """
+
+    handlers: tuple[str, ...]
+    reason: str
+    error_type: str
+    error: str
+    place: str = ""
+    traceback: str = ""
+
+
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An event that will not be handled: what it was, and why.
 
-    `handlers` names those that gave up (none where the event was never decoded); `reason` is one of `failed`,
-    `undecodable`, `unknown-type`. `traceback` is stored once for each distinct `place`. Times are nanoseconds since 1970.
+    The fields of its `Failure`, whose `traceback` is stored once for each distinct `place`, and the times in nanoseconds
+    since 1970.
     """
 
     envelope: Envelope
@@ -50,21 +65,23 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class WaitingEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An event that the store holds until its lane comes to it, not before `due_ns` (0: at once; since 1970).
 
-    `position` orders the events of a lane, and is given by the store's owner. `handlers` names those that are still to
-    run; none means all.
+    `position` orders the events of a lane, and is given by the store's owner. `todo` names the handlers that are still to
+    run, and how often each has failed; none means all. `gave_up` is what others have given up with.
     """
 
     position: int
     envelope: Envelope
-    handlers: tuple[str, ...] = ()
+    todo: dict[str, int] = {}
+    gave_up: tuple[Failure, ...] = ()
     due_ns: int = 0
 
 
 class WaitingLane(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """How many events of a key wait."""
+    """How many events of a key wait, and until when its first does (nanoseconds since 1970; 0: it is due)."""
 
     key: WireKey
     count: int
+    due_ns: int = 0
 
 
 class StoreCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,12 +105,18 @@ class Store(Protocol):
         """Release everything. Rows stay."""
 
     async def write(
-        self, *, dead: Sequence[DeadLetter], waiting: Sequence[WaitingEvent], done: Sequence[int]
+        self,
+        *,
+        dead: Sequence[DeadLetter] = (),
+        waiting: Sequence[WaitingEvent] = (),
+        changed: Sequence[WaitingEvent] = (),
+        done: Sequence[int] = (),
     ) -> None:
-        """In one transaction: add dead letters and waiting events, remove the waiting events at the positions `done`.
+        """In one transaction: add dead letters and waiting events, change waiting events, remove those at positions `done`.
 
-        A dead letter of an event that is dead already replaces it and keeps its first time. A position that is not there
-        is no error. Within one call, additions come before removals.
+        A dead letter of an event that is dead already replaces it and keeps its first time. A changed event takes over
+        attempt, `todo`, `gave_up` and `due_ns` at its position. A position that is not there is no error. Within one call,
+        additions come first and removals last.
         """
 
     async def waiting_lanes(self) -> list[WaitingLane]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from shardbus.messages import WireKey
 from shardbus.store import DeadLetter, StoreCounts, StoreError, WaitingEvent, WaitingLane
 
@@ -40,7 +42,14 @@ class MemoryStore:
     async def close(self) -> None:
         """See `Store.close`."""
 
-    async def write(self, *, dead: Sequence[DeadLetter], waiting: Sequence[WaitingEvent], done: Sequence[int]) -> None:
+    async def write(
+        self,
+        *,
+        dead: Sequence[DeadLetter] = (),
+        waiting: Sequence[WaitingEvent] = (),
+        changed: Sequence[WaitingEvent] = (),
+        done: Sequence[int] = (),
+    ) -> None:
         """See `Store.write`."""
         if self.failing:
             raise StoreError(self.failing)
@@ -51,20 +60,24 @@ class MemoryStore:
             identity = (letter.envelope.publisher, letter.envelope.seq)
             before = self.rows.dead.get(identity)
             if before is not None:
-                letter = _with_first(letter, before.first_ns)
+                letter = replace(letter, first_ns=before.first_ns)
             self.rows.dead[identity] = letter
         for row in waiting:
             self.rows.waiting[row.position] = row
+        for row in changed:
+            if row.position in self.rows.waiting:
+                self.rows.waiting[row.position] = row
         for position in done:
             self.rows.waiting.pop(position, None)
 
     async def waiting_lanes(self) -> list[WaitingLane]:
         """See `Store.waiting_lanes`."""
-        counts: dict[WireKey, int] = {}
-        for position in sorted(self.rows.waiting):
-            key = self.rows.waiting[position].envelope.key
-            counts[key] = counts.get(key, 0) + 1
-        return [WaitingLane(key=key, count=count) for key, count in counts.items()]
+        lanes: dict[WireKey, WaitingLane] = {}
+        for _, row in sorted(self.rows.waiting.items()):
+            key = row.envelope.key
+            lane = lanes.get(key) or WaitingLane(key=key, count=0, due_ns=row.due_ns)
+            lanes[key] = replace(lane, count=lane.count + 1)
+        return list(lanes.values())
 
     async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
         """See `Store.load_waiting`."""
@@ -89,8 +102,3 @@ class MemoryStore:
             self.rows.dead.values(), key=lambda row: (row.first_ns, row.envelope.publisher, row.envelope.seq)
         )
         return order[:limit]
-
-
-def _with_first(letter: DeadLetter, first_ns: int) -> DeadLetter:
-    fields = {name: getattr(letter, name) for name in letter.__struct_fields__}
-    return DeadLetter(**{**fields, "first_ns": first_ns})

@@ -15,14 +15,16 @@ from pathlib import Path
 import aiosqlite
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from shardbus.messages import WireKey
 from shardbus.sql_store import MEMORY_URL, SqlStore, sqlite_file_url
-from shardbus.store import DeadLetter, Envelope, Store, StoreCounts, StoreError, WaitingEvent, WaitingLane
+from shardbus.store import DeadLetter, Envelope, Failure, Store, StoreCounts, StoreError, WaitingEvent, WaitingLane
 from shardbus.testing import MemoryRows, MemoryStore
 
 PUBLISHER = bytes(range(16))
 OTHER = bytes(range(16, 32))
+DUE_NS = 2**62
 KEYS: list[WireKey] = [
     "",
     "42",
@@ -87,8 +89,9 @@ def waiting_event(
     return WaitingEvent(
         position=position,
         envelope=envelope(position if seq is None else seq, key=key, publisher=publisher),
-        handlers=("shop.mail",),
-        due_ns=2**62,
+        todo={"shop.mail": 2},
+        gave_up=(Failure(handlers=("shop.add",), reason="failed", error_type="KeyError", error="☂", place="p"),),
+        due_ns=DUE_NS,
     )
 
 
@@ -161,7 +164,7 @@ async def test_what_is_absent_comes_back_absent(store):
 
 async def test_keys_that_look_alike_are_lanes_of_their_own(store):
     await store.write(dead=[], waiting=[waiting_event(at, key=key) for at, key in enumerate(KEYS, 1)], done=[])
-    assert await store.waiting_lanes() == [WaitingLane(key=key, count=1) for key in KEYS]
+    assert await store.waiting_lanes() == [WaitingLane(key=key, count=1, due_ns=DUE_NS) for key in KEYS]
     for at, key in enumerate(KEYS, 1):
         assert await positions(store, key) == [at]
 
@@ -182,11 +185,34 @@ async def test_a_lane_is_loaded_piece_by_piece(store):
     assert await positions(store, "even", after=5, limit=1) == [6]
 
 
+async def test_a_lane_is_due_when_its_first_event_is(store):
+    early, late = replace(waiting_event(7), due_ns=100), replace(waiting_event(3), due_ns=900)
+    await store.write(waiting=[early, late])
+    assert await store.waiting_lanes() == [WaitingLane(key="order-1", count=2, due_ns=900)]
+    await store.write(done=[3])
+    assert await store.waiting_lanes() == [WaitingLane(key="order-1", count=1, due_ns=100)]
+
+
+async def test_a_waiting_event_that_has_changed_keeps_its_place_and_what_it_is(store):
+    before, other = waiting_event(3), waiting_event(4)
+    await store.write(waiting=[before, other])
+    after = replace(before, envelope=replace(before.envelope, attempt=9), todo={"shop.add": 1}, gave_up=(), due_ns=5)
+    await store.write(changed=[after])
+    assert await store.load_waiting("order-1", 0, 9) == [after, other]
+    await store.write(changed=[replace(after, todo={}, due_ns=0)])
+    assert (await store.load_waiting("order-1", 0, 1))[0].todo == {}
+
+
+async def test_a_change_of_what_has_gone_is_no_error_and_brings_nothing_back(store):
+    await store.write(changed=[waiting_event(3)])
+    await store.write(waiting=[waiting_event(4)], changed=[waiting_event(4)], done=[4])
+    assert await store.waiting_lanes() == []
+
+
 async def test_lanes_come_by_their_lowest_position(store):
     events = [waiting_event(at, key=key) for at, key in ((5, "a"), (3, "b"), (4, "c"), (9, "b"), (1, "c"))]
     await store.write(dead=[], waiting=events, done=[])
-    expected = [WaitingLane(key="c", count=2), WaitingLane(key="b", count=2), WaitingLane(key="a", count=1)]
-    assert await store.waiting_lanes() == expected
+    assert [(lane.key, lane.count) for lane in await store.waiting_lanes()] == [("c", 2), ("b", 2), ("a", 1)]
     await store.write(dead=[], waiting=[], done=[1])
     assert [lane.key for lane in await store.waiting_lanes()] == ["b", "c", "a"]
 
@@ -442,7 +468,7 @@ async def test_a_store_of_another_schema_is_refused_untouched_with_what_to_do(pa
     await store.close()
     with closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE meta SET value = value + 1")
-    with pytest.raises(StoreError, match=r"schema.* version 2.*--dead-letters"):
+    with pytest.raises(StoreError, match=r"schema.* version 3.*--dead-letters"):
         await store.open()
     with closing(sqlite3.connect(path)) as database, database:
         assert database.execute("SELECT count(*) FROM dead_letters").fetchone() == (1,)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from shardbus.breaker import Breaker
 from shardbus.client import Client
 from shardbus.config import Limits
 from shardbus.context import Context
@@ -18,6 +19,7 @@ from shardbus.errors import CommandLost
 from shardbus.messages import Command, Event
 from shardbus.metrics import Book, book_bytes
 from shardbus.registry import Registry
+from shardbus.retry import Retry
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.shard import Shard
 from shardbus.testing import MemoryRows, MemoryStore
@@ -78,6 +80,8 @@ class Handling(msgspec.Struct):
     n: int
     attempt: int
     kind: str
+    failed: bool
+    handler: str
 
 
 class Network:
@@ -166,7 +170,11 @@ class World:
         self.broken: list[BaseException] = []
         self.died = False
         self.registry = Registry("world")
-        self.registry.on(Note)(self._handle)
+        self.calls: dict[tuple[int, str, int], int] = defaultdict(int)
+        retry = Retry(attempts=3, base_s=self.chance.choice([0.01, 0.5, 4.0]))
+        breaker = Breaker(failures=3, open_s=2.0) if self.chance.random() < 0.3 else None
+        self.registry.on(Note, retry=retry, breaker=breaker)(self._handle)
+        self.registry.on(Note, retry=retry, timeout_s=1.0)(self._handle_too)
         self.registry.command(Sum)(self._sum)
         self.deaths: list[asyncio.Task[None]] = []
 
@@ -177,10 +185,22 @@ class World:
             await asyncio.sleep(0.01 + 0.01 * (event.n % 5))
         elif event.kind == "stuck":
             await asyncio.sleep(3.0)
-        self.handlings.append(Handling(event.sender, event.key, event.n, context.attempt, event.kind))
         self.sums[event.key] += 1
-        if event.kind == "bad":
-            raise ValueError(f"{event.n} is bad")
+        self._handled(event, context, "first", fails=event.kind == "bad")
+
+    async def _handle_too(self, event: Note, context: Context) -> None:
+        self.calls[event.sender, event.key, event.n] += 1
+        calls = self.calls[event.sender, event.key, event.n]
+        if event.kind == "slow" and calls == 1:
+            await asyncio.sleep(5.0)  # runs into its time-out, the first time
+        self._handled(event, context, "second", fails=event.kind == "flaky" and calls < 3)
+
+    def _handled(self, event: Note, context: Context, handler: str, *, fails: bool) -> None:
+        self.handlings.append(
+            Handling(event.sender, event.key, event.n, context.attempt, event.kind, fails, handler)
+        )
+        if fails:
+            raise ValueError(f"{event.n} is {event.kind}")
 
     def _sum(self, command: Sum) -> int:
         return self.sums[command.key]
@@ -246,6 +266,8 @@ class World:
             now=self.now_ns,
             limits=LIMITS,
             broken=self.broken.append,
+            wall=self.now_ns,
+            chance=self.chance.random,
         )
         self.shards[at] = shard
         await shard.start()
@@ -288,7 +310,7 @@ class World:
         for _ in range(self.events_each):
             key = f"k{chance.randrange(self.keys)}"
             ordinals[key] += 1
-            kind = chance.choices(["quick", "slow", "bad", "stuck"], [70, 20, 8, 2])[0]
+            kind = chance.choices(["quick", "slow", "bad", "flaky", "stuck"], [64, 18, 8, 8, 2])[0]
             await client.publish(Note(key=key, n=ordinals[key], sender=number, kind=kind), ordinal=ordinals[key])
             if client.ledger().in_flight > LIMITS.outbox_events_max * self.shards_count:
                 raise AssertionError("the outboxes hold more than their bound")
@@ -299,11 +321,11 @@ class World:
 
     async def ask(self, client: Client, key: str) -> int:
         try:
-            return await client.execute(Sum(key=key), timeout=120.0)
+            return await client.execute(Sum(key=key), timeout=3000.0)
         except CommandLost:
             # Rightly: the last death was not announced yet when it was sent. The second time nobody dies.
             assert self.died
-            return await client.execute(Sum(key=key), timeout=120.0)
+            return await client.execute(Sum(key=key), timeout=3000.0)
 
     # -- a life
 
@@ -339,20 +361,26 @@ class World:
 
     def check(self) -> None:
         first: dict[tuple[int, str], list[int]] = defaultdict(list)
-        seen: dict[tuple[int, str, int], int] = {}
+        every: dict[tuple[int, str], list[int]] = defaultdict(list)
+        seen: dict[tuple[str, int, str, int], Handling] = {}
         for one in self.handlings:
-            identity = (one.sender, one.key, one.n)
-            if identity in seen:
+            identity = (one.handler, one.sender, one.key, one.n)
+            before = seen.get(identity)
+            if before is not None:
                 assert one.attempt > 1, f"{identity} came again and did not say so"
-                assert self.died, f"{identity} came again although no worker died"
-            else:
-                seen[identity] = one.attempt
+                assert self.died or before.failed, f"{identity} succeeded and came again although no worker died"
+            elif one.handler == "first":
                 first[one.sender, one.key].append(one.n)
-        for (sender, key), numbers in first.items():
-            assert numbers == sorted(numbers), f"sender {sender}, key {key}: first outcomes out of order: {numbers}"
+            every[one.sender, one.key].append(one.n)
+            seen[identity] = one
+        for (sender, key), numbers in (first if self.died else every).items():
+            # Also across retries: while one event of a key is tried again, no later one overtakes it.
+            assert numbers == sorted(numbers), f"sender {sender}, key {key}: out of order: {numbers}"
         for sender, ordinals in self.ordinals.items():
             for key, last in ordinals.items():
                 assert first.get((sender, key), []) == list(range(1, last + 1)), f"lost events of {key}"
+        for one in seen.values():
+            assert one.failed == (one.kind == "bad" and one.handler == "first"), f"{one} had no outcome"
         bad = {(one.sender, one.key, one.n) for one in self.handlings if one.kind == "bad"}
         assert sum(len(rows.dead) for rows in self.rows) == len(bad)
 

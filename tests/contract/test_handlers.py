@@ -1,0 +1,414 @@
+"""What a handler may rely on, whatever runs it: tasks, time-outs, context variables; and what follows when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from shardbus import Breaker, Bus, Client, Command, CommandFailed, Context, Event, RegistrationError, Retry
+from shardbus.local import run_local
+from shardbus.testing import MemoryRows, MemoryStore
+
+FAST = Retry(base_s=0.001)
+
+
+class Step(Event, key="key"):
+    key: str
+    n: int = 0
+
+
+class Loose(Event):
+    n: int = 0
+
+
+class Ask(Command[int], key="key"):
+    key: str
+
+
+Run = Callable[[Bus], AbstractAsyncContextManager[Client]]
+
+
+@pytest.fixture
+def rows() -> MemoryRows:
+    return MemoryRows()
+
+
+@pytest.fixture
+def run(rows: MemoryRows) -> Run:
+    """Runs a bus in this process, over rows that the test can look at."""
+
+    @asynccontextmanager
+    async def running(bus: Bus) -> AsyncIterator[Client]:
+        async with run_local(bus, stores=[MemoryStore(rows)]) as client:
+            yield client
+
+    return running
+
+
+@pytest.fixture
+def bus() -> Bus:
+    return Bus("contract")
+
+
+def dead(rows: MemoryRows) -> list[tuple[int, str, tuple[str, ...]]]:
+    return [
+        (row.envelope.seq, row.reason, tuple(name.split(".")[-1] for name in row.handlers)) for row in rows.dead.values()
+    ]
+
+
+# -- what a handler runs in
+
+
+async def test_timeouts_and_task_groups_work_before_and_after_the_first_await(bus: Bus, run: Run):
+    seen: list[str] = []
+
+    @bus.on(Step)
+    async def handle(event: Step) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.001):
+                await asyncio.sleep(10)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.sleep(0.001))
+        task = asyncio.current_task()
+        assert task is not None
+        await asyncio.sleep(0)
+        assert asyncio.current_task() is task
+        seen.append(event.key)
+
+    async with run(bus) as client:
+        for at in range(20):
+            await client.publish(Step(key=f"k{at % 7}"))
+        ledger = await client.flush(10)
+    assert (ledger.handled, len(seen)) == (20, 20)
+
+
+async def test_what_a_handler_leaves_in_a_context_variable_no_other_handler_sees(bus: Bus, run: Run):
+    request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="none")
+    seen: list[str] = []
+
+    @bus.on(Step)
+    async def handle(event: Step) -> None:
+        seen.append(request.get())
+        request.set(event.key)
+        if event.n % 3 == 0:
+            await asyncio.sleep(0)
+
+    async with run(bus) as client:
+        await client.publish_many([Step(key=f"k{at}", n=at) for at in range(50)])
+        await client.flush(10)
+    assert seen == ["none"] * 50
+
+
+async def test_a_slow_key_holds_up_no_other(bus: Bus, run: Run):
+    release = asyncio.Event()
+    done: list[str] = []
+
+    @bus.on(Step)
+    async def handle(event: Step) -> None:
+        if event.key == "slow":
+            await release.wait()
+        done.append(event.key)
+
+    async with run(bus) as client:
+        await client.publish(Step(key="slow"))
+        await client.publish_many([Step(key=f"k{at}") for at in range(300)])
+        while len(done) < 300:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+        assert "slow" not in done
+        release.set()
+        await client.flush(10)
+    assert done[-1] == "slow"
+
+
+# -- retries
+
+
+async def test_a_handler_that_fails_is_called_again_and_the_others_are_not(bus: Bus, run: Run, rows: MemoryRows):
+    calls: list[tuple[str, int]] = []
+
+    @bus.on(Step)
+    async def sound(event: Step, context: Context) -> None:
+        calls.append(("sound", context.attempt))
+
+    @bus.on(Step, retry=FAST)
+    async def shaky(event: Step, context: Context) -> None:
+        calls.append(("shaky", context.attempt))
+        if context.attempt < 3:
+            raise ConnectionError("not yet")
+
+    async with run(bus) as client:
+        await client.publish(Step(key="a"))
+        ledger = await client.flush(10)
+    assert calls == [("sound", 1), ("shaky", 1), ("shaky", 2), ("shaky", 3)]
+    assert (ledger.handled, dead(rows)) == (1, [])
+
+
+async def test_a_handler_that_keeps_failing_ends_as_a_dead_letter_that_names_it_alone(bus: Bus, run: Run, rows: MemoryRows):
+    calls = 0
+
+    @bus.on(Step)
+    def sound(event: Step) -> None: ...
+
+    @bus.on(Step, retry=FAST)
+    def broken(event: Step) -> None:
+        nonlocal calls
+        calls += 1
+        raise ValueError(f"call {calls}")
+
+    async with run(bus) as client:
+        await client.publish(Step(key="a"))
+        ledger = await client.flush(10)
+    assert (calls, ledger.dead, ledger.handled) == (3, 1, 0)
+    (letter,) = rows.dead.values()
+    assert dead(rows) == [(0, "failed", ("broken",))]
+    assert (letter.error_type, letter.error, letter.envelope.attempt) == ("ValueError", "call 3", 3)
+    assert "call += 1" not in letter.traceback
+    assert "broken" in letter.traceback
+
+
+async def test_two_handlers_that_give_up_are_one_dead_letter_of_both(bus: Bus, run: Run, rows: MemoryRows):
+    calls: list[str] = []
+
+    @bus.on(Step, retry=Retry(attempts=1))
+    def first(event: Step) -> None:
+        calls.append("first")
+        raise KeyError("first")
+
+    @bus.on(Step, retry=FAST)
+    def second(event: Step) -> None:
+        calls.append("second")
+        raise ValueError("second")
+
+    async with run(bus) as client:
+        await client.publish(Step(key="a"))
+        assert (await client.flush(10)).dead == 1
+    assert calls == ["first", "second", "second", "second"]
+    assert dead(rows) == [(0, "failed", ("first", "second"))]
+    assert next(iter(rows.dead.values())).error_type == "KeyError"
+
+
+async def test_while_a_key_is_tried_again_its_later_events_wait_and_other_keys_go_on(bus: Bus, run: Run):
+    order: list[tuple[str, int]] = []
+
+    @bus.on(Step, retry=Retry(base_s=0.05))
+    async def handle(event: Step, context: Context) -> None:
+        if (event.key, event.n) == ("a", 0) and context.attempt < 3:
+            raise ValueError("again")
+        order.append((event.key, event.n))
+
+    async with run(bus) as client:
+        await client.publish_many([Step(key=key, n=n) for n in range(5) for key in ("a", "b")])
+        await client.flush(10)
+    assert [n for key, n in order if key == "a"] == [n for key, n in order if key == "b"] == list(range(5))
+
+
+async def test_events_without_a_key_are_tried_again_too(bus: Bus, run: Run):
+    handled: list[int] = []
+
+    @bus.on(Loose, retry=FAST)
+    async def handle(event: Loose, context: Context) -> None:
+        if event.n % 2 and context.attempt < 2:
+            raise ValueError("again")
+        handled.append(event.n)
+
+    async with run(bus) as client:
+        for n in range(20):
+            await client.publish(Loose(n=n))
+        await client.flush(10)
+    assert sorted(handled) == list(range(20))
+
+
+async def test_an_event_that_waits_long_is_acked_as_waiting_and_survives(bus: Bus, run: Run, rows: MemoryRows):
+    calls: list[tuple[int, int]] = []
+    patient = Retry(base_s=1e6, cap_s=1e6)
+    patience = [patient, FAST]
+
+    def application(retry: Retry) -> Bus:
+        bus = Bus("contract")
+
+        @bus.on(Step)
+        async def sound(event: Step, context: Context) -> None:
+            calls.append((event.n, 0))
+
+        @bus.on(Step, retry=retry)
+        async def handle(event: Step, context: Context) -> None:
+            calls.append((event.n, context.attempt))
+            if event.n == 0:
+                raise ValueError("later")
+
+        return bus
+
+    async with run(application(patience[0])) as client:
+        await client.publish_many([Step(key="a", n=n) for n in range(3)])
+        ledger = await client.flush(10)
+    assert (ledger.waiting, ledger.handled) == (3, 0)
+    assert calls == [(0, 0), (0, 1)]  # and leaving the block did not wait for it
+    head = rows.waiting[min(rows.waiting)]
+    assert list(head.todo.values()) == [1]
+    # A successor finds it, in its time, with what it has been through: the failure counts, and `sound` is not run again.
+    for position, row in rows.waiting.items():
+        rows.waiting[position] = _due_now(row)
+    calls.clear()
+    async with run(application(patience[1])):
+        while rows.waiting:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+    assert calls[:3] == [(0, 3), (0, 4), (1, 0)]
+    assert [n for n, _ in calls] == [0, 0, 1, 1, 2, 2]
+    assert len(rows.dead) == 1
+
+
+def _due_now(row: Any) -> Any:
+    fields = {name: getattr(row, name) for name in row.__struct_fields__}
+    return type(row)(**{**fields, "due_ns": 0})
+
+
+# -- time-outs
+
+
+async def test_a_handler_that_takes_too_long_is_cancelled_and_has_failed(bus: Bus, run: Run, rows: MemoryRows):
+    cancelled: list[int] = []
+
+    @bus.on(Step, retry=Retry(attempts=2, base_s=0.0), timeout_s=0.01)
+    async def slow(event: Step, context: Context) -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(context.attempt)
+            raise
+
+    async with run(bus) as client:
+        await client.publish(Step(key="a"))
+        assert (await client.flush(10)).dead == 1
+    assert cancelled == [1, 2]
+    (letter,) = rows.dead.values()
+    assert (letter.reason, letter.error_type, letter.error) == ("timeout", "TimeoutError", "not finished within 0.01 s")
+
+
+async def test_a_timeout_of_the_handlers_own_is_its_failure_and_not_ours(bus: Bus, run: Run, rows: MemoryRows):
+    @bus.on(Step, retry=Retry(attempts=1), timeout_s=30)
+    async def slow(event: Step) -> None:
+        async with asyncio.timeout(0.001):
+            await asyncio.sleep(60)
+
+    async with run(bus) as client:
+        await client.publish(Step(key="a"))
+        await client.flush(10)
+    assert [row.reason for row in rows.dead.values()] == ["failed"]
+
+
+async def test_a_command_handler_that_takes_too_long_fails_its_caller(bus: Bus, run: Run):
+    @bus.command(Ask, timeout_s=0.01)
+    async def slow(command: Ask) -> int:
+        await asyncio.sleep(60)
+        return 1
+
+    async with run(bus) as client:
+        with pytest.raises(CommandFailed, match=r"TimeoutError: not finished within 0\.01 s"):
+            await client.execute(Ask(key="a"))
+
+
+# -- circuits
+
+
+async def test_a_handler_that_fails_opens_its_circuit_and_is_left_alone(bus: Bus, run: Run, rows: MemoryRows):
+    calls = 0
+
+    @bus.on(Step, retry=Retry(attempts=1), breaker=Breaker(failures=3, open_s=3600, while_open="dead"))
+    async def broken(event: Step) -> None:
+        nonlocal calls
+        calls += 1
+        raise ValueError("always")
+
+    async with run(bus) as client:
+        await client.publish_many([Step(key=f"k{at}") for at in range(40)])
+        assert (await client.flush(10)).dead == 40
+    assert calls == 3
+    assert sorted(reason for _, reason, _ in dead(rows)) == ["circuit-open"] * 37 + ["failed"] * 3
+
+
+async def test_while_a_circuit_is_open_events_wait_and_afterwards_all_are_handled_in_order(bus: Bus, run: Run):
+    broken = True
+    handled: list[tuple[str, int]] = []
+
+    @bus.on(Step, retry=Retry(attempts=100, base_s=0.001), breaker=Breaker(failures=3, open_s=0.05, successes=1))
+    async def handle(event: Step) -> None:
+        if broken:
+            raise ConnectionError("down")
+        handled.append((event.key, event.n))
+
+    async with run(bus) as client:
+        await client.publish_many([Step(key=f"k{at % 4}", n=at // 4) for at in range(40)])
+        await asyncio.sleep(0.1)
+        broken = False
+        ledger = await client.flush(10)
+    assert ledger.handled == 40
+    for key in {key for key, _ in handled}:
+        assert [n for one, n in handled if one == key] == list(range(10))
+
+
+async def test_an_event_that_only_waited_for_a_circuit_was_not_attempted(bus: Bus, run: Run):
+    attempts: list[int] = []
+    breaker = Breaker(failures=1, open_s=0.02, successes=1)
+
+    @bus.on(Step, retry=Retry(attempts=1), breaker=breaker)
+    async def handle(event: Step, context: Context) -> None:
+        if event.key == "bad":
+            raise ValueError("bad")
+        attempts.append(context.attempt)
+
+    async with run(bus) as client:
+        await client.publish(Step(key="bad"))
+        await client.flush(10)
+        await client.publish(Step(key="good"))
+        await client.flush(10)
+    assert attempts == [1]
+
+
+# -- what is refused
+
+
+def test_a_plain_function_can_have_no_timeout(bus: Bus):
+    with pytest.raises(RegistrationError, match="async def"):
+
+        @bus.on(Step, timeout_s=1.0)
+        def plain(event: Step) -> None: ...
+
+
+def test_a_timeout_of_nothing_is_refused(bus: Bus):
+    with pytest.raises(RegistrationError, match="above 0"):
+
+        @bus.on(Step, timeout_s=0.0)
+        async def handle(event: Step) -> None: ...
+
+
+async def test_handlers_that_share_a_name_are_told_apart(bus: Bus, run: Run, rows: MemoryRows):
+    for fails in (False, True, False):
+
+        @bus.on(Step, retry=Retry(attempts=1))
+        async def handle(event: Step, fails: bool = fails) -> None:
+            if fails:
+                raise ValueError("the second")
+
+    async with run(bus) as client:
+        await client.publish(Step(key="a"))
+        await client.flush(10)
+    assert [names[0].split("#")[-1] for _, _, names in dead(rows)] == ["2"]
+
+
+async def test_a_retry_does_not_wait_for_more_than_its_policy_says(bus: Bus, run: Run):
+    @bus.on(Step, retry=Retry(attempts=3, base_s=0.0))
+    async def handle(event: Step, context: Context) -> None:
+        if context.attempt < 3:
+            raise ValueError("again")
+
+    async with run(bus) as client:
+        began = time.monotonic()
+        await client.publish_many([Step(key=f"k{at}") for at in range(200)])
+        await client.flush(30)
+        assert time.monotonic() - began < 10
