@@ -24,7 +24,7 @@ import contextvars
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import compress, islice, repeat
+from itertools import chain, compress, islice, repeat
 from operator import length_hint
 from types import TracebackType
 from typing import Any, Final, Protocol
@@ -47,7 +47,7 @@ from shardbus.wire.frames import REPLY_EXPIRED, REPLY_FAILED, REPLY_OK
 from shardbus.wire.session import WorkerSession
 
 _SLICE_NS: Final = 2_000_000  # a leader gives the event loop a turn about every two milliseconds
-_SLICE_EVENTS_MAX: Final = 4096
+_STRIDE_MAX: Final = 16  # messages between two looks at the clock, which cost 60 ns; fewer where handlers are slow
 _ERROR_CHARS_MAX: Final = 2000
 _PLACES_MAX: Final = 1024
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
@@ -132,11 +132,12 @@ class Delivery:
 class _Stored:
     """A stretch of a lane that lies in the store only."""
 
-    __slots__ = ("after", "count", "due_ns")
+    __slots__ = ("after", "count", "due_ns", "last")
 
-    def __init__(self, after: int, count: int, due_ns: int = 0) -> None:
+    def __init__(self, after: int, count: int, last: int, due_ns: int = 0) -> None:
         self.after = after  # its rows have positions above this
         self.count = count
+        self.last = last  # the position of its last row; 0: a predecessor wrote all of them
         self.due_ns = due_ns  # its first row is not due before, by the worker's clock
 
 
@@ -166,8 +167,8 @@ class LaneHost(Protocol):
     def forget(self, position: int) -> None:
         """A waiting event reached its outcome; its row may go."""
 
-    def load(self, key: WireKey, after: int, limit: int, then: Callable[[list[Delivery]], None]) -> None:
-        """Read waiting events back, behind every write that was asked for before, and hand them to `then`."""
+    def load(self, key: WireKey, after: int, upto: int, limit: int, then: Callable[[list[Delivery]], None]) -> None:
+        """Read waiting events of a key back, behind `after`, once the one at `upto` is written; hand them to `then`."""
 
     def handled(self, count: int) -> None:
         """So many messages reached an outcome."""
@@ -197,6 +198,10 @@ class _Lane:
         if self.timer is None or not self.stored:
             return False
         return all(isinstance(one, _Stored) or one.position for one in self.queue)  # a command is in memory only
+
+
+_Row = tuple[WireKey, Handler | None, Any, int, int]
+"""Key, handler, message, ordinal, intended instant."""
 
 
 class Inbound:
@@ -245,7 +250,7 @@ class Inbound:
         self._keys = iter(columns.keys)
         self._plans: Plan | list[Plan] = UNKNOWN
         self._messages: list[Any] | None = None
-        self.rows: Iterator[tuple[WireKey, Handler | None, Any, int, int]] = iter(())
+        self.rows: Iterator[_Row] = iter(())
 
     def open(self, plans: Mapping[str, Plan]) -> None:
         """Decode the bodies and set up `rows`: key, handler, message, ordinal, intended instant of each message.
@@ -264,10 +269,17 @@ class Inbound:
             several = self._plans = [plans.get(name, UNKNOWN) for name in names]
             handlers = [plan.simple for plan in several]
             self._messages = _all_decoded(plan.decode(body) for plan, body in zip(several, columns.bodies, strict=True))
+        if self._messages is None:
+            handlers = repeat(None)
+        elif columns.extras:
+            handlers = list(islice(handlers, len(columns.keys)))
+            for at, extra in columns.extras.items():
+                if extra.timeout_ns:
+                    handlers[at] = None  # a command, whatever its name is here
         stamped = self.book is not None
         self.rows = zip(
             self._keys,  # first: it is the one that ends
-            handlers if self._messages else repeat(None),
+            handlers,
             self._messages or repeat(None),
             columns.ordinals if stamped and columns.ordinals else repeat(0),
             columns.intended_ns if stamped and columns.intended_ns else repeat(0),
@@ -356,7 +368,7 @@ class Lanes:
         self._armed = False
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._slice_events = 64
+        self._stride = 1
         # What the leader runs outside the fast path, for whoever overtakes it.
         self._running: Delivery | None = None
         self._keyless: dict[object | None, Delivery] = {}  # of overtaken leaders whose message has no lane
@@ -379,7 +391,7 @@ class Lanes:
         else:
             self._busy[key] = lane
         lane.stored = True
-        lane.queue.append(_Stored(0, count, due_ns))
+        lane.queue.append(_Stored(0, count, 0, due_ns))
         self._continue(lane)
 
     def idle(self) -> bool:
@@ -398,10 +410,13 @@ class Lanes:
         lanes = sorted(
             (lane for lane in (*self._busy.values(), *self._loose) if not lane.asleep), key=lambda lane: -len(lane.queue)
         )
-        return [
+        told = [
             f"key {lane.key!r}: {lane.running.name if lane.running else 'nothing'} is running, {len(lane.queue)} behind it"
             for lane in lanes
         ]
+        told += [f"without a key: {delivery.name} is running" for delivery in self._keyless.values()]
+        unstarted = sum(inbound.end - inbound.next_seq for inbound in (self._cursor, *self._inbox) if inbound is not None)
+        return [*told, f"{unstarted:,} messages had not begun"] if unstarted else told
 
     async def close(self) -> None:
         """Cancel what runs. What has not reached an outcome stays unfinished."""
@@ -464,35 +479,28 @@ class Lanes:
 
     async def _lead(self, token: object, context: contextvars.Context) -> None:
         """Run messages until there are none, a slice is used up, or this task is overtaken inside a handler."""
-        started_ns = self._now()
-        budget = allowed = self._slice_events
+        end_ns = self._now() + _SLICE_NS
         ready = self._ready
-        while budget > 0 and self._leader is token and not self._closing:
+        while self._leader is token and not self._closing:
             if ready:
                 lane = ready.popleft()
-                budget -= 1
                 await self._run_head(lane, token)
             elif self._cursor is not None or self._inbox:
                 if self._cursor is None:
                     self._cursor = self._inbox.popleft()
                     self._cursor.open(self.plans)
-                budget = await self._run_batch(self._cursor, token, context, budget)
+                await self._run_batch(self._cursor, token, context, end_ns)
             else:
                 break
-            if context != self._clean:
+            if context != self._clean or self._now() >= end_ns:
                 break
         if self._leader is token:
             self._leader = None
-            self._learn_slice(allowed - budget, self._now() - started_ns)
 
-    def _learn_slice(self, done: int, took_ns: int) -> None:
-        """Let a slice take about two milliseconds, whatever the handlers cost."""
-        if done > 0:
-            fitting = max(1, min(_SLICE_EVENTS_MAX, done * _SLICE_NS // max(1, took_ns)))
-            self._slice_events = fitting if fitting < self._slice_events else min(fitting, 2 * self._slice_events)
+    async def _run_batch(self, cursor: Inbound, token: object, context: contextvars.Context, end_ns: int) -> None:
+        """Run messages of a batch, in strides, until its end or that of the leader's slice.
 
-    async def _run_batch(self, cursor: Inbound, token: object, context: contextvars.Context, budget: int) -> int:
-        """Run messages of a batch until it or the budget is used up; return the budget left.
+        The clock is looked at between strides only, so a stride is short where a message has taken long.
 
         The hot path of a worker: about 0.5 µs a message, so what is rare is elsewhere, and what is constant is local.
         """
@@ -503,9 +511,10 @@ class Lanes:
         last: Any = None if book is None else book.last
         note: Any = None if book is None else book.note
         latencies: dict[int, int] = {}
-        before = cursor.next_seq
         # The tuples are not kept, so `zip` uses one again and again.
-        for key, simple, message, ordinal, intended_ns in islice(cursor.rows, budget):
+        for key, simple, message, ordinal, intended_ns in chain.from_iterable(
+            self._strides(cursor, end_ns)
+        ):
             if simple is None or key in busy:
                 self._host.handled(cursor.hold())
                 delivery = cursor.delivery()
@@ -540,14 +549,25 @@ class Lanes:
         if latencies and book is not None:
             book.record(latencies)
         if self._leader is not token:
-            return 0
+            return
         # What was done so far is acked now, because the rest may take long.
         after = cursor.next_seq
         self._host.handled(cursor.finish_before(after))
         if after == cursor.end:
             self._cursor = None
         self._host.touched(cursor.session)
-        return budget - (after - before)
+
+    def _strides(self, cursor: Inbound, end_ns: int) -> Iterator[Iterator[_Row]]:
+        """The rest of a batch in short stretches, as long as the slice lasts."""
+        began_ns = self._now()
+        while cursor.next_seq < cursor.end:
+            yield islice(cursor.rows, self._stride)
+            now_ns = self._now()
+            fits = now_ns - began_ns < _SLICE_NS // 8
+            self._stride = min(_STRIDE_MAX, 2 * self._stride) if fits else max(1, self._stride // 4)
+            if now_ns >= end_ns:
+                return
+            began_ns = now_ns
 
     def _overtaken(self, token: object, key: WireKey) -> Delivery:
         """What the follower made of the message whose handler was running when this task was overtaken."""
@@ -591,11 +611,11 @@ class Lanes:
     async def _deliver(self, delivery: Delivery, token: object) -> None:
         """Run one message's handlers and settle it; afterwards the caller may have been overtaken."""
         self._running = delivery
-        if delivery.plan.is_command or not delivery.is_event:
+        if delivery.is_event:
+            outcome = await self._event(delivery)
+        else:
             await self._command(delivery)
             outcome = None
-        else:
-            outcome = await self._event(delivery)
         if self._leader is token:
             self._running = None
         self._settle(delivery, outcome)
@@ -604,12 +624,12 @@ class Lanes:
 
     async def _event(self, delivery: Delivery) -> Failure | Later | None:
         plan = delivery.plan
-        if plan is UNKNOWN:
+        if plan is UNKNOWN or plan.is_command:
             return Failure(
                 handlers=(),
                 reason="unknown-type",
                 error_type="",
-                error=f"no handler of this application takes {delivery.name!r}",
+                error=f"no handler of this application takes the event {delivery.name!r}",
             )
         message = delivery.message
         if message is None:
@@ -797,8 +817,10 @@ class Lanes:
         loaded = [one for one in lane.queue if isinstance(one, Delivery)]
         if all(one.position for one in loaded):  # no command in between, which lives in memory only
             count = sum(1 if isinstance(one, Delivery) else one.count for one in lane.queue)
+            end = lane.queue[-1]
+            last = end.position if isinstance(end, Delivery) else end.last
             self.queued -= len(loaded)
-            lane.queue = deque([_Stored(loaded[0].position - 1, count, due_ns)])
+            lane.queue = deque([_Stored(loaded[0].position - 1, count, last, due_ns)])
 
     def _continue(self, lane: _Lane) -> None:
         """Nothing of this lane runs: make its head ready, wait for its time, fetch it from the store, or end the lane."""
@@ -816,7 +838,9 @@ class Lanes:
                 loop = asyncio.get_running_loop()
                 lane.timer = loop.call_later(wait_ns / 1e9, self._continue, lane, context=self._clean)
         elif isinstance(head, _Stored):
-            self._host.load(lane.key, head.after, _LOAD_ROWS, lambda rows: self._loaded(lane, rows))
+            share = (self._limits.queued_events_max - self.queued) // (len(self._busy) + 1)
+            limit = max(1, min(_LOAD_ROWS, share))
+            self._host.load(lane.key, head.after, head.last, limit, lambda rows: self._loaded(lane, rows))
         else:
             self._ready.append(lane)
             if not self._armed and not self._closing:
@@ -858,19 +882,27 @@ class Lanes:
             end = lane.queue[-1] if lane.queue else None
             if isinstance(end, _Stored):
                 end.count += 1
-                return
-            if len(lane.queue) >= self._limits.lane_events_max:
-                lane.queue.append(_Stored(delivery.position - 1, 1))
-                return
-        lane.queue.append(delivery)
-        self.queued += 1
+                end.last = delivery.position
+            elif len(lane.queue) >= _LOAD_ROWS or self.queued > self._limits.queued_events_max:
+                lane.queue.append(_Stored(delivery.position - 1, 1, delivery.position))
+            else:
+                self._queue(lane, delivery)
+            return
+        self._queue(lane, delivery)
         length = len(lane.queue)
         crowded = self.queued > self._limits.queued_events_max and length * (len(self._busy) + 1) > self.queued
         if not lane.stored and (length > self._limits.lane_events_max or crowded) and self._host.can_keep():
             self._spill(lane)
 
+    def _queue(self, lane: _Lane, delivery: Delivery) -> None:
+        lane.queue.append(delivery)
+        self.queued += 1
+
     def _spill(self, lane: _Lane) -> None:
-        """Give a whole lane to the store, with the message that runs: a successor must find its beginning there too."""
+        """Give a whole lane to the store, with the message that runs: a successor must find its beginning there too.
+
+        What it acks makes room for more, so only the lane's beginning stays in memory as well.
+        """
         lane.stored = True
         events = [
             delivery
@@ -878,6 +910,13 @@ class Lanes:
             if isinstance(delivery, Delivery) and not delivery.position and delivery.is_event
         ]
         self._host.keep(events)
+        rest = list(islice(lane.queue, _LOAD_ROWS, None))
+        rows = [one.position for one in rest if isinstance(one, Delivery) and one.position]
+        if rows and len(rows) == len(rest):  # no command, which has no row
+            for _ in rest:
+                lane.queue.pop()
+            self.queued -= len(rest)
+            lane.queue.append(_Stored(rows[0] - 1, len(rows), rows[-1]))
 
     # -- failures
 

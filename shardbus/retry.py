@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 
 from shardbus.errors import RegistrationError
@@ -24,7 +26,7 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
 
     The wait is exponential with full jitter: a random time between 0 and `base_s · factorⁿ`, at most `cap_s`
     (M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015). An error that is none of `on` is not
-    retried. `Retry(attempts=1)` never retries.
+    retried. `Retry(attempts=1)` never retries. A cancellation that reaches the handler from what it awaits is a failure too.
 
     Raises:
         RegistrationError: a value that makes no sense.
@@ -34,7 +36,7 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
     base_s: float = 0.1
     factor: float = 2.0
     cap_s: float = 30.0
-    on: type[BaseException] | tuple[type[BaseException], ...] = Exception
+    on: type[BaseException] | tuple[type[BaseException], ...] = (Exception, asyncio.CancelledError)
 
     def __post_init__(self) -> None:
         if self.attempts < 1:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final
+from itertools import islice
+from typing import Final, NamedTuple
 
 from shardbus.clock import NowNs, wall_ns
 from shardbus.config import PROTOCOL, Limits
@@ -50,11 +51,27 @@ class _Publisher:
         self.touched = False
 
 
-class _Writer:
-    """The one task that touches the store: writes in batches, reads behind the writes that were asked for before.
+class _Burial(NamedTuple):
+    """A dead letter to write, and the waiting row that it takes the place of (0: none)."""
 
-    Its queue is bounded by the credit of the publishers whose events it holds. While the store fails it tries again, and
-    nothing of it is acked.
+    letter: DeadLetter
+    position: int
+    then: Callable[[], None]
+
+
+class _Read(NamedTuple):
+    """Something to ask of the store, once the waiting rows up to a position are in."""
+
+    upto: int
+    ask: Callable[[], Awaitable[None]]
+
+
+class _Writer:
+    """The one task that touches the store: a transaction of some rows, then the reads that can be answered, and again.
+
+    Its queue is bounded by the credit of the publishers whose events it holds. While the store fails or is full it tries
+    again, and nothing that was not written is acked. Room comes from removals, so those are written first, and reads
+    never wait for room: what they bring back is what makes it.
     """
 
     def __init__(self, store: Store, rows_max: int, broken: Callable[[BaseException], None]) -> None:
@@ -64,17 +81,21 @@ class _Writer:
         self._broken = broken
         self._rows_max = rows_max
         self._rows = 0
-        self._dead: list[tuple[DeadLetter, Callable[[], None]]] = []
-        self._waiting: list[tuple[WaitingEvent, Callable[[], None]]] = []
+        self._taken = 0  # waiting rows up to this position are in, or in the transaction that is under way
+        self._committed = 0  # waiting rows up to this position are in, or are not wanted any more
+        self._dropped: set[int] = set()  # waiting rows that reached their outcome before they were written
+        self._dead: deque[_Burial] = deque()
+        self._waiting: deque[tuple[WaitingEvent, Callable[[], None]]] = deque()  # by position
         self._changed: dict[int, WaitingEvent] = {}  # by position: the last change is the one that counts
-        self._done: list[int] = []
-        self._reads: list[Callable[[], Awaitable[None]]] = []
+        self._done: deque[int] = deque()
+        self._reads: deque[_Read] = deque()
         self._wanted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         self.counts = await self._store.open()
         self._rows = self.counts.dead + self.counts.waiting
+        self._taken = self._committed = self.counts.position_max
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="shardbus-store-writer")
@@ -99,8 +120,11 @@ class _Writer:
     def has_room(self) -> bool:
         return self._rows + len(self._dead) + len(self._waiting) < self._rows_max and not self.failing
 
-    def add_dead(self, row: DeadLetter, then: Callable[[], None]) -> None:
-        self._dead.append((row, then))
+    def add_dead(self, letter: DeadLetter, position: int, then: Callable[[], None]) -> None:
+        if position > self._taken:
+            self._dropped.add(position)
+            position = 0
+        self._dead.append(_Burial(letter, position, then))
         self._wanted.set()
 
     def add_waiting(self, row: WaitingEvent, then: Callable[[], None]) -> None:
@@ -112,64 +136,120 @@ class _Writer:
         self._wanted.set()
 
     def add_done(self, position: int) -> None:
-        self._done.append(position)
+        if position > self._taken:
+            self._dropped.add(position)
+        else:
+            self._done.append(position)
         self._wanted.set()
 
-    def add_read(self, read: Callable[[], Awaitable[None]]) -> None:
-        self._reads.append(read)
+    def add_read(self, ask: Callable[[], Awaitable[None]], upto: int = 0) -> None:
+        self._reads.append(_Read(upto, ask))
         self._wanted.set()
 
     async def _run(self) -> None:
         while True:
             await self._wanted.wait()
+            self._wanted.clear()
             try:
-                # Reads that were asked for by now see every write that was asked for before them.
-                readable = len(self._reads)
-                await self._write_all()
-                for _ in range(readable):
-                    await self._reads[0]()
-                    del self._reads[0]
+                moved = await self._write()
+                moved = await self._read() or moved
             except StoreError as error:
-                if not self.failing:
-                    log.error("the store cannot write: %s; publishers wait until it can", error)
-                self.failing = str(error)
+                self._fails(str(error))
                 await asyncio.sleep(_RETRY_S)
+                self._wanted.set()
                 continue
-            if self.failing:
+            if not moved and self._writes_left():
+                self._fails(f"it is full ({self._rows:,} rows)")
+                await asyncio.sleep(_RETRY_S)
+            elif self.failing:
                 log.warning("the store writes again")
                 self.failing = ""
-            if not (self._writes_left() or self._reads):
-                self._wanted.clear()
+            if self._writes_left() or self._reads:
+                self._wanted.set()
 
-    async def _write_all(self) -> None:
-        """Write until nothing is left but what the store has no room for."""
-        while self._writes_left():
-            room = max(0, self._rows_max - self._rows)
-            dead = self._dead[: min(room, _WRITE_ROWS_MAX)]
-            waiting = self._waiting[: min(room - len(dead), _WRITE_ROWS_MAX)]
-            # Changes and removals are written once everything that was asked for before them is in.
-            all_in = len(dead) == len(self._dead) and len(waiting) == len(self._waiting)
-            changed = list(self._changed.values()) if all_in else []
-            done = self._done[: _WRITE_ROWS_MAX] if all_in else []
-            if not (dead or waiting or changed or done):
-                raise StoreError(f"it is full ({self._rows:,} rows)")
+    def _fails(self, why: str) -> None:
+        if not self.failing:
+            log.error("the store cannot write: %s; publishers wait until it can", why)
+        self.failing = why
+
+    async def _write(self) -> bool:
+        """One transaction of what there is room for; whether there was anything."""
+        done = [position for position in islice(self._done, _WRITE_ROWS_MAX) if position <= self._committed]
+        room = self._rows_max - self._rows + len(done)
+        dead: list[_Burial] = []
+        for burial in islice(self._dead, _WRITE_ROWS_MAX):
+            replaces = 0 < burial.position <= self._committed
+            if room + replaces <= 0 or burial.position > self._committed:
+                break
+            room += replaces - 1
+            dead.append(burial)
+        waiting, last = self._take_waiting(min(max(0, room), _WRITE_ROWS_MAX))
+        changed = [row for row in self._changed.values() if row.position <= last]
+        if not (dead or waiting or changed or done):
+            return False
+        replaced = [burial.position for burial in dead if burial.position]
+        self._taken = last
+        try:
             await self._store.write(
-                dead=[row for row, _ in dead], waiting=[row for row, _ in waiting], changed=changed, done=done
+                dead=[burial.letter for burial in dead],
+                waiting=[row for row, _ in waiting],
+                changed=changed,
+                done=[*done, *replaced],
             )
-            for row in changed:
-                if self._changed.get(row.position) is row:
-                    del self._changed[row.position]
-            del self._dead[: len(dead)], self._waiting[: len(waiting)], self._done[: len(done)]
-            self._rows += len(dead) + len(waiting) - len(done)
-            self.counts = StoreCounts(
-                dead=self.counts.dead + len(dead),
-                waiting=self.counts.waiting + len(waiting) - len(done),
-                position_max=self.counts.position_max,
-            )
-            for _, then in dead:
-                then()
-            for _, then in waiting:
-                then()
+        except BaseException:
+            self._taken = self._committed
+            raise
+        self._committed = last
+        for _ in dead:
+            self._dead.popleft()
+        for _ in waiting:
+            self._waiting.popleft()
+        for row in changed:
+            if self._changed.get(row.position) is row:
+                del self._changed[row.position]
+        if self._dropped:
+            # Handled before they were written, and behind others that had to be: now they are rows to remove.
+            self._done.extend(row.position for row, _ in waiting if row.position in self._dropped)
+            self._dropped.difference_update([row.position for row, _ in waiting])
+        if done:
+            written = set(done)
+            self._done = deque(position for position in self._done if position not in written)
+        removed = len(done) + len(replaced)
+        self._rows += len(dead) + len(waiting) - removed
+        self.counts = StoreCounts(
+            dead=self.counts.dead + len(dead),
+            waiting=self.counts.waiting + len(waiting) - removed,
+            position_max=last,
+        )
+        for burial in dead:
+            burial.then()
+        for _, then in waiting:
+            then()
+        return True
+
+    def _take_waiting(self, limit: int) -> tuple[list[tuple[WaitingEvent, Callable[[], None]]], int]:
+        """Up to `limit` rows to write, and the last position decided with them; forgets what is not wanted any more."""
+        if self._dropped:
+            while self._waiting and self._waiting[0][0].position in self._dropped:
+                position = self._waiting.popleft()[0].position
+                self._dropped.discard(position)
+                self._changed.pop(position, None)
+                self._committed = position
+        rows = list(islice(self._waiting, limit))
+        return rows, rows[-1][0].position if rows else self._committed
+
+    async def _read(self) -> bool:
+        """Answer the reads that were asked for by now and whose rows are in; whether there was one."""
+        answered = False
+        for _ in range(len(self._reads)):
+            read = self._reads[0]
+            if read.upto <= self._committed:
+                await read.ask()
+                answered = True
+            else:
+                self._reads.append(read)
+            self._reads.popleft()
+        return answered
 
 
 class Shard:
@@ -211,8 +291,8 @@ class Shard:
         self._adopts = False
         self._publishers: dict[bytes, _Publisher] = {}  # live, by publisher
         self._peers: dict[bytes, _Publisher] = {}
+        self._greeting: dict[bytes, tuple[bytes, Hello]] = {}  # by publisher, while the store is asked about it
         self._resting: OrderedDict[bytes, WorkerSession] = OrderedDict()
-        self._greeting: set[asyncio.Task[None]] = set()
         self._blocked: OrderedDict[bytes, None] = OrderedDict()
         self._touched: list[_Publisher] = []
         self._draining = False
@@ -249,8 +329,6 @@ class Shard:
     async def close(self) -> None:
         """Stop at once. What is unfinished stays with its publishers and in the store."""
         await self.lanes.close()
-        for task in self._greeting:
-            task.cancel()
         await self._writer.close()
 
     # -- what the worker says of it
@@ -356,23 +434,24 @@ class Shard:
         elif len(self._publishers) >= self._limits.sessions_max:
             self._reject(peer, frame.epoch, "too-many-publishers")
         elif self._adopts:
-            task = asyncio.get_running_loop().create_task(self._admit_after_look(peer, frame))
-            self._greeting.add(task)
-            task.add_done_callback(self._greeting.discard)
+            if frame.publisher not in self._greeting:
+                self._writer.add_read(lambda: self._admit_after_look(frame.publisher))
+            self._greeting[frame.publisher] = (peer, frame)
         else:
             self._admit(peer, self._new_session(frame))
 
-    async def _admit_after_look(self, peer: bytes, frame: Hello) -> None:
+    async def _admit_after_look(self, publisher: bytes) -> None:
         """A publisher that knew a predecessor may resend what is in the store already."""
-        try:
-            dead, waiting = await self._store.outcomes(frame.publisher, frame.first)
-        except StoreError as error:
-            log.warning("the store cannot be read: %s; the publisher will greet again", error)
+        dead, waiting = await self._store.outcomes(publisher, self._greeting[publisher][1].first)
+        peer, frame = self._greeting.pop(publisher)
+        if frame.publisher in self._publishers or self._draining:
             return
-        if frame.publisher not in self._publishers and not self._draining:
-            session = self._new_session(frame)
-            session.adopt(dead, waiting)
-            self._admit(peer, session)
+        if len(self._publishers) >= self._limits.sessions_max:
+            self._reject(peer, frame.epoch, "too-many-publishers")
+            return
+        session = self._new_session(frame)
+        session.adopt(dead, waiting)
+        self._admit(peer, session)
 
     def _new_session(self, frame: Hello) -> WorkerSession:
         self._sessions_made += 1
@@ -488,9 +567,7 @@ class Shard:
                 delivery.session.finish_dead(delivery.seq)
                 self.touched(delivery.session)
 
-        self._writer.add_dead(letter, committed)
-        if delivery.position:
-            self._writer.add_done(delivery.position)
+        self._writer.add_dead(letter, delivery.position, committed)
 
     def can_keep(self) -> bool:
         """Whether the store has room and works."""
@@ -533,14 +610,14 @@ class Shard:
         """Remove a waiting event that reached its outcome."""
         self._writer.add_done(position)
 
-    def load(self, key: WireKey, after: int, limit: int, then: Callable[[list[Delivery]], None]) -> None:
-        """Read waiting events of a key back into memory."""
+    def load(self, key: WireKey, after: int, upto: int, limit: int, then: Callable[[list[Delivery]], None]) -> None:
+        """Read waiting events of a key back into memory, those behind `after`, once the one at `upto` is written."""
 
         async def read() -> None:
             rows = await self._store.load_waiting(key, after, limit)
             then([self._from_store(row) for row in rows])
 
-        self._writer.add_read(read)
+        self._writer.add_read(read, upto)
 
     def _from_store(self, row: WaitingEvent) -> Delivery:
         envelope = row.envelope

@@ -4,24 +4,28 @@ reorders, workers that die. Everything follows from the seed."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import selectors
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from shardbus.breaker import Breaker
 from shardbus.client import Client
 from shardbus.config import Limits
 from shardbus.context import Context
 from shardbus.errors import CommandLost
-from shardbus.messages import Command, Event
+from shardbus.messages import Command, Event, WireKey
 from shardbus.metrics import Book, book_bytes
 from shardbus.registry import Registry
 from shardbus.retry import Retry
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.shard import Shard
+from shardbus.store import WaitingEvent
 from shardbus.testing import MemoryRows, MemoryStore
 from shardbus.wire.frames import Answer, TableChanged, decode_to_supervisor, encode_frame
 
@@ -141,6 +145,38 @@ class _Connector:
         pass
 
 
+class WorldStore(MemoryStore):
+    """Takes its time, before or after it commits, and has one caller at a time, as a database connection has."""
+
+    def __init__(self, rows: MemoryRows, chance: random.Random) -> None:
+        super().__init__(rows)
+        self._chance = chance
+        self._busy = False
+
+    @contextlib.asynccontextmanager
+    async def _call(self) -> AsyncIterator[None]:
+        assert not self._busy, "two calls at once"
+        self._busy = True
+        try:
+            await asyncio.sleep(self._chance.random() * 0.02)
+            yield
+            await asyncio.sleep(self._chance.random() * 0.02)
+        finally:
+            self._busy = False
+
+    async def write(self, **rows: Any) -> None:
+        async with self._call():
+            await super().write(**rows)
+
+    async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
+        async with self._call():
+            return await super().load_waiting(key, after, limit)
+
+    async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
+        async with self._call():
+            return await super().outcomes(publisher, first)
+
+
 class World:
     """Shards, clients and faults of one seed. `run` lives through it and checks every promise at the end."""
 
@@ -156,6 +192,7 @@ class World:
         self.events_each = self.chance.choice([20, 60])
         self.keys = self.chance.choice([1, 3, 8])
         self.store_failures = self.chance.choice([0, 0, 3])
+        self.limits = replace(LIMITS, store_rows_max=self.chance.choice([2000, 2000, 10]))
         self.network = Network(self)
         self.control: list[_Channel] = []
         self.peers = 0
@@ -254,7 +291,7 @@ class World:
     async def start_shard(self, at: int) -> None:
         self.counters[at] += 1
         size = book_bytes(**BOOK)
-        store = self.stores[at] = MemoryStore(self.rows[at])
+        store = self.stores[at] = WorldStore(self.rows[at], self.chance)
         shard = Shard(
             shard=at,
             epoch=self.epoch(at),
@@ -264,7 +301,7 @@ class World:
             book=Book(memoryview(bytearray(size)), **BOOK),
             send=self.from_shard(at, self.counters[at]),
             now=self.now_ns,
-            limits=LIMITS,
+            limits=self.limits if asyncio.get_running_loop().time() < FAULTS_END_S else LIMITS,
             broken=self.broken.append,
             wall=self.now_ns,
             chance=self.chance.random,
@@ -298,6 +335,13 @@ class World:
             await asyncio.sleep(self.chance.random())
             store.failing = ""
 
+    async def purged(self) -> None:
+        """A store that is full of dead letters stays full until somebody makes room."""
+        await asyncio.sleep(FAULTS_END_S + 1.0)
+        for shard in self.shards:
+            if shard is not None:
+                shard._writer._rows_max = LIMITS.store_rows_max
+
     # -- the publishers
 
     async def sender(self, number: int) -> Client:
@@ -314,6 +358,10 @@ class World:
             await client.publish(Note(key=key, n=ordinals[key], sender=number, kind=kind), ordinal=ordinals[key])
             if client.ledger().in_flight > LIMITS.outbox_events_max * self.shards_count:
                 raise AssertionError("the outboxes hold more than their bound")
+            for shard in self.shards:
+                credit = LIMITS.session_credit_events_max + LIMITS.batch_events_max  # what a session may have unfinished
+                bound = LIMITS.queued_events_max + credit * self.senders + self.keys
+                assert shard is None or shard.lanes.queued <= bound, "the lanes hold more than their bound"
             if chance.random() < 0.2:
                 await asyncio.sleep(chance.random() * 0.4)
         self.ordinals[number] = dict(ordinals)
@@ -336,6 +384,7 @@ class World:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.faults())
             group.create_task(self.failing_stores())
+            group.create_task(self.purged())
             senders = [group.create_task(self.sender(number)) for number in range(self.senders)]
         clients = [task.result() for task in senders]
         ledgers = [await client.flush(600.0) for client in clients]
