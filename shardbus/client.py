@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final, Protocol, TypeVar
 from uuid import UUID
@@ -53,6 +54,8 @@ ReplyT = TypeVar("ReplyT")
 _TICK_S: Final = 0.1
 _TURN_SEALS: Final = 8  # a publisher that never waits gives the event loop a turn after so many batches
 _SMALL_BYTES: Final = 1024  # 256 smaller bodies fit into a batch uncounted
+_HEADER_BYTES_MAX: Final = 4096
+_TIMEOUT_S_MAX: Final = 10_000_000  # 115 days
 _MALFORMED_MAX: Final = 3  # a worker that calls our frames unsound more often than that is not one of ours
 _NS: Final = 1_000_000_000
 
@@ -154,6 +157,14 @@ class _Outbox:
         self.command_seqs = {seq for seq in self.command_seqs if not self.session.is_finished(seq)}
         return len(self.command_seqs)
 
+    def is_flushed(self, goal: int) -> bool:
+        """Whether all before `goal` is finished, but for commands whose callers wait no more."""
+        left = self.session.unfinished_below(goal)
+        if not left:
+            return True
+        self.unfinished_commands()
+        return left == sum(seq < goal and seq not in self.commands for seq in self.command_seqs)
+
 
 class _Call(msgspec.Struct):
     """A command whose reply is awaited."""
@@ -190,7 +201,8 @@ class Client:
         self._outboxes: list[_Outbox] = []
         self._outbox_of: dict[WireKey, _Outbox] = {}  # by key, as far as remembered; bounded by route_cache_max
         self._keyless = 0
-        self._routes: dict[type, _Route] = {}
+        self._routes: dict[type, _Route] = {}  # of events
+        self._command_routes: dict[type, _Route] = {}
         self._replies: dict[type, Callable[[bytes], Any]] = {}
         self._published = 0
         self._commands_finished = 0
@@ -204,6 +216,7 @@ class Client:
         self._ticker: asyncio.Task[None] | None = None
         self._table_wanted = True
         self._fatal: BusRejected | None = None
+        self._closing = False  # what is published now would not be waited for
         self._closed = False
 
     # -- life
@@ -236,7 +249,10 @@ class Client:
         """
         try:
             if not self._closed:
-                await self.flush(timeout_s)
+                self._closing = True
+                for outbox in self._outboxes:
+                    outbox.paused = True
+                await self._flush(timeout_s)
         finally:
             await self.abort()
 
@@ -253,16 +269,22 @@ class Client:
                 self._send(outbox, frame)
             if outbox.channel is not None:
                 outbox.channel.close()
-            for call in outbox.commands.values():
-                if not call.reply.done():
-                    call.reply.set_exception(ClientClosed("the client was closed while the command was under way"))
             outbox.paused = True
+        self._fail_commands(ClientClosed("the client was closed while the command was under way"))
         for future in self._asked.values():
-            future.cancel()
+            if not future.done():
+                future.set_exception(ClientClosed("the client was closed while the question was under way"))
+                future.exception()  # whoever asked may be gone
         if self._control is not None:
             self._control.close()
         self._connector.close()
         self._made_progress()
+
+    def _fail_commands(self, error: Exception) -> None:
+        for outbox in self._outboxes:
+            for call in outbox.commands.values():
+                if not call.reply.done():
+                    call.reply.set_exception(error)
 
     # -- events
 
@@ -302,12 +324,18 @@ class Client:
             outbox = self._outbox_of.get(key) or self._place(key)
         else:
             outbox = self._outboxes[self._keyless]
+        size = len(body)
         if headers is not None:
-            _check_headers(headers, self._limits)
-        if len(body) > _SMALL_BYTES:
-            self._weigh(route, body, outbox)
+            size += _SMALL_BYTES + _check_headers(headers, self._limits)  # what has headers is always counted
+        if ordinal or intended_ns:
+            _check_stamp(ordinal)
+            _check_stamp(intended_ns)
+        if len(body) > self._limits.event_bytes_max:
+            raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
         if outbox.paused:
             await self._room(outbox)
+        if size > _SMALL_BYTES:
+            self._weigh(outbox, size)
         batch = outbox.batch
         batch.names.append(route.name)
         batch.keys.append(key)
@@ -315,7 +343,7 @@ class Client:
         if ordinal or intended_ns:
             batch.stamp(ordinal, intended_ns)
         if headers:
-            batch.extras.append(Extra(len(batch.bodies) - 1, headers, 0, False))
+            batch.extras.append(Extra(len(batch.bodies) - 1, headers.copy(), 0, False))
         self._published += 1
         if len(batch.bodies) >= self._limits.batch_events_max:
             self._seal(outbox)
@@ -335,12 +363,13 @@ class Client:
         error is that event's. Cancelled while it waits for room, it has published a prefix.
 
         Raises:
-            UsageError: stamps that are not one for each event; else as for `publish`.
+            UsageError: stamps that are not one for each event, or none at all; else as for `publish`.
         """
         total = len(events)
         for stamps in (ordinals, intended_ns):
             if stamps is not None and len(stamps) != total:
                 raise UsageError(f"{total} events and {len(stamps)} stamps; give one for each event, or none")
+        ordinals, intended_ns = _stamps(ordinals), _stamps(intended_ns)
         at = 0
         step = self._limits.batch_events_max
         stamped = ordinals is not None or intended_ns is not None
@@ -456,6 +485,9 @@ class Client:
             BusRejected: the bus has refused this client for good.
         """
         self._check_open()
+        return await self._flush(timeout)
+
+    async def _flush(self, timeout: float | None) -> Ledger:
         goals = []
         for outbox in self._outboxes:
             if len(outbox.batch):
@@ -464,7 +496,9 @@ class Client:
             self._pump(outbox)
         try:
             async with asyncio.timeout(timeout):
-                while not all(outbox.session.finished_below(goal) for outbox, goal in goals):
+                while not all(outbox.is_flushed(goal) for outbox, goal in goals):
+                    if self._closed:
+                        raise NotDelivered(self.ledger().in_flight, 0.0)
                     await self._wait_for_progress()
         except TimeoutError:
             raise NotDelivered(self.ledger().in_flight, timeout or 0.0) from None
@@ -494,35 +528,38 @@ class Client:
         """Send a command and wait for its reply. It takes its place behind this client's earlier messages of its key.
 
         Raises:
-            TimeoutError: no reply within `timeout` seconds; the command may still run.
+            TimeoutError: no reply within `timeout` seconds; the message says whether the command may still run.
             CommandFailed: its handler raised, or there is none; carries the remote traceback.
             CommandLost: the worker died after it was sent; whether it ran is unknown.
             ClientClosed, InvalidKey, MessageTooLarge: as for `publish`.
         """
         self._check_open()
-        route = self._routes.get(command.__class__) or self._learn(command, Command)
+        if not 0 < timeout <= _TIMEOUT_S_MAX:
+            raise UsageError(f"timeout={timeout!r}: give seconds above 0, up to {_TIMEOUT_S_MAX:,}")
+        route = self._command_routes.get(command.__class__) or self._learn(command, Command)
         try:
             body = _encode(command)
         except _UNENCODABLE as error:
             raise _cannot_encode(route, error) from error
         key = None if route.key_of is None else to_wire_key(route.key_of(command))
-        if headers is not None:
-            _check_headers(headers, self._limits)
+        size = len(body) + (0 if headers is None else _check_headers(headers, self._limits))
+        if len(body) > self._limits.event_bytes_max:
+            raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
         outbox = self._outboxes[self._keyless] if key is None else self._outbox_of.get(key) or self._place(key)
-        self._weigh(route, body, outbox)
         loop = asyncio.get_running_loop()
         seq = -1
         try:
             async with asyncio.timeout(timeout) as limit:
-                if outbox.paused or len(outbox.commands) >= self._limits.commands_in_flight_max:
-                    await self._room(outbox)
+                while outbox.paused or len(outbox.commands) >= self._limits.commands_in_flight_max:
+                    await self._command_room(outbox)
+                self._weigh(outbox, size)
                 deadline = limit.when()
                 left_ns = 2**62 if deadline is None else max(1, int((deadline - loop.time()) * _NS))
                 batch = outbox.batch
                 batch.names.append(route.name)
                 batch.keys.append(key)
                 batch.bodies.append(body)
-                batch.extras.append(Extra(len(batch.bodies) - 1, headers or {}, left_ns, False))
+                batch.extras.append(Extra(len(batch.bodies) - 1, dict(headers or {}), left_ns, False))
                 seq = outbox.session.next_seq + len(batch.bodies) - 1
                 call = outbox.commands[seq] = _Call(route.name, self._reply_decoder(command), loop.create_future())
                 outbox.open_commands.append(seq)
@@ -534,11 +571,19 @@ class Client:
                 reply: ReplyT = await call.reply
                 return reply
         except TimeoutError:
-            raise TimeoutError(f"{route.name}: no reply within {timeout:g} s; it may still run") from None
+            raise TimeoutError(self._unanswered(route, outbox, seq, timeout)) from None
         finally:
-            outbox.commands.pop(seq, None)
+            if outbox.commands.pop(seq, None) is not None:
+                outbox.session.abandon(seq)
+                self._made_progress()
             if len(outbox.command_seqs) > 2 * self._limits.commands_in_flight_max:
                 outbox.unfinished_commands()
+
+    def _unanswered(self, route: _Route, outbox: _Outbox, seq: int, timeout_s: float) -> str:
+        told = f"{route.name}: no reply within {timeout_s:g} s; "
+        if seq >= 0 and outbox.session.was_sent(seq):
+            return told + "it may still run"
+        return told + f"it was never sent, because shard {outbox.shard} takes nothing now (see `shardbus status`)"
 
     # -- what the supervisor knows
 
@@ -588,7 +633,8 @@ class Client:
             verb = "publish takes events" if kind is Event else "execute takes commands"
             hint = "; use execute" if isinstance(message, Command) else "; use publish" if isinstance(message, Event) else ""
             raise UsageError(f"{verb}, and {message_type.__name__} is none{hint}")
-        route = self._routes[message_type] = _Route(message_type)
+        routes = self._routes if kind is Event else self._command_routes
+        route = routes[message_type] = _Route(message_type)
         return route
 
     def _reply_decoder(self, command: Command[Any]) -> Callable[[bytes], Any]:
@@ -608,13 +654,12 @@ class Client:
         self._outbox_of[key] = outbox
         return outbox
 
-    def _weigh(self, route: _Route, body: bytes, outbox: _Outbox) -> None:
-        if len(body) > self._limits.event_bytes_max:
-            raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
-        outbox.big_bytes += len(body)
+    def _weigh(self, outbox: _Outbox, size: int) -> None:
+        """Make sure that a batch which is about to take so many bytes more stays below its bound."""
+        outbox.big_bytes += size
         if outbox.big_bytes > self._limits.batch_bytes_target and len(outbox.batch):
             self._seal(outbox)
-            outbox.big_bytes = len(body)
+            outbox.big_bytes = size
 
     def _mark(self, outbox: _Outbox) -> None:
         """Have this outbox sealed and sent at the end of the loop's turn."""
@@ -635,10 +680,12 @@ class Client:
         self._keyless = (self._keyless + 1) % max(1, len(self._outboxes))
 
     def _seal(self, outbox: _Outbox) -> None:
-        batch, outbox.batch = outbox.batch, Batch()
+        batch = outbox.batch
+        blob = batch.seal()  # first: were it to fail, nothing would be lost without a word
+        outbox.batch = Batch()
         outbox.big_bytes = 0
         commands, outbox.open_commands = tuple(outbox.open_commands), []
-        outbox.session.offer(batch.seal(), len(batch), commands)
+        outbox.session.offer(blob, len(batch), commands, self._now() if commands else 0)
         self._pump(outbox)
         self._seals += 1
         if self._seals >= _TURN_SEALS or self._is_full(outbox):
@@ -651,6 +698,7 @@ class Client:
         return (
             session.held_events + self._limits.batch_events_max > self._limits.outbox_events_max
             or session.held_bytes > self._limits.outbox_bytes_max
+            or self._closing
             or self._closed
             or self._fatal is not None
         )
@@ -666,9 +714,15 @@ class Client:
         self._check_open()
         outbox.paused = False
 
+    async def _command_room(self, outbox: _Outbox) -> None:
+        if outbox.paused:
+            await self._room(outbox)
+        else:
+            await self._wait_for_progress()
+
     def _pump(self, outbox: _Outbox) -> None:
         if outbox.channel is not None:
-            for frame in outbox.session.frames_to_send():
+            for frame in outbox.session.frames_to_send(self._now()):
                 self._send(outbox, frame)
 
     @staticmethod
@@ -694,7 +748,7 @@ class Client:
     def _check_open(self) -> None:
         if self._fatal is not None:
             raise self._fatal
-        if self._closed or self._table is None:
+        if self._closing or self._closed or self._table is None:
             raise ClientClosed("the client is closed; use it inside its `async with` block")
 
     # -- inside: frames from workers
@@ -727,7 +781,7 @@ class Client:
                 pass  # its caller is about to time out, by the same deadline
             else:
                 call.reply.set_exception(CommandFailed(call.name, *_decode_failure(what.body)))
-        except msgspec.DecodeError as error:
+        except Exception as error:  # what a reply type's own checks raise
             told = f"its reply is not as declared: {error}"
             call.reply.set_exception(CommandFailed(call.name, type(error).__name__, told))
 
@@ -744,7 +798,13 @@ class Client:
             outbox.malformed += 1
             self._reopen(outbox)
         elif what.reason != "too-many-publishers":
-            self._fatal = BusRejected(f"shard {outbox.shard}: {REASONS.get(what.reason, what.reason)}")
+            self._end(BusRejected(f"shard {outbox.shard}: {REASONS.get(what.reason, what.reason)}"))
+
+    def _end(self, error: BusRejected) -> None:
+        """The bus has refused this client for good: everybody who waits hears of it."""
+        self._fatal = error
+        self._fail_commands(error)
+        self._made_progress()
 
     # -- inside: the supervisor
 
@@ -776,11 +836,12 @@ class Client:
             return
         if known is not None and known.slots != table.slots:
             if self.ledger().in_flight:
-                self._fatal = BusRejected(
-                    f"the bus came back with {len(table.shards)} shards instead of {len(known.shards)}, while events were "
-                    "under way; connect again and publish them again"
+                self._end(
+                    BusRejected(
+                        f"the bus came back with {len(table.shards)} shards instead of {len(known.shards)}, while events "
+                        "were under way; connect again and publish them again"
+                    )
                 )
-                self._made_progress()
                 return
             for outbox in self._outboxes:
                 if outbox.channel is not None:
@@ -841,12 +902,37 @@ def _uuid(key: tuple[bytes]) -> UUID:
     return UUID(bytes=key[0])
 
 
-def _check_headers(headers: dict[str, str], limits: Limits) -> None:
+def _check_headers(headers: dict[str, str], limits: Limits) -> int:
+    """How many bytes they take."""
     if len(headers) > limits.headers_max:
         raise UsageError(f"{len(headers)} headers; the limit is {limits.headers_max}")
+    total = 0
     for name, value in headers.items():
-        if not isinstance(name, str) or not isinstance(value, str) or len(name.encode()) + len(value.encode()) > 4096:
-            raise UsageError(f"the header {name!r}: names and values are text, together up to 4,096 bytes")
+        try:
+            size = len(name.encode()) + len(value.encode())
+        except (AttributeError, UnicodeEncodeError):
+            size = _HEADER_BYTES_MAX + 1
+        if size > _HEADER_BYTES_MAX:
+            raise UsageError(f"the header {name!r}: names and values are text, together up to {_HEADER_BYTES_MAX:,} bytes")
+        total += size
+    return total
+
+
+def _check_stamp(stamp: int) -> None:
+    if type(stamp) is not int or not 0 <= stamp < 2**63:
+        raise UsageError(f"{stamp!r} is no stamp: ordinals and instants are whole numbers from 0 to 2⁶³ - 1")
+
+
+def _stamps(stamps: Sequence[int] | None) -> array[int] | None:
+    if stamps is None:
+        return None
+    try:
+        packed = array("q", stamps)
+    except (TypeError, OverflowError) as error:
+        raise UsageError(f"stamps are whole numbers from 0 to 2⁶³ - 1: {error}") from None
+    if packed and min(packed) < 0:
+        _check_stamp(min(packed))
+    return packed
 
 
 @contextlib.asynccontextmanager

@@ -1,7 +1,7 @@
 """The shared mapping behind a shard's book. The only file that maps memory.
 
-The supervisor makes the file; worker and supervisor map it. It lies on RAM where there is such a place, is sparse, and
-outlives its worker.
+The supervisor makes the file; worker and supervisor map it. It lies on RAM where there is such a place, and outlives its
+worker. Its room is taken when it is made: a page that the place has no room for would end whoever touches it (SIGBUS).
 """
 
 from __future__ import annotations
@@ -14,6 +14,14 @@ from shardbus.metrics import Book, book_bytes
 
 KEYS: Final = 65_536
 PUBLISHERS: Final = 16
+EVIDENCE_BYTES: Final = book_bytes(keys=KEYS, publishers=PUBLISHERS)
+
+
+def _take_room(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
 
 
 class SharedBook:
@@ -29,7 +37,7 @@ class SharedBook:
         try:
             if os.fstat(descriptor).st_size != size:
                 os.ftruncate(descriptor, 0)
-                os.ftruncate(descriptor, size)
+                _take_room(descriptor, size)
             self._map = mmap.mmap(descriptor, size)
         finally:
             os.close(descriptor)

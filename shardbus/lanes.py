@@ -217,12 +217,12 @@ class Inbound:
         "_plans",
         "_run_start",
         "_skip",
+        "asked_ns",
         "attempt",
         "book",
         "columns",
         "end",
         "first",
-        "received_ns",
         "rows",
         "session",
     )
@@ -236,7 +236,7 @@ class Inbound:
         attempt: int,
         skip: tuple[int, ...],
         columns: Columns,
-        received_ns: int,
+        asked_ns: int,
     ) -> None:
         self.session = session
         self.book = book
@@ -244,7 +244,7 @@ class Inbound:
         self.end = first + count
         self.attempt = attempt
         self.columns = columns
-        self.received_ns = received_ns
+        self.asked_ns = asked_ns  # when its commands were sent, by this worker's clock
         self._run_start = first
         self._skip = skip
         self._keys = iter(columns.keys)
@@ -328,7 +328,7 @@ class Inbound:
             columns.intended_ns[at] if stamped and columns.intended_ns is not None else 0,
             self.attempt,
             extra,
-            self.received_ns + extra.timeout_ns if extra is not None and extra.timeout_ns else 0,
+            self.asked_ns + extra.timeout_ns if extra is not None and extra.timeout_ns else 0,
             message=None if self._messages is None else self._messages[at],
         )
 
@@ -578,7 +578,7 @@ class Lanes:
         return running
 
     def _fast_failed(self, cursor: Inbound, token: object, key: WireKey, error: BaseException) -> None:
-        if isinstance(error, GeneratorExit) or self._closing:
+        if self._is_ours(error):
             raise error
         self._absorb(error)
         if self._leader is token:
@@ -589,6 +589,10 @@ class Lanes:
         round_ = _Round(delivery)
         self._handler_failed(round_, delivery.plan.handlers[0], error, "failed")
         self._settle(delivery, self._outcome(delivery, round_))
+
+    def _is_ours(self, error: BaseException) -> bool:
+        """Whether it ends the leader and not just a handler: the worker closes, or the coroutine is thrown away."""
+        return self._closing or (isinstance(error, GeneratorExit) and asyncio.current_task() not in self._tasks)
 
     @staticmethod
     def _absorb(error: BaseException) -> None:
@@ -660,7 +664,7 @@ class Lanes:
         try:
             await self._call(handler, message, context)
         except BaseException as error:  # the one place where a handler's failure is caught
-            if isinstance(error, GeneratorExit) or self._closing:
+            if self._is_ours(error):
                 if circuit is not None:
                     circuit.abandoned(term)
                 raise
@@ -738,10 +742,10 @@ class Lanes:
             if len(body) > self._limits.event_bytes_max:
                 raise ValueError(f"the reply has {len(body):,} bytes, the limit is {self._limits.event_bytes_max:,}")
         except BaseException as error:  # goes back to the caller, with its traceback
-            if isinstance(error, GeneratorExit) or self._closing:
+            if self._is_ours(error):
                 raise
             self._absorb(error)
-            text = "".join(traceback.format_exception(error))[-16_000:]
+            text = _sound("".join(traceback.format_exception(error))[-16_000:])
             body = msgspec.msgpack.encode((_type_name(error), _text_of(error), text))
             self._host.reply(delivery, REPLY_FAILED, body)
             return
@@ -996,4 +1000,9 @@ def _text_of(error: BaseException) -> str:
         text = str(error)
     except Exception as broken:  # an exception whose own __str__ raises must not take the worker down
         text = f"<its text cannot be shown: {type(broken).__name__}>"
-    return text[:_ERROR_CHARS_MAX].encode("utf-8", "replace").decode()
+    return _sound(text[:_ERROR_CHARS_MAX])
+
+
+def _sound(text: str) -> str:
+    """Text that can be encoded: half of a surrogate pair cannot."""
+    return text.encode("utf-8", "replace").decode()

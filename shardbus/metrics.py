@@ -101,6 +101,7 @@ _ID, _USED, _RETIRED, _REPEATS, _ANNOUNCED, _OUT_OF_ORDER, _MISSING, _UNCHECKED,
     9,
     10,
 )
+_ORDINAL_MAX: Final = 2**40  # of one publisher's events of one key
 _USE_NOTE_NS: Final = 100_000_000  # how exactly it is known when a row was used last
 _OVERTAKEN_MAX: Final = 65_536  # ordinals that were overtaken and are remembered one by one, for each publisher
 
@@ -112,7 +113,8 @@ class Book:
         words = buffer.cast("B").cast("Q")
         assert len(words) * 8 == book_bytes(keys=keys, publishers=publishers)
         if words[0] != _MAGIC or words[1] != keys or words[2] != publishers:
-            words[:] = memoryview(bytes(len(words) * 8)).cast("Q")
+            if any(words[:_HEADER]):  # another layout was here; a buffer that is new is zeros, and stays untouched
+                words[:] = memoryview(bytes(len(words) * 8)).cast("Q")
             words[1], words[2] = keys, publishers
             words[0] = _MAGIC
         self._words = words
@@ -198,7 +200,8 @@ class Book:
             book.positions.pop(key, None)
             self._seen[at] = None
         # Retired first: a kill in between counts a key twice, and never reports a loss that was none.
-        self._rows[(owner - 1) * _ROW + _RETIRED] += self.last[at]
+        at_row = (owner - 1) * _ROW + _RETIRED
+        self._rows[at_row] = (self._rows[at_row] + self.last[at]) % 2**64
         self.last[at] = self.known[at] = 0
         self._owners[at] = 0
 
@@ -280,6 +283,9 @@ class PublisherBook:
     def irregular(self, key: WireKey, ordinal: int, attempt: int) -> None:
         """An outcome that is not simply the next of a key that this process knows."""
         if self.retired:
+            return
+        if ordinal > _ORDINAL_MAX:  # nobody counts so far; sums of such numbers would not fit
+            self._add(_UNCHECKED, 1)
             return
         at = self.positions.get(key)
         if at is None:

@@ -413,7 +413,7 @@ class Shard:
                     frame.attempt,
                     skip,
                     columns,
-                    now_ns,
+                    now_ns - frame.waited_ns,
                 )
             )
         if skip:
@@ -431,7 +431,7 @@ class Shard:
             self._welcome(one)
         elif frame.publisher in self._resting:
             self._admit(peer, self._resting.pop(frame.publisher))
-        elif len(self._publishers) >= self._limits.sessions_max:
+        elif self._is_crowded():
             self._reject(peer, frame.epoch, "too-many-publishers")
         elif self._adopts:
             if frame.publisher not in self._greeting:
@@ -446,7 +446,7 @@ class Shard:
         peer, frame = self._greeting.pop(publisher)
         if frame.publisher in self._publishers or self._draining:
             return
-        if len(self._publishers) >= self._limits.sessions_max:
+        if self._is_crowded():
             self._reject(peer, frame.epoch, "too-many-publishers")
             return
         session = self._new_session(frame)
@@ -457,7 +457,21 @@ class Shard:
         self._sessions_made += 1
         return WorkerSession(frame.publisher, self.epoch, frame.first, self._limits, self._sessions_made)
 
+    def _is_crowded(self) -> bool:
+        """Whether there is no room for one more session, even if the one that was silent longest made way."""
+        if len(self._publishers) < self._limits.sessions_max:
+            return False
+        idle = [one.session for one in self._publishers.values() if not one.session.unfinished]
+        oldest = min(idle, key=lambda session: session.heard_ns, default=None)
+        if oldest is None or self._now() - oldest.heard_ns < self._limits.session_silence_s / 3 * _NS:
+            return True
+        self._rest(oldest.publisher)
+        return False
+
     def _admit(self, peer: bytes, session: WorkerSession) -> None:
+        before = self._peers.get(peer)
+        if before is not None:  # one connection, one session
+            self._rest(before.session.publisher)
         one = self._publishers[session.publisher] = _Publisher(session, peer)
         self._welcome(one)
 
@@ -502,9 +516,11 @@ class Shard:
     def _block(self, peer: bytes, error: RemoteProtocolError) -> None:
         """End the session of a peer that sent garbage. Its publisher may come back over a new connection."""
         self.book.count("malformed")
-        one = self._peers.pop(peer, None)
+        one = self._peers.get(peer)
         log.warning("a peer sent what is not sound, and is ignored from now on: %s", error)
         self._send(peer, encode_frame(Reject(self.epoch if one is not None else b"", "malformed")))
+        if one is not None:
+            self._rest(one.session.publisher)  # its publisher may take it up again, over another connection
         self._blocked[peer] = None
         if len(self._blocked) > self._limits.blocked_peers_max:
             self._blocked.popitem(last=False)

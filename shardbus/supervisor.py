@@ -18,7 +18,7 @@ import msgspec
 
 from shardbus.addresses import Address
 from shardbus.errors import BootError, ConfigError, RemoteProtocolError
-from shardbus.evidence import SharedBook
+from shardbus.evidence import EVIDENCE_BYTES, SharedBook
 from shardbus.processes import Child, cores, on_stop_signals, reap_orphans, signal_name
 from shardbus.reports import (
     Assignment,
@@ -128,7 +128,7 @@ class Supervisor:
             rundir.remove_sockets()
             await self._adopt_state(rundir)
             for shard in range(self._options.workers):
-                self._workers.append(_Worker(shard, SharedBook(rundir.evidence_path(shard))))
+                self._workers.append(_Worker(shard, self._evidence(rundir, shard)))
             self._router = listener.bind(self._options.address.control, self._on_frame)
             on_stop_signals(self._on_signal)
             for worker in self._workers:
@@ -147,6 +147,16 @@ class Supervisor:
             for worker in self._workers:
                 worker.evidence.close()
             rundir.close()
+
+    @staticmethod
+    def _evidence(rundir: RunDir, shard: int) -> SharedBook:
+        try:
+            return SharedBook(rundir.evidence_path(shard))
+        except OSError as error:
+            raise ConfigError(
+                f"no room for shard {shard} in {rundir.state}: {error.strerror}; a shard takes "
+                f"{EVIDENCE_BYTES / 1e6:.0f} MB there, and its dead letters (in a container, see --shm-size)"
+            ) from error
 
     # -- life
 
@@ -486,9 +496,11 @@ class Supervisor:
         lines = []
         for worker in self._workers:
             if worker.drained is not None and not worker.drained.keys:
+                if worker.drained.backlog:
+                    lines.append(f"shard {worker.shard}: {worker.drained.backlog:,} messages were not finished")
                 continue
             if worker.drained is None:
-                if worker.child is not None or not worker.given_up:
+                if worker.ready_at and (worker.child is not None or not worker.given_up):
                     lines.append(f"shard {worker.shard}: ended without having drained ({worker.last_exit or 'out of time'})")
                 continue
             more = worker.drained.keys - len(worker.drained.left)

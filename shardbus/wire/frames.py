@@ -20,6 +20,10 @@ SkipRanges = Annotated[tuple[int, ...], msgspec.Meta(max_length=2 * DEFAULT_LIMI
 FinishedRanges = Annotated[tuple[int, ...], msgspec.Meta(max_length=2 * DEFAULT_LIMITS.session_credit_events_max)]
 
 
+_SEQ_END: Final = 2**62  # no sequence, and no time in nanoseconds, is as high
+_ATTEMPTS_END: Final = 2**31
+
+
 class _Frame(msgspec.Struct, frozen=True, array_like=True, gc=False):
     pass
 
@@ -41,7 +45,8 @@ class Data(_Frame, frozen=True, tag=2):
     """`count` events from sequence `first` on, packed in `blob`; `skip` lists finished ranges in them (flat pairs).
 
     A stretch that is wholly finished travels with an empty blob, and may be longer than a batch. `attempt` is 1 for what
-    was never sent before, and one more for each worker that may have seen it.
+    was never sent before, and one more for each worker that may have seen it. `waited_ns` is how long commands in it have
+    waited in the outbox: their deadlines count from the call.
     """
 
     epoch: bytes
@@ -51,6 +56,7 @@ class Data(_Frame, frozen=True, tag=2):
     attempt: int
     skip: SkipRanges
     blob: bytes
+    waited_ns: int = 0
 
 
 class Ping(_Frame, frozen=True, tag=3):
@@ -201,7 +207,7 @@ def decode_to_worker(data: bytes) -> ToWorker:
     frame: ToWorker = _to_worker(data)
     if isinstance(frame, Data):
         _check_data(frame)
-    elif isinstance(frame, Hello) and (len(frame.publisher) != 16 or frame.first < 0):
+    elif isinstance(frame, Hello) and (len(frame.publisher) != 16 or not 0 <= frame.first < _SEQ_END):
         raise RemoteProtocolError("a greeting needs a publisher of 16 bytes and a sequence from 0 on")
     return frame
 
@@ -222,9 +228,12 @@ decode_to_client: Final[Callable[[bytes], ToClient]] = _decoder(ToClient)
 
 
 def _check_data(frame: Data) -> None:
-    if frame.first < 0 or frame.count < 1 or frame.attempt < 1:
-        raise RemoteProtocolError(f"data with first={frame.first}, count={frame.count}, attempt={frame.attempt}")
-    if frame.first + frame.count > 2**62:
+    sound = frame.first >= 0 and frame.count >= 1 and 1 <= frame.attempt < _ATTEMPTS_END
+    if not sound or not 0 <= frame.waited_ns < _SEQ_END:
+        raise RemoteProtocolError(
+            f"data with first={frame.first}, count={frame.count}, attempt={frame.attempt}, waited_ns={frame.waited_ns}"
+        )
+    if frame.first + frame.count > _SEQ_END:
         raise RemoteProtocolError(f"data beyond the last sequence: first={frame.first}, count={frame.count}")
     if frame.blob and frame.count > DEFAULT_LIMITS.batch_events_max:
         raise RemoteProtocolError(f"a batch of {frame.count} events; the limit is {DEFAULT_LIMITS.batch_events_max}")

@@ -73,9 +73,10 @@ Happened = Replied | Rejected | Lost
 class _Packed:
     """A sealed batch, kept until every message in it is finished."""
 
-    __slots__ = ("attempt", "blob", "commands", "count", "first", "sent", "unfinished")
+    __slots__ = ("attempt", "blob", "commands", "count", "first", "offered_ns", "sent", "unfinished")
 
-    def __init__(self, first: int, count: int, blob: bytes, commands: tuple[int, ...]) -> None:
+    def __init__(self, first: int, count: int, blob: bytes, commands: tuple[int, ...], offered_ns: int) -> None:
+        self.offered_ns = offered_ns
         self.first = first
         self.count = count
         self.blob = blob
@@ -84,6 +85,8 @@ class _Packed:
         self.commands = commands  # sequences of commands that must not be sent twice
         self.unfinished = count
 
+
+_DATA_BYTES_MAX: Final = 16 * 1024  # of a data frame besides its batch: ranges to skip, and numbers
 
 _first_of: Final = attrgetter("first")
 
@@ -135,18 +138,36 @@ class PublisherSession:
         """Events that were kept by a shard's store, over all epochs."""
         return self._waiting_before + self._waiting
 
-    def finished_below(self, seq: int) -> bool:
-        """Whether every message before `seq` is finished."""
-        return self._cumulative >= seq
+    def unfinished_below(self, seq: int) -> int:
+        """How many messages before `seq` are not finished."""
+        if self._cumulative >= seq:
+            return 0
+        finished = sum(end - start for start, end in self._finished.within(self._cumulative, seq))
+        return seq - self._cumulative - finished
 
     # -- what the caller does
 
-    def offer(self, blob: bytes, count: int, commands: tuple[int, ...] = ()) -> None:
-        """Take over a sealed batch of the next `count` sequences."""
-        self._unsent.append(_Packed(self.next_seq, count, blob, commands))
+    def offer(self, blob: bytes, count: int, commands: tuple[int, ...] = (), now_ns: int = 0) -> None:
+        """Take over a sealed batch of the next `count` sequences; where some are commands, say when."""
+        assert len(blob) <= self._limits.frame_bytes_max - _DATA_BYTES_MAX  # a larger frame would never arrive
+        self._unsent.append(_Packed(self.next_seq, count, blob, commands, now_ns))
         self.next_seq += count
         self.held_events += count
         self.held_bytes += len(blob)
+
+    def abandon(self, seq: int) -> None:
+        """Nobody waits for this command any more: where it has not been sent, it never is."""
+        for packed in self._unsent:
+            if packed.first <= seq < packed.first + packed.count:
+                if not packed.sent:
+                    self._finish(seq, seq + 1)
+                return
+
+    def was_sent(self, seq: int) -> bool:
+        """Whether some worker may have seen the message with this sequence."""
+        return not any(
+            packed.first <= seq < packed.first + packed.count and not packed.sent for packed in self._unsent
+        )
 
     def open(self, epoch: bytes, layout: int) -> list[Lost]:
         """A worker with this epoch is up: greet it, and send it what is unfinished before anything new.
@@ -190,7 +211,7 @@ class PublisherSession:
                 self._pinged_seq = self._sent_next
                 self._control.append(encode_frame(Ping(self.epoch, self._sent_next)))
 
-    def frames_to_send(self) -> Iterable[bytes]:
+    def frames_to_send(self, now_ns: int = 0) -> Iterable[bytes]:
         """Everything that may be sent now, within the credit; each frame is considered sent when it is yielded."""
         while self._control:
             yield self._control.pop(0)
@@ -204,7 +225,7 @@ class PublisherSession:
             if packed.first > self._sent_next:
                 # What lies between is finished and forgotten here; the worker must know that it need not wait for it.
                 stretch = (self._sent_next, packed.first)
-                yield self._data(self._sent_next, packed.first - self._sent_next, 1, stretch, b"")
+                yield self._data(self._sent_next, packed.first - self._sent_next, 1, stretch, b"", 0)
             self._unsent.popleft()
             self._sent.append(packed)
             packed.sent = True
@@ -214,7 +235,8 @@ class PublisherSession:
             skip: tuple[int, ...] = ()
             if packed.unfinished != packed.count:
                 skip = self._finished_in(packed)
-            yield self._data(packed.first, packed.count, packed.attempt, skip, packed.blob)
+            waited_ns = max(0, now_ns - packed.offered_ns) if packed.commands else 0
+            yield self._data(packed.first, packed.count, packed.attempt, skip, packed.blob, waited_ns)
 
     def receive(self, frame: ToPublisher) -> list[Happened]:
         """Take a decoded frame; return what the caller must know of."""
@@ -383,16 +405,22 @@ class PublisherSession:
             if any(not packed.unfinished for packed in unsent):
                 self._unsent = deque(packed for packed in unsent if packed.unfinished)
 
-    def _data(self, first: int, count: int, attempt: int, skip: tuple[int, ...], blob: bytes) -> bytes:
-        return encode_frame(Data(self.epoch, self.layout, first, count, attempt, skip, blob))
+    def _data(
+        self, first: int, count: int, attempt: int, skip: tuple[int, ...], blob: bytes, waited_ns: int
+    ) -> bytes:
+        return encode_frame(Data(self.epoch, self.layout, first, count, attempt, skip, blob, waited_ns))
 
 
 _Move = Callable[[PublisherSession, ToPublisher], list[Happened]]
 
 _PUBLISHER_MOVES: Final[dict[State, dict[type, _Move]]] = {
-    State.CLOSED: {},
+    State.CLOSED: {
+        # A worker that drains takes nothing new, and still says what became of what it has.
+        Ack: PublisherSession._on_ack,  # type: ignore[dict-item]  # each move takes the frame of its row
+        Reply: PublisherSession._on_reply,  # type: ignore[dict-item]
+    },
     State.GREETING: {
-        Welcome: PublisherSession._on_welcome,  # type: ignore[dict-item]  # each move takes the frame of its row
+        Welcome: PublisherSession._on_welcome,  # type: ignore[dict-item]
         Reject: PublisherSession._on_reject,  # type: ignore[dict-item]
     },
     State.OPEN: {

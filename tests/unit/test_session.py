@@ -258,12 +258,14 @@ def test_a_frame_that_the_state_does_not_know_is_ignored(frame: ToPublisher, pai
     assert pair.publisher.held_events == 2
 
 
-def test_a_closed_end_hears_nothing(opened: Pair):
+def test_a_closed_end_still_hears_what_became_of_what_it_sent_and_sends_nothing(opened: Pair):
+    # So it is with a worker that drains: it refuses what is new, and finishes what it has.
     opened.publish("ab")
     opened.publisher.close()
-    opened.finish(0, 1)
+    opened.finish(0)
     opened.ack()
-    assert opened.publisher.held_events == 2
+    assert opened.publisher.held_events == 1
+    opened.publish("c")
     assert list(opened.publisher.frames_to_send()) == []
 
 
@@ -330,7 +332,7 @@ def test_an_ack_releases_what_is_finished(opened: Pair):
     opened.finish(0, 1, 2)
     opened.ack()
     assert (opened.publisher.held_events, opened.publisher.held_bytes) == (0, 0)
-    assert opened.publisher.finished_below(3)
+    assert opened.publisher.unfinished_below(3) == 0
 
 
 def test_a_batch_is_kept_until_all_of_it_is_finished(opened: Pair):
@@ -350,8 +352,8 @@ def test_messages_may_finish_in_any_order(opened: Pair):
         opened.finish(seq)
         assert opened.ack().cumulative == cumulative
         assert opened.publisher.is_finished(seq)
-        assert opened.publisher.finished_below(cumulative)
-        assert not opened.publisher.finished_below(cumulative + 1)
+        assert opened.publisher.unfinished_below(cumulative) == 0
+        assert opened.publisher.unfinished_below(cumulative + 1) == 1
     assert (opened.publisher.held_events, opened.publisher.held_bytes) == (0, 0)
 
 
@@ -398,7 +400,7 @@ def test_an_ack_that_was_overtaken_changes_nothing(opened: Pair):
     opened.finish(1, 2)
     opened.ack()
     opened.answer(earlier)
-    assert opened.publisher.finished_below(3)
+    assert opened.publisher.unfinished_below(3) == 0
     assert opened.publisher.held_events == 0
 
 
