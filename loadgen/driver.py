@@ -37,7 +37,7 @@ from loadgen.spec import (
     encode_line,
 )
 from loadgen.workload import Stretch, Workload, workload_of
-from shardbus.demo import Tick
+from shardbus.demo import GetCount, Tick
 from shardbus.metrics import bucket_bounds_us, bucket_index
 
 BATCH: Final = 256  # events a call: what fits into a frame of the bus
@@ -275,6 +275,7 @@ async def drive(spec: LoadSpec, say: Say) -> None:
     gc.collect()
     gc.freeze()  # the workload's tables live for ever; the collector need not walk them while events are built
     async with shardbus.connect(spec.address, timeout=_CONNECT_S, close_timeout=0.0) as client:
+        await _check_application(client)
         say(Started(publisher=client.publisher.hex()))
         driver = Driver(spec, client, workload)
         reporting = asyncio.create_task(_report_every_second(driver, say))
@@ -283,6 +284,24 @@ async def drive(spec: LoadSpec, say: Say) -> None:
         finally:
             reporting.cancel()
         say(result)
+
+
+async def _check_application(client: shardbus.Client) -> None:
+    """Make sure that the bus runs an application that takes our events.
+
+    Raises:
+        LoadError: it does not; every event would become a dead letter of somebody's.
+    """
+    try:
+        await client.execute(GetCount(key=""), timeout=_CONNECT_S)
+    except shardbus.CommandFailed as error:
+        application = (await client.status())["bus"]
+        raise LoadError(
+            f"the bus at {client.address} runs {application}, which does not take loadgen's events ({error.error}); serve the "
+            "built-in demo application (`shardbus serve` without MODULE:BUS), or name another bus with --connect"
+        ) from None
+    except TimeoutError:
+        pass  # a bus in trouble; the run will show it
 
 
 async def _report_every_second(driver: Driver, say: Say) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 import shardbus
-from loadgen.collector import Collector
+from loadgen.collector import Collector, totals_of
 from loadgen.machine import shares_clock, this_machine
 from loadgen.processes import DriverProcess, started_bus, started_driver
 from loadgen.report import BusState, Report, make_report
@@ -78,7 +78,10 @@ async def _measure(spec: LoadSpec, collector: Collector, address: str, watcher: 
             publisher, result = await _follow(driver, collector, watcher, silence_s=_SILENCE_S + spec.flush_s)
     finally:
         watching.cancel()
-    totals = await collector.settle(publisher, result.final, spec.flush_s)
+    try:
+        totals = await collector.settle(publisher, result.final, spec.flush_s)
+    except shardbus.BusUnreachable:
+        totals = totals_of(())  # the bus is gone, and with it all that would show what it did: the verdict says so
     return make_report(
         spec,
         result,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from typing import Final
@@ -78,9 +79,30 @@ def parse_address(text: str) -> Address:
             )
         return IpcAddress(directory)
     host, separator, port = rest.rpartition(":")
-    if not separator or not host or not port.isdigit() or not 1 <= int(port) <= 65_535:
+    if not separator or not host or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= 65_535:
         raise ConfigError(f"{text!r}: tcp:// takes a host and a port, for instance tcp://127.0.0.1:7400")
     return TcpAddress(host, int(port))
+
+
+_SOCKET_NAME: Final = re.compile(r"control|w[0-9]+-[0-9]+-[0-9a-f]{8}")
+
+
+def is_socket_name(name: str) -> bool:
+    """Whether a file in a bus's directory is one of its sockets."""
+    return _SOCKET_NAME.fullmatch(name) is not None
+
+
+def check_ports(address: Address, workers: int) -> None:
+    """Refuse a tcp address that leaves no ports for so many workers.
+
+    Raises:
+        ConfigError: the last worker's port would not exist.
+    """
+    if isinstance(address, TcpAddress) and address.port + workers > 65_535:
+        raise ConfigError(
+            f"{address.url}: {workers} workers take the {workers} ports after it, and there are none above 65535; name a "
+            f"port up to {65_535 - workers}"
+        )
 
 
 def default_address(environment: Mapping[str, str]) -> str:

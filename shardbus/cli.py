@@ -12,11 +12,10 @@ from typing import Any, Final, NoReturn, TypeVar
 import click
 import msgspec
 
-from shardbus.addresses import default_address, parse_address
+from shardbus.addresses import check_ports, default_address, parse_address
 from shardbus.application import DEMO, load_application
-from shardbus.client import Client
 from shardbus.connecting import connect
-from shardbus.errors import BusRejected, BusUnreachable, ShardbusError
+from shardbus.errors import ShardbusError, UsageError
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.processes import check_platform
 from shardbus.sql_store import shard_url
@@ -27,6 +26,7 @@ ResultT = TypeVar("ResultT")
 
 _WORKERS_MAX: Final = 256
 _UNHEALTHY: Final = 1
+_CONNECT_S: Final = 3.0  # a bus that runs answers in milliseconds
 
 _connect_option = click.option(
     "--connect", "address", metavar="URL", help="The bus: ipc://DIRECTORY or tcp://HOST:PORT. [env: SHARDBUS_URL]"
@@ -44,6 +44,8 @@ def _run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
         return asyncio.run(work)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except UsageError as error:
+        _fail(str(error), 2)
     except (ShardbusError, StoreError) as error:
         _fail(str(error))
 
@@ -93,10 +95,12 @@ def serve(
         load_application(application)  # a mistake shows here, once, instead of in every worker
         if dead_letters is not None:
             shard_url(dead_letters, 0)
+        where = parse_address(bind or default_address(os.environ))
+        check_ports(where, workers)
         options = ServeOptions(
             application=application,
             workers=workers,
-            address=parse_address(bind or default_address(os.environ)),
+            address=where,
             dead_letters=dead_letters,
             drain_s=drain_timeout,
             log_level=log_level,
@@ -114,13 +118,9 @@ async def _serve(options: ServeOptions) -> list[str]:
     return await Supervisor(options).run(click.echo)
 
 
-async def _with_client(address: str | None, timeout_s: float, what: str) -> Any:
-    async with connect(address, timeout=timeout_s) as client:
-        return await _ask(client, what, timeout_s)
-
-
-async def _ask(client: Client, what: str, timeout_s: float) -> Any:
-    return msgspec.msgpack.decode(await client.ask(what, b"", timeout=timeout_s))
+async def _ask(address: str | None, timeout_s: float, what: str) -> Any:
+    async with connect(address, timeout=min(timeout_s, _CONNECT_S)) as client:
+        return msgspec.msgpack.decode(await client.ask(what, b"", timeout=timeout_s))
 
 
 @cli.command()
@@ -131,7 +131,7 @@ async def _ask(client: Client, what: str, timeout_s: float) -> Any:
 )
 def status(address: str | None, as_json: bool, timeout: float) -> None:
     """Show workers, rates, dead letters and waiting events. Exit code 0: healthy."""
-    found = _run(_with_client(address, timeout, "status"))
+    found = _run(_ask(address, timeout, "status"))
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
@@ -158,12 +158,7 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
 )
 def drain(address: str | None, timeout: float) -> None:
     """Have the bus finish what it has accepted, and stop. Exit code 0: everything was drained."""
-    try:
-        left = asyncio.run(_with_client(address, timeout, "drain"))
-    except (BusUnreachable, BusRejected) as error:
-        _fail(str(error))
-    except ShardbusError as error:
-        _fail(str(error), 2)
+    left = _run(_ask(address, timeout, "drain"))
     for line in left:
         click.echo(line, err=True)
     click.echo("drained" if not left else "stopped, not wholly drained")
@@ -172,7 +167,10 @@ def drain(address: str | None, timeout: float) -> None:
 
 def main() -> None:
     """Entry of the `shardbus` command."""
-    cli()
+    try:
+        cli()
+    except OSError as error:  # what is written to: a full disk, a pipe that nobody reads
+        _fail(f"cannot go on: {error.strerror or error}")
 
 
 if __name__ == "__main__":

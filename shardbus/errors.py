@@ -13,7 +13,7 @@
     ├── NotDelivered                events that were published and not finished
     ├── CommandFailed               the remote handler raised
     ├── CommandLost                 the worker died; whether the command ran is unknown
-    └── BootError                   an application that cannot start
+    └── BootError                   a bus that cannot start here
 
 Errors carry their facts as fields, and keep them through pickling.
 """
@@ -137,4 +137,4 @@ class CommandLost(ShardbusError):
 
 
 class BootError(ShardbusError):
-    """The application cannot start: it does not import, or its lifespan raised."""
+    """The bus cannot start: its application does not import, its lifespan raised, or another bus runs at the address."""

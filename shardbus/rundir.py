@@ -14,8 +14,8 @@ import stat
 import tempfile
 from typing import Final
 
-from shardbus.addresses import Address, IpcAddress
-from shardbus.errors import ConfigError
+from shardbus.addresses import Address, IpcAddress, is_socket_name
+from shardbus.errors import BootError, ConfigError
 
 _RAM: Final = "/dev/shm"  # noqa: S108 - the point is that it is on RAM; what is made in it is private
 
@@ -24,17 +24,20 @@ class RunDir:
     """The directories of the bus at an address, locked for one supervisor.
 
     Raises:
-        ConfigError: another supervisor holds the address, or a directory is not this user's alone.
+        BootError: another supervisor holds the address.
+        ConfigError: a directory is not this user's alone, or holds other things.
     """
 
     def __init__(self, address: Address) -> None:
         self._address = address
         base = _RAM if os.path.isdir(_RAM) and os.access(_RAM, os.W_OK) else tempfile.gettempdir()
         self.on_ram = base == _RAM
-        digest = hashlib.sha256(address.url.encode()).hexdigest()[:16]
+        place = f"ipc://{os.path.realpath(address.directory)}" if isinstance(address, IpcAddress) else address.url
+        digest = hashlib.sha256(place.encode()).hexdigest()[:16]
         self.state = os.path.join(base, f"shardbus-{os.getuid()}-{digest}")
         _make_private(self.state)
         if isinstance(address, IpcAddress):
+            _check_ours(address.directory)
             _make_private(address.directory)
         self._lock = os.open(os.path.join(self.state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -42,7 +45,7 @@ class RunDir:
         except OSError:
             pid = os.pread(self._lock, 32, 0).decode().strip() or "?"
             os.close(self._lock)
-            raise ConfigError(
+            raise BootError(
                 f"a bus runs at {address.url} already (supervisor {pid}); stop it with `shardbus drain`, or give this one "
                 "another address with --bind"
             ) from None
@@ -82,7 +85,7 @@ class RunDir:
         """Remove sockets that a predecessor left; call it only while the lock is held."""
         if isinstance(self._address, IpcAddress):
             for entry in os.scandir(self._address.directory):
-                if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
+                if is_socket_name(entry.name) and stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(entry.path)
 
@@ -96,6 +99,21 @@ class RunDir:
         """Remove the sockets and give the lock back; state stays for the next."""
         self.remove_sockets()
         os.close(self._lock)
+
+
+def _check_ours(directory: str) -> None:
+    """Refuse a directory that holds anything but a bus's sockets: it would be closed to others, and is somebody's."""
+    try:
+        foreign = next((name for name in sorted(os.listdir(directory)) if not is_socket_name(name)), None)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"cannot use the directory {directory}: {error.strerror}") from error
+    if foreign is not None:
+        raise ConfigError(
+            f"{directory} holds other things ({foreign!r}), and a bus owns its directory; name one that is empty or not there "
+            f"yet, for instance ipc://{directory}/shardbus"
+        )
 
 
 def _make_private(directory: str) -> None:

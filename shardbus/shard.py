@@ -37,6 +37,8 @@ _RETRY_S: Final = 0.25  # how long a failing store is left alone
 _WRITE_ROWS_MAX: Final = 1024  # more rows in a transaction gain little and hold the others up
 _RESTING_MAX: Final = 4096  # sessions of silent publishers that are remembered
 _NS: Final = 1_000_000_000
+_TELL_NS: Final = 60 * _NS
+_TOLD_MAX: Final = 1024
 
 
 class _Publisher:
@@ -295,6 +297,7 @@ class Shard:
         self._resting: OrderedDict[bytes, WorkerSession] = OrderedDict()
         self._blocked: OrderedDict[bytes, None] = OrderedDict()
         self._touched: list[_Publisher] = []
+        self._told: dict[object, tuple[int, int]] = {}  # kinds of dead letters: when one was logged, how many since
         self._draining = False
         self._sessions_made = 0
 
@@ -577,6 +580,7 @@ class Shard:
             epoch=self.epoch,
         )
         self.book.count("dead")
+        self._tell(delivery, failure)
 
         def committed() -> None:
             if delivery.session is not None:
@@ -584,6 +588,28 @@ class Shard:
                 self.touched(delivery.session)
 
         self._writer.add_dead(letter, delivery.position, committed)
+
+    def _tell(self, delivery: Delivery, failure: Failure) -> None:
+        """Log a dead letter: the first of its kind, and after that one a minute, with how many there were."""
+        kind = (failure.reason, failure.handlers, failure.place or delivery.name)
+        last_ns, more = self._told.get(kind, (0, 0))
+        now_ns = self._now()
+        if last_ns and now_ns - last_ns < _TELL_NS:
+            self._told[kind] = (last_ns, more + 1)
+            return
+        if len(self._told) >= _TOLD_MAX:
+            self._told.clear()
+        self._told[kind] = (now_ns, 0)
+        log.warning(
+            "dead letter: %s key=%r (%s%s): %s%s%s",
+            delivery.name,
+            delivery.key,
+            failure.reason,
+            f" in {', '.join(failure.handlers)}" if failure.handlers else "",
+            f"{failure.error_type}: " if failure.error_type else "",
+            failure.error,
+            f" (and {more:,} more of the kind since the last such line)" if more else "",
+        )
 
     def can_keep(self) -> bool:
         """Whether the store has room and works."""

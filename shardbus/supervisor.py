@@ -119,8 +119,8 @@ class Supervisor:
         """Start all workers, call `on_ready` with a line for people, serve, drain; return lines on what was not drained.
 
         Raises:
-            ConfigError: the address is taken, or a directory or store cannot be used.
-            BootError: the application does not start.
+            ConfigError: a directory or store cannot be used.
+            BootError: the application does not start, or another bus runs at the address.
         """
         rundir = RunDir(self._options.address)
         listener = ZmqListener()

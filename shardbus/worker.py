@@ -9,6 +9,7 @@ is silent. SIGTERM drains it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -61,13 +62,16 @@ async def run_worker(boot: Boot, descriptor: int) -> int:
         registry = load_application(boot.application)
         spec = decode_assignment(await assigned)
         configure_logging(boot.log_level, boot.log_format, spec.shard)
-        async with registry.running(WorkerInfo(bus=registry.name, shard=spec.shard, shards=spec.shards)):
+        info = WorkerInfo(bus=registry.name, shard=spec.shard, shards=spec.shards)
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(registry.running(info))
+            except (Exception, asyncio.CancelledError, KeyboardInterrupt) as error:  # the user's own
+                log.error("the application cannot start: %s", "".join(traceback.format_exception(error)).rstrip())
+                raise BootError(f"its lifespan raised {type(error).__name__}: {error}") from error
             return await _serve(spec, registry, pipe, stop)
     except (BootError, ConfigError, StoreError) as error:
         pipe.send(encode_report(BootFailed(str(error))))
-    except Exception as error:  # the user's lifespan: a boot error, with the place in the log
-        log.error("the application cannot start: %s", "".join(traceback.format_exception(error)).rstrip())
-        pipe.send(encode_report(BootFailed(f"its lifespan raised {type(error).__name__}: {error}")))
     finally:
         pipe.close()
     return _EXIT_BOOT

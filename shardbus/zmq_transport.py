@@ -53,13 +53,16 @@ class _Socket:
 
     def _drain(self) -> None:
         self._scheduled = False
-        for _ in range(_DRAIN_FRAMES):
-            if self._closed:
-                return
-            try:
+        try:
+            for _ in range(_DRAIN_FRAMES):
+                if self._closed:
+                    return
                 self._receive()
-            except zmq.Again:
-                return
+        except zmq.Again:
+            return
+        except BaseException:
+            self._look_soon()  # what follows must not wait for the next edge
+            raise
         self._look_soon()
 
     def _receive(self) -> None:
