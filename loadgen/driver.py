@@ -297,8 +297,8 @@ async def _check_application(client: shardbus.Client) -> None:
     except shardbus.CommandFailed as error:
         application = (await client.status())["bus"]
         raise LoadError(
-            f"the bus at {client.address} runs {application}, which does not take loadgen's events ({error.error}); serve the "
-            "built-in demo application (`shardbus serve` without MODULE:BUS), or name another bus with --connect"
+            f"the bus at {client.address} runs {application}, which does not take loadgen's events ({error.error}); serve "
+            "the built-in demo application (`shardbus serve` without MODULE:BUS), or name another bus with --connect"
         ) from None
     except TimeoutError:
         pass  # a bus in trouble; the run will show it

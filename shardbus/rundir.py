@@ -111,8 +111,8 @@ def _check_ours(directory: str) -> None:
         raise ConfigError(f"cannot use the directory {directory}: {error.strerror}") from error
     if foreign is not None:
         raise ConfigError(
-            f"{directory} holds other things ({foreign!r}), and a bus owns its directory; name one that is empty or not there "
-            f"yet, for instance ipc://{directory}/shardbus"
+            f"{directory} holds other things ({foreign!r}), and a bus owns its directory; name one that is empty or not "
+            f"there yet, for instance ipc://{directory}/shardbus"
         )
 
 

@@ -166,8 +166,13 @@ class SqlStore:
     `sqlite+aiosqlite:///:memory:` end with `close()`; all others stay.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, shards: int | None = None) -> None:
         """Check the URL; nothing is opened yet.
+
+        Args:
+            url: as SQLAlchemy writes it.
+            shards: how many shards the bus has. A store that holds rows of a bus with another number is refused: they
+                belong to slots that are elsewhere now. None: do not look.
 
         Raises:
             ConfigError: it is no URL of a database that can be used here.
@@ -189,6 +194,7 @@ class SqlStore:
             placeholder, _tracebacks, ("place", "traceback"), "ON CONFLICT (place) DO NOTHING"
         )
         self._delete_waiting = _Statement(placeholder, "DELETE FROM waiting WHERE position IN (", 1, ")")
+        self._shards = shards
         self._connection: AsyncConnection | None = None
         self._opened = False
         self._known_places: set[str] = set()
@@ -198,8 +204,8 @@ class SqlStore:
         """Open or create the store, adopt what a predecessor left, and say what is in it.
 
         Raises:
-            StoreError: it cannot be reached, is locked, or was written by a shardbus with another schema. Everything
-                is released; `open()` may be called again.
+            StoreError: it cannot be reached, is locked, was written by a shardbus with another schema, or holds rows of
+                a bus with another number of shards. Everything is released; `open()` may be called again.
         """
         self._opened = True
         try:
@@ -213,6 +219,8 @@ class SqlStore:
                 waiting, position_max = (
                     await connection.execute(select(func.count(), func.coalesce(func.max(_waiting.c.position), 0)))
                 ).one()
+                if self._shards is not None:
+                    await self._check_shards(connection, self._shards, holds_rows=bool(dead or waiting))
         except BaseException:
             await self.close()
             raise
@@ -384,6 +392,18 @@ class SqlStore:
                 "the shardbus that wrote it to export what it holds, or name another store with --dead-letters"
             )
 
+    async def _check_shards(self, connection: AsyncConnection, shards: int, *, holds_rows: bool) -> None:
+        found = await connection.scalar(select(_meta.c.value).where(_meta.c.name == "shards"))
+        if found is None:
+            await connection.execute(insert(_meta).values(name="shards", value=str(shards)))
+        elif found != str(shards):
+            if holds_rows:
+                raise StoreError(
+                    f"the store {self._name} holds dead letters or waiting events of a bus with {found} shards; serve with "
+                    f"--workers {found}, or name another store with --dead-letters"
+                )
+            await connection.execute(update(_meta).where(_meta.c.name == "shards").values(value=str(shards)))
+
     def _new_places(self, dead: Sequence[DeadLetter]) -> dict[str, str]:
         """The tracebacks that may not be stored yet, by place. The first of a place stays."""
         places: dict[str, str] = {}
@@ -410,6 +430,14 @@ def shard_url(url: str, shard: int) -> str:
     assert parsed.database is not None  # just checked
     root, suffix = os.path.splitext(os.path.abspath(parsed.database))
     return sqlite_file_url(f"{root}-{shard}{suffix or '.db'}")
+
+
+def files_there(url: str) -> int:
+    """How many shards have left a file for this URL, counted from the first without a gap."""
+    count = 0
+    while (path := make_url(shard_url(url, count)).database) not in (None, ":memory:") and os.path.exists(str(path)):
+        count += 1
+    return count
 
 
 def sqlite_file_url(path: str) -> str:

@@ -34,7 +34,7 @@ from shardbus.reports import (
 from shardbus.restart import GiveUp, RestartIn, RestartPolicy
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.rundir import RunDir
-from shardbus.sql_store import MEMORY_URL, SqlStore, shard_url, sqlite_file_url
+from shardbus.sql_store import MEMORY_URL, SqlStore, files_there, shard_url, sqlite_file_url
 from shardbus.wire.frames import Answer, TableChanged, decode_to_supervisor, encode_frame
 from shardbus.zmq_transport import Router, ZmqListener
 
@@ -230,7 +230,9 @@ class Supervisor:
 
     async def _adopt_state(self, rundir: RunDir) -> None:
         """A bus of another number of shards may have left rows here; they belong to slots that are elsewhere now."""
-        before = rundir.shards_before()
+        served_before = before = rundir.shards_before()
+        if self._options.dead_letters is not None:
+            before = max(before, files_there(self._options.dead_letters))
         if before and before != self._options.workers:
             for shard in range(before):
                 url = self._store_url(rundir, shard)
@@ -242,8 +244,10 @@ class Supervisor:
                 if counts.dead or counts.waiting:
                     raise ConfigError(
                         f"the stores of this bus hold dead letters or waiting events of {before} shards "
-                        f"(shard {shard}: {counts.dead} dead, {counts.waiting} waiting); serve with --workers {before}"
+                        f"(shard {shard}: {counts.dead} dead, {counts.waiting} waiting, in {url}); serve with --workers "
+                        f"{before}, or with another --bind or --dead-letters"
                     )
+        if served_before != self._options.workers:
             rundir.remove_evidence()
         rundir.remember_shards(self._options.workers)
 

@@ -86,7 +86,7 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         epoch=spec.epoch,
         layout=spec.layout,
         plans=registry.plans(),
-        store=SqlStore(spec.store_url),
+        store=SqlStore(spec.store_url, shards=spec.shards),
         book=evidence.book,
         send=lambda peer, frame: sends[0](peer, frame),  # noqa: PLW0108 - the list is filled once the socket is bound
         now=monotonic_ns,

@@ -461,6 +461,21 @@ async def test_a_locked_file_is_a_store_error_and_opens_once_the_lock_is_gone(pa
     await store.close()
 
 
+async def test_rows_of_a_bus_with_another_number_of_shards_are_refused_and_an_empty_store_is_not(path):
+    for shards in (2, 3):  # empty, so the number may change
+        store = SqlStore(sqlite_file_url(path), shards=shards)
+        await store.open()
+        await store.close()
+    await store.open()
+    await store.write(dead=[dead_letter()])
+    await store.close()
+    with pytest.raises(StoreError, match=r"a bus with 3 shards; serve with --workers 3"):
+        await SqlStore(sqlite_file_url(path), shards=4).open()
+    again = SqlStore(sqlite_file_url(path), shards=3)
+    assert (await again.open()).dead == 1
+    await again.close()
+
+
 async def test_a_store_of_another_schema_is_refused_untouched_with_what_to_do(path):
     store = SqlStore(sqlite_file_url(path))
     await store.open()

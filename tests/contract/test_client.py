@@ -1,0 +1,213 @@
+"""What a client promises to its program, whatever the program does: nothing forgotten quietly, no call that hangs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from shardbus import (
+    Bus,
+    Client,
+    ClientClosed,
+    Command,
+    CommandFailed,
+    Context,
+    Event,
+    NotDelivered,
+    UsageError,
+)
+from shardbus.config import Limits
+from shardbus.local import run_local
+from shardbus.testing import MemoryStore
+
+
+class Step(Event, key="key"):
+    key: str
+    n: int = 0
+    payload: bytes = b""
+
+
+class Ask(Command[int], key="key"):
+    key: str
+
+
+bus = Bus("client")
+handled: list[tuple[int, dict[str, str]]] = []
+release = asyncio.Event()
+
+
+@bus.on(Step)
+async def handle(event: Step, context: Context) -> None:
+    if event.key == "stuck":
+        await asyncio.sleep(3600)
+    handled.append((event.n, dict(context.headers)))
+
+
+@bus.command(Ask)
+async def answer(command: Ask) -> int:
+    if command.key == "stuck":
+        await asyncio.sleep(3600)
+    if command.key == "surrogate":
+        raise ValueError("half of \udcff a pair")
+    return 1
+
+
+@pytest.fixture(autouse=True)
+def nothing_handled() -> None:
+    handled.clear()
+
+
+@asynccontextmanager
+async def running(limits: Limits | None = None, close_timeout_s: float = 5.0) -> AsyncIterator[Client]:
+    async with run_local(
+        bus, stores=[MemoryStore()], limits=limits or Limits(), close_timeout_s=close_timeout_s
+    ) as client:
+        yield client
+
+
+# -- leaving
+
+
+async def test_leaving_the_block_refuses_what_others_still_publish_and_loses_nothing():
+    published = 0
+
+    async def publish_on(client: Client) -> None:
+        nonlocal published
+        while True:
+            await client.publish(Step(key=f"k{published % 50}"))
+            published += 1
+
+    async with running() as client:
+        publishing = asyncio.create_task(publish_on(client))
+        await asyncio.sleep(0.05)
+    with pytest.raises(ClientClosed):
+        await publishing
+    assert published > 0
+    assert len(handled) == published == client.ledger().handled
+
+
+async def test_a_flush_ends_when_the_client_does():
+    async with running() as client:
+        await client.publish(Step(key="stuck"))
+        flushing = asyncio.create_task(client.flush())
+        await asyncio.sleep(0)
+        await client.abort()
+    with pytest.raises(NotDelivered):
+        await asyncio.wait_for(flushing, 5)
+
+
+async def test_a_question_that_is_under_way_when_the_client_closes_says_so():
+    async with running() as client:
+        assert client._control is not None
+        client._control.close()  # so that no answer comes
+        asking = asyncio.create_task(client.ask("status", b"", timeout=30))
+        await asyncio.sleep(0)
+        await client.abort()
+    with pytest.raises(ClientClosed):
+        await asyncio.wait_for(asking, 5)
+
+
+async def test_a_command_that_nobody_waits_for_any_more_does_not_hold_up_leaving():
+    async with running() as client:
+        with pytest.raises(TimeoutError, match="may still run"):
+            await client.execute(Ask(key="stuck"), timeout=0.05)
+        await asyncio.wait_for(client.flush(), 5)
+        # What runs in the shard is cancelled with it; the client has nothing left to deliver.
+        assert client.ledger().in_flight == 0
+        await client.abort()
+
+
+# -- sizes
+
+
+async def test_tasks_that_publish_large_events_at_once_fill_no_frame_beyond_its_limit():
+    async with running() as client:
+        async with asyncio.TaskGroup() as group:
+            for n in range(120):
+                group.create_task(client.publish(Step(key=f"k{n}", n=n, payload=bytes(300_000))))
+        ledger = await client.flush(30)
+    assert ledger.handled == 120
+
+
+async def test_a_turn_full_of_headers_arrives():
+    headers = {f"header-{number}": "v" * 4000 for number in range(32)}
+    async with running() as client:
+        async with asyncio.TaskGroup() as group:
+            for n in range(256):
+                group.create_task(client.publish(Step(key=f"k{n}", n=n), headers=headers))
+        assert (await client.flush(30)).handled == 256
+    assert all(seen == headers for _, seen in handled)
+
+
+async def test_headers_are_taken_as_they_are_when_publish_is_called():
+    headers = {"n": ""}
+    async with running() as client:
+        for n in range(5):
+            headers["n"] = str(n)
+            await client.publish(Step(key="a", n=n), headers=headers)
+        headers["n"] = "changed"
+        await client.flush(5)
+    assert handled == [(n, {"n": str(n)}) for n in range(5)]
+
+
+# -- what is refused where it is called
+
+
+@pytest.mark.parametrize("stamp", [-1, 2**63, 1.5, "1", True])
+async def test_a_stamp_that_is_none_is_refused_and_nothing_is_published(stamp: object):
+    async with running() as client:
+        with pytest.raises(UsageError, match="stamp"):
+            await client.publish(Step(key="a"), ordinal=stamp)  # type: ignore[arg-type]
+        if stamp is not True:
+            with pytest.raises(UsageError, match="stamp"):
+                await client.publish_many([Step(key="a"), Step(key="b")], intended_ns=[1, stamp])  # type: ignore[list-item]
+        assert (await client.flush(5)).published == 0
+    assert handled == []
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan"), 1e11])
+async def test_a_timeout_that_makes_no_sense_is_refused(timeout: float):
+    async with running() as client:
+        with pytest.raises(UsageError, match="timeout"):
+            await client.execute(Ask(key="a"), timeout=timeout)
+
+
+async def test_a_header_that_is_no_sound_text_is_refused():
+    async with running() as client:
+        with pytest.raises(UsageError, match="header"):
+            await client.publish(Step(key="a"), headers={"name": "\udcff"})
+
+
+async def test_events_and_commands_are_not_mixed_up_whatever_came_before():
+    async with running() as client:
+        await client.execute(Ask(key="a"))
+        await client.publish(Step(key="a"))
+        with pytest.raises(UsageError, match="use execute"):
+            await client.publish(Ask(key="a"))  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="use publish"):
+            await client.execute(Step(key="a"))  # type: ignore[arg-type]
+
+
+# -- commands
+
+
+async def test_no_more_commands_are_under_way_than_the_limit_says():
+    limits = Limits(commands_in_flight_max=10)
+    async with running(limits, close_timeout_s=0.1) as client:
+        tasks = [asyncio.create_task(client.execute(Ask(key="stuck"), timeout=60)) for _ in range(100)]
+        await asyncio.sleep(0.05)
+        assert sum(len(outbox.commands) for outbox in client._outboxes) == 10
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await client.abort()
+
+
+async def test_an_error_that_is_no_sound_text_reaches_the_caller_of_a_command():
+    async with running() as client:
+        with pytest.raises(CommandFailed, match="half of"):
+            await client.execute(Ask(key="surrogate"))
+        assert await client.execute(Ask(key="a")) == 1
