@@ -5,6 +5,7 @@ from shardbus.bus import Bus
 from shardbus.client import Client, Ledger
 from shardbus.connecting import connect
 from shardbus.context import Context
+from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import (
     BootError,
     BusRejected,
@@ -39,6 +40,8 @@ __all__ = [
     "CommandLost",
     "ConfigError",
     "Context",
+    "DeadLetter",
+    "DeadLetterFilter",
     "Event",
     "InvalidKey",
     "Ledger",

@@ -6,15 +6,19 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NoReturn, TypeVar
+from uuid import UUID
 
 import click
 import msgspec
 
 from shardbus.addresses import check_ports, default_address, parse_address
 from shardbus.application import DEMO, load_application
+from shardbus.client import Client
 from shardbus.connecting import connect
+from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import ShardbusError, UsageError
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.processes import check_platform
@@ -163,6 +167,242 @@ def drain(address: str | None, timeout: float) -> None:
         click.echo(line, err=True)
     click.echo("drained" if not left else "stopped, not wholly drained")
     sys.exit(1 if left else 0)
+
+
+# -- dead letters
+
+
+_AGO: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def _parse_since(text: str) -> datetime:
+    """A time: `90s`, `10m`, `2h`, `3d` ago, or ISO 8601; without a zone it is local."""
+    if text[:-1].isascii() and text[:-1].isdigit() and text[-1] in _AGO:
+        return datetime.now(UTC) - timedelta(seconds=int(text[:-1]) * _AGO[text[-1]])
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no time; write 10m, 2h, 3d or 2026-01-31T12:00:00+01:00") from None
+    return found if found.tzinfo is not None else found.astimezone()
+
+
+def _parse_key(text: str) -> Any:
+    """A key: text, or `int:42`, `bytes:0a0b`, `uuid:…`; `text:int:42` is the text."""
+    kind, _, rest = text.partition(":")
+    parse: dict[str, Callable[[str], Any]] = {"int": int, "bytes": bytes.fromhex, "uuid": UUID, "text": str}
+    if kind == text or kind not in parse:
+        return text
+    try:
+        return parse[kind](rest)
+    except ValueError:
+        raise click.BadParameter(f"{rest!r} is no {kind}") from None
+
+
+def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--since", type=_parse_since, metavar="TIME", help="Died since: 10m, 2h, 3d ago, or an ISO 8601 time."),
+        click.option("--handler", help="A handler that gave up, by its full name."),
+        click.option("--reason", help="failed, timeout, circuit-open, undecodable or unknown-type."),
+        click.option("--key", type=_parse_key, metavar="KEY", help="Text, or int:42, bytes:0a0b, uuid:…, text:int:42."),
+        click.option("--type", "type_", help="The event's name on the wire."),
+        _connect_option,
+    ):
+        command = option(command)
+    return command
+
+
+def _filter_of(
+    type_: str | None,
+    key: Any,
+    reason: str | None,
+    handler: str | None,
+    since: datetime | None,
+    ids: tuple[str, ...] = (),
+) -> DeadLetterFilter:
+    try:
+        return DeadLetterFilter(
+            type=type_,
+            key=None if key is None else (key,),
+            reason=reason,
+            handler=handler,
+            since=since,
+            ids=ids or None,
+        )
+    except ShardbusError as error:
+        _fail(str(error), 2)
+
+
+def _as_json(letter: DeadLetter) -> dict[str, Any]:
+    plain = msgspec.to_builtins(letter, builtin_types=(bytes,))
+    return {**plain, "body": letter.body.hex(), "event": _readable(letter.event), "key": _readable(letter.key)}
+
+
+def _readable(value: Any) -> Any:
+    return json.loads(msgspec.json.encode(value)) if value is not None else None
+
+
+@cli.group("dead-letters")
+def dead_letters() -> None:
+    """Events that their handlers gave up: look at them, have them handled again, remove them."""
+
+
+@dead_letters.command("list")
+@_filter_options
+@click.option("--limit", type=click.IntRange(1, 1_000_000), default=10_000, show_default=True, help="Look at so many.")
+@click.option("--json", "as_json", is_flag=True, help="Each of them, as a JSON array, not grouped.")
+def list_(
+    address: str | None,
+    type_: str | None,
+    key: Any,
+    reason: str | None,
+    handler: str | None,
+    since: datetime | None,
+    limit: int,
+    as_json: bool,
+) -> None:
+    """Show dead letters of all shards, grouped by error, the most frequent first."""
+    where = _filter_of(type_, key, reason, handler, since)
+    found = _run(_with_client(address, lambda client: client.dead_letters(where, limit=limit)))
+    if as_json:
+        click.echo(json.dumps([_as_json(letter) for letter in found], indent=2))
+        return
+    groups: dict[tuple[Any, ...], list[DeadLetter]] = {}
+    for letter in found:
+        groups.setdefault((letter.type, letter.reason, letter.handlers, letter.error_type), []).append(letter)
+    for (name, why, handlers, error_type), letters in sorted(groups.items(), key=lambda item: -len(item[1])):
+        last = max(letters, key=lambda letter: letter.last_at)
+        where_to = f" in {', '.join(handlers)}" if handlers else ""
+        error = f"{error_type}: {last.error}" if error_type else last.error
+        first_line, _, _ = error.partition("\n")
+        click.echo(f"{len(letters):>8,} × {name}: {why}{where_to}")
+        click.echo(f"           {first_line}")
+        click.echo(f"           last {last.last_at.astimezone():%Y-%m-%d %H:%M:%S}, key {last.key!r}, id {last.id}")
+    more = f"; there may be more, see --limit {limit:,}" if len(found) == limit else ""
+    click.echo(f"{len(found):,} dead letter{'' if len(found) == 1 else 's'}{more}")
+
+
+@dead_letters.command()
+@click.argument("id_", metavar="ID")
+@_connect_option
+@click.option("--json", "as_json", is_flag=True)
+def show(id_: str, address: str | None, as_json: bool) -> None:
+    """Show all of one dead letter, with its traceback."""
+    where = _filter_of(None, None, None, None, None, (id_,))
+    found = _run(_with_client(address, lambda client: client.dead_letters(where)))
+    if not found:
+        _fail(f"no dead letter has the id {id_}; it may have been redriven or purged")
+    letter = found[0]
+    if as_json:
+        click.echo(json.dumps(_as_json(letter), indent=2))
+        return
+    for name, value in (
+        ("id", letter.id),
+        ("type", letter.type),
+        ("key", repr(letter.key)),
+        ("event", json.dumps(_readable(letter.event)) if letter.event is not None else f"{len(letter.body)} bytes"),
+        ("headers", json.dumps(letter.headers)),
+        ("reason", letter.reason),
+        ("handlers", ", ".join(letter.handlers) or "none ran"),
+        ("attempts", letter.attempts),
+        ("first", f"{letter.first_at.astimezone():%Y-%m-%d %H:%M:%S}"),
+        ("last", f"{letter.last_at.astimezone():%Y-%m-%d %H:%M:%S}"),
+        ("error", f"{letter.error_type}: {letter.error}" if letter.error_type else letter.error),
+    ):
+        click.echo(f"{name:>9}  {value}")
+    if letter.traceback:
+        click.echo(f"\n{letter.traceback.rstrip()}")
+
+
+@dead_letters.command()
+@click.argument("ids", metavar="[ID…]", nargs=-1)
+@_filter_options
+@click.option("--all", "everything", is_flag=True, help="All that are dead now.")
+@click.option("--rate", type=click.FloatRange(0.1, 1e6), help="At most so many a second.")
+@click.option("--dry-run", is_flag=True, help="Say how many it would be.")
+def redrive(
+    ids: tuple[str, ...],
+    address: str | None,
+    type_: str | None,
+    key: Any,
+    reason: str | None,
+    handler: str | None,
+    since: datetime | None,
+    everything: bool,
+    rate: float | None,
+    dry_run: bool,
+) -> None:
+    """Have dead letters handled again, by the handlers that gave up; each joins the end of its key's lane.
+
+    Name them by ID or by what they are, or say --all.
+    """
+    where = _chosen(_filter_of(type_, key, reason, handler, since, ids), everything)
+    _dispose("redriven", address, where, lambda client: client.redrive(where, rate=rate), dry_run)
+
+
+@dead_letters.command()
+@click.argument("ids", metavar="[ID…]", nargs=-1)
+@_filter_options
+@click.option("--all", "everything", is_flag=True, help="All that are dead now.")
+@click.option("--dry-run", is_flag=True, help="Say how many it would be.")
+def purge(
+    ids: tuple[str, ...],
+    address: str | None,
+    type_: str | None,
+    key: Any,
+    reason: str | None,
+    handler: str | None,
+    since: datetime | None,
+    everything: bool,
+    dry_run: bool,
+) -> None:
+    """Remove dead letters for good. Name them by ID or by what they are, or say --all."""
+    where = _chosen(_filter_of(type_, key, reason, handler, since, ids), everything)
+    _dispose("purged", address, where, lambda client: client.purge(where), dry_run)
+
+
+@dead_letters.command()
+@click.argument("file", type=click.File("w", encoding="utf-8", lazy=True))
+@_filter_options
+def export(
+    file: Any,
+    address: str | None,
+    type_: str | None,
+    key: Any,
+    reason: str | None,
+    handler: str | None,
+    since: datetime | None,
+) -> None:
+    """Write dead letters to a FILE (- is standard output), one JSON object a line. They stay where they are."""
+    where = _filter_of(type_, key, reason, handler, since)
+    found = _run(_with_client(address, lambda client: client.dead_letters(where, limit=sys.maxsize)))
+    for letter in found:
+        file.write(json.dumps(_as_json(letter)) + "\n")
+    click.echo(f"{len(found):,} exported", err=True)
+
+
+def _chosen(where: DeadLetterFilter, everything: bool) -> DeadLetterFilter:
+    if everything == (where != DeadLetterFilter()):
+        _fail("name dead letters by ID, or by --type, --key, --reason, --handler or --since; or else say --all", 2)
+    return where
+
+
+def _dispose(
+    done: str,
+    address: str | None,
+    where: DeadLetterFilter,
+    dispose: Callable[[Client], Coroutine[Any, Any, int]],
+    dry_run: bool,
+) -> None:
+    if dry_run:
+        found = _run(_with_client(address, lambda client: client.dead_letters(where, limit=sys.maxsize)))
+        click.echo(f"{len(found):,} would be {done}")
+    else:
+        click.echo(f"{_run(_with_client(address, dispose)):,} {done}")
+
+
+async def _with_client(address: str | None, work: Callable[[Client], Coroutine[Any, Any, ResultT]]) -> ResultT:
+    async with connect(address, timeout=_CONNECT_S) as client:
+        return await work(client)
 
 
 def main() -> None:

@@ -16,9 +16,18 @@ from typing import Any, Final, Protocol, TypeVar
 from uuid import UUID
 
 import msgspec
+from msgspec.structs import replace
 
-from shardbus.clock import NowNs, monotonic_ns
+from shardbus.clock import NowNs, monotonic_ns, wall_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
+from shardbus.dead_letters import (
+    DeadLetter,
+    DeadLetterFilter,
+    Request,
+    decode_count,
+    decode_page,
+    encode_request,
+)
 from shardbus.errors import (
     BusRejected,
     BusUnreachable,
@@ -33,6 +42,7 @@ from shardbus.errors import (
 from shardbus.messages import Command, Event, Message, WireKey, key_getter, reply_type, to_wire_key, wire_name
 from shardbus.metrics import Evidence
 from shardbus.routing import ShardAddress, Table
+from shardbus.store import DeadFilter
 from shardbus.wire.codec import Batch, Extra
 from shardbus.wire.frames import (
     REASONS,
@@ -55,6 +65,8 @@ _TICK_S: Final = 0.1
 _TURN_SEALS: Final = 8  # a publisher that never waits gives the event loop a turn after so many batches
 _SMALL_BYTES: Final = 1024  # 256 smaller bodies fit into a batch uncounted
 _HEADER_BYTES_MAX: Final = 4096
+_PAGE_ROWS: Final = 256
+_DEAD_LETTERS_S: Final = 30.0  # a worker that is being replaced answers late
 _TIMEOUT_S_MAX: Final = 10_000_000  # 115 days
 _MALFORMED_MAX: Final = 3  # a worker that calls our frames unsound more often than that is not one of ours
 _NS: Final = 1_000_000_000
@@ -605,6 +617,14 @@ class Client:
 
     async def ask(self, what: str, body: bytes, *, timeout: float) -> bytes:
         """Put a question to the supervisor. Raises `BusUnreachable` or, where it says no, `BusRejected`."""
+
+        def send(frame: bytes) -> None:
+            if self._control is not None:
+                self._control.send(frame)
+
+        return await self._ask(what, body, send, timeout)
+
+    async def _ask(self, what: str, body: bytes, send: Callable[[bytes], object], timeout: float) -> bytes:
         self._check_open()
         self._requests += 1
         number = self._requests
@@ -614,8 +634,7 @@ class Client:
         try:
             async with asyncio.timeout(timeout):
                 while True:
-                    if self._control is not None:
-                        self._control.send(frame)
+                    send(frame)
                     done, _ = await asyncio.wait([future], timeout=max(0.5, timeout / 4))
                     if done:
                         return future.result()
@@ -623,6 +642,83 @@ class Client:
             raise BusUnreachable(self.address, timeout) from None
         finally:
             self._asked.pop(number, None)
+
+    # -- dead letters
+
+    async def dead_letters(self, where: DeadLetterFilter | None = None, *, limit: int = 1000) -> list[DeadLetter]:
+        """Dead letters of all shards, shard by shard, each shard's in the order in which they died.
+
+        Args:
+            where: which ones; default: all.
+            limit: how many at most.
+
+        Raises:
+            BusUnreachable: a shard's worker did not answer in time.
+        """
+        found: list[DeadLetter] = []
+        for outbox, filter_ in self._asked_shards(where):
+            after = 0
+            while len(found) < limit:
+                body = encode_request(Request(filter_, after, min(_PAGE_ROWS, limit - len(found))))
+                page, after = decode_page(await self._ask_worker(outbox, "dead-letters", body), outbox.shard)
+                if not page:
+                    break
+                found += page
+        return found[:limit]
+
+    async def redrive(self, where: DeadLetterFilter | None = None, *, rate: float | None = None) -> int:
+        """Have dead letters handled again, by the handlers that gave up; return how many.
+
+        Each joins the end of its key's lane, with its attempts counted on. It leaves the dead letters in the same
+        transaction that makes it a waiting event, so a crash in the middle loses none.
+
+        Args:
+            where: which ones; default: all that are dead now.
+            rate: how many a second at most; default: as fast as they are written.
+
+        Raises:
+            BusUnreachable: a shard's worker did not answer in time. Some may have been redriven.
+        """
+        return await self._dispose("redrive", where, rate)
+
+    async def purge(self, where: DeadLetterFilter | None = None) -> int:
+        """Remove dead letters for good; return how many. Default: all.
+
+        Raises:
+            BusUnreachable: a shard's worker did not answer in time. Some may have been removed.
+        """
+        return await self._dispose("purge", where, None)
+
+    async def _dispose(self, what: str, where: DeadLetterFilter | None, rate: float | None) -> int:
+        """Page by page, up to what has died by now: what dies meanwhile, perhaps again, is not meant."""
+        until_ns = wall_ns()
+        total = 0
+        began = asyncio.get_running_loop().time()
+        for outbox, filter_ in self._asked_shards(where):
+            filter_ = replace(filter_, until_ns=until_ns)
+            step = _PAGE_ROWS if rate is None else max(1, min(_PAGE_ROWS, int(rate / 4)))
+            while count := decode_count(
+                await self._ask_worker(outbox, what, encode_request(Request(filter_, 0, step)))
+            ):
+                total += count
+                if rate is not None:
+                    await asyncio.sleep(max(0.0, began + total / rate - asyncio.get_running_loop().time()))
+        return total
+
+    def _asked_shards(self, where: DeadLetterFilter | None) -> list[tuple[_Outbox, DeadFilter]]:
+        filter_, shards = (where or DeadLetterFilter()).for_shards()
+        return [
+            (outbox, filter_ if shards is None else replace(filter_, events=shards.get(outbox.shard, [])))
+            for outbox in self._outboxes
+            if shards is None or outbox.shard in shards
+        ]
+
+    async def _ask_worker(self, outbox: _Outbox, what: str, body: bytes) -> bytes:
+        def send(frame: bytes) -> None:
+            if outbox.channel is not None:
+                outbox.channel.send(frame)
+
+        return await self._ask(what, body, send, _DEAD_LETTERS_S)
 
     # -- inside: outboxes
 
@@ -755,7 +851,11 @@ class Client:
 
     def _on_worker(self, outbox: _Outbox, data: bytes) -> None:
         try:
-            happened = outbox.session.receive(decode_to_publisher(data))
+            frame = decode_to_publisher(data)
+            if isinstance(frame, Answer):
+                self._answered(frame)
+                return
+            happened = outbox.session.receive(frame)
         except RemoteProtocolError as error:
             log.warning("shard %d sent what is not sound, and was ignored: %s", outbox.shard, error)
             return

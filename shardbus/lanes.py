@@ -383,16 +383,36 @@ class Lanes:
         if not self._armed:
             self._turn()
 
-    def adopt(self, key: WireKey, count: int, due_ns: int = 0) -> None:
-        """Make a lane of `count` waiting events that a predecessor left in the store, the first due at `due_ns`."""
+    def adopt(self, key: WireKey, count: int, due_ns: int = 0, *, after: int = 0, last: int = 0) -> None:
+        """Make a lane of `count` waiting events that the store has, behind position `after`, the first due at `due_ns`.
+
+        `last` is the position of the last one where it may not be written yet.
+        """
         lane = _Lane(key, None)
         if key is None:
             self._loose.add(lane)
         else:
             self._busy[key] = lane
         lane.stored = True
-        lane.queue.append(_Stored(0, count, 0, due_ns))
+        lane.queue.append(_Stored(after, count, last, due_ns))
         self._continue(lane)
+
+    def rejoin(self, key: WireKey, position: int) -> None:
+        """A waiting event that was dead joins the end of its lane; the store has, or will have, its row."""
+        lane = self._busy.get(key) if key is not None else None
+        if lane is None:
+            self.adopt(key, 1, after=position - 1, last=position)
+            return
+        self._stretch(lane, position)
+
+    def _stretch(self, lane: _Lane, position: int) -> None:
+        """Add an event to the end of a lane that lies in the store only."""
+        end = lane.queue[-1] if lane.queue else None
+        if isinstance(end, _Stored):
+            end.count += 1
+            end.last = position
+        else:
+            lane.queue.append(_Stored(position - 1, 1, position))
 
     def idle(self) -> bool:
         """Whether nothing runs, and nothing is queued but what the store has and will give back in its time."""
@@ -643,8 +663,11 @@ class Lanes:
                 return self._undecodable(error)
         context = self._context_of(delivery)
         round_ = _Round(delivery)
+        todo = delivery.todo
+        if todo is not None and not any(handler.name in todo for handler in plan.handlers):
+            todo = None  # the application has other handlers by now
         for handler in plan.handlers:
-            if delivery.todo is None or handler.name in delivery.todo:
+            if todo is None or handler.name in todo:
                 await self._run_handler(handler, plan.circuits.get(handler.name), round_, message, context)
         return self._outcome(delivery, round_)
 
@@ -823,8 +846,9 @@ class Lanes:
             count = sum(1 if isinstance(one, Delivery) else one.count for one in lane.queue)
             end = lane.queue[-1]
             last = end.position if isinstance(end, Delivery) else end.last
+            after = min(one.position - 1 if isinstance(one, Delivery) else one.after for one in lane.queue)
             self.queued -= len(loaded)
-            lane.queue = deque([_Stored(loaded[0].position - 1, count, last, due_ns)])
+            lane.queue = deque([_Stored(after, count, last, due_ns)])
 
     def _continue(self, lane: _Lane) -> None:
         """Nothing of this lane runs: make its head ready, wait for its time, fetch it from the store, or end the lane."""
@@ -883,12 +907,9 @@ class Lanes:
             lane.stored = False
         if lane.stored and delivery.is_event:
             self._host.keep((delivery,))
-            end = lane.queue[-1] if lane.queue else None
-            if isinstance(end, _Stored):
-                end.count += 1
-                end.last = delivery.position
-            elif len(lane.queue) >= _LOAD_ROWS or self.queued > self._limits.queued_events_max:
-                lane.queue.append(_Stored(delivery.position - 1, 1, delivery.position))
+            behind = bool(lane.queue) and isinstance(lane.queue[-1], _Stored)
+            if behind or len(lane.queue) >= _LOAD_ROWS or self.queued > self._limits.queued_events_max:
+                self._stretch(lane, delivery.position)
             else:
                 self._queue(lane, delivery)
             return

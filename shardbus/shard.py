@@ -15,17 +15,29 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import islice
 from typing import Final, NamedTuple
 
+from msgspec.structs import replace
+
 from shardbus.clock import NowNs, wall_ns
 from shardbus.config import PROTOCOL, Limits
+from shardbus.dead_letters import decode_request, encode_answer, page_of
 from shardbus.errors import RemoteProtocolError
 from shardbus.lanes import UNKNOWN, Delivery, Inbound, Lanes
 from shardbus.messages import WireKey
 from shardbus.metrics import Book, PublisherBook
 from shardbus.registry import Plan
 from shardbus.routing import slot_of
-from shardbus.store import DeadLetter, Envelope, Failure, Store, StoreCounts, StoreError, WaitingEvent
+from shardbus.store import (
+    DeadLetter,
+    Envelope,
+    Failure,
+    Store,
+    StoreCounts,
+    StoredDeadLetter,
+    StoreError,
+    WaitingEvent,
+)
 from shardbus.wire.codec import decode_batch
-from shardbus.wire.frames import Data, Hello, Ping, Reject, Reply, decode_to_worker, encode_frame
+from shardbus.wire.frames import Answer, Ask, Data, Hello, Ping, Reject, Reply, decode_to_worker, encode_frame
 from shardbus.wire.session import WorkerSession
 
 log = logging.getLogger("shardbus.shard")
@@ -39,6 +51,8 @@ _RESTING_MAX: Final = 4096  # sessions of silent publishers that are remembered
 _NS: Final = 1_000_000_000
 _TELL_NS: Final = 60 * _NS
 _TOLD_MAX: Final = 1024
+_ASKED_MAX: Final = 256
+_PAGE_ROWS_MAX: Final = 256  # dead letters a question and answer
 
 
 class _Publisher:
@@ -58,6 +72,14 @@ class _Burial(NamedTuple):
 
     letter: DeadLetter
     position: int
+    then: Callable[[], None]
+
+
+class _Keeping(NamedTuple):
+    """A waiting event to write, and the row of the dead letter that it was (0: none)."""
+
+    event: WaitingEvent
+    redriven: int
     then: Callable[[], None]
 
 
@@ -87,7 +109,7 @@ class _Writer:
         self._committed = 0  # waiting rows up to this position are in, or are not wanted any more
         self._dropped: set[int] = set()  # waiting rows that reached their outcome before they were written
         self._dead: deque[_Burial] = deque()
-        self._waiting: deque[tuple[WaitingEvent, Callable[[], None]]] = deque()  # by position
+        self._waiting: deque[_Keeping] = deque()  # by position
         self._changed: dict[int, WaitingEvent] = {}  # by position: the last change is the one that counts
         self._done: deque[int] = deque()
         self._reads: deque[_Read] = deque()
@@ -129,8 +151,9 @@ class _Writer:
         self._dead.append(_Burial(letter, position, then))
         self._wanted.set()
 
-    def add_waiting(self, row: WaitingEvent, then: Callable[[], None]) -> None:
-        self._waiting.append((row, then))
+    def add_waiting(self, row: WaitingEvent, then: Callable[[], None], redriven: int = 0) -> None:
+        """`redriven` is the row of the dead letter that it was: that goes in the same transaction."""
+        self._waiting.append(_Keeping(row, redriven, then))
         self._wanted.set()
 
     def add_changed(self, row: WaitingEvent) -> None:
@@ -190,13 +213,15 @@ class _Writer:
         if not (dead or waiting or changed or done):
             return False
         replaced = [burial.position for burial in dead if burial.position]
+        redriven = [keeping.redriven for keeping in waiting if keeping.redriven]
         self._taken = last
         try:
             await self._store.write(
                 dead=[burial.letter for burial in dead],
-                waiting=[row for row, _ in waiting],
+                waiting=[keeping.event for keeping in waiting],
                 changed=changed,
                 done=[*done, *replaced],
+                redriven=redriven,
             )
         except BaseException:
             self._taken = self._committed
@@ -211,34 +236,49 @@ class _Writer:
                 del self._changed[row.position]
         if self._dropped:
             # Handled before they were written, and behind others that had to be: now they are rows to remove.
-            self._done.extend(row.position for row, _ in waiting if row.position in self._dropped)
-            self._dropped.difference_update([row.position for row, _ in waiting])
+            written_now = [keeping.event.position for keeping in waiting]
+            self._done.extend(position for position in written_now if position in self._dropped)
+            self._dropped.difference_update(written_now)
         if done:
             written = set(done)
             self._done = deque(position for position in self._done if position not in written)
         removed = len(done) + len(replaced)
-        self._rows += len(dead) + len(waiting) - removed
-        self.counts = StoreCounts(
-            dead=self.counts.dead + len(dead),
+        self._rows += len(dead) + len(waiting) - removed - len(redriven)
+        self.counts = replace(
+            self.counts,
+            dead=self.counts.dead + len(dead) - len(redriven),
             waiting=self.counts.waiting + len(waiting) - removed,
             position_max=last,
+            redriven=self.counts.redriven + len(redriven),
         )
         for burial in dead:
             burial.then()
-        for _, then in waiting:
-            then()
+        for keeping in waiting:
+            keeping.then()
         return True
 
-    def _take_waiting(self, limit: int) -> tuple[list[tuple[WaitingEvent, Callable[[], None]]], int]:
+    def _take_waiting(self, limit: int) -> tuple[list[_Keeping], int]:
         """Up to `limit` rows to write, and the last position decided with them; forgets what is not wanted any more."""
         if self._dropped:
-            while self._waiting and self._waiting[0][0].position in self._dropped:
-                position = self._waiting.popleft()[0].position
+            while self._waiting and self._waiting[0].event.position in self._dropped:
+                position = self._waiting.popleft().event.position
                 self._dropped.discard(position)
                 self._changed.pop(position, None)
                 self._committed = position
-        rows = list(islice(self._waiting, limit))
-        return rows, rows[-1][0].position if rows else self._committed
+        rows: list[_Keeping] = []
+        for keeping in islice(self._waiting, _WRITE_ROWS_MAX):
+            if limit <= 0 and not keeping.redriven:
+                break
+            limit -= not keeping.redriven  # what was dead makes room for itself
+            rows.append(keeping)
+        return rows, rows[-1].event.position if rows else self._committed
+
+    async def purge(self, rows: Sequence[int]) -> int:
+        """To be called from a read only: the writer itself is the one caller of the store."""
+        purged = await self._store.purge(rows)
+        self._rows -= purged
+        self.counts = replace(self.counts, dead=self.counts.dead - purged, purged=self.counts.purged + purged)
+        return purged
 
     async def _read(self) -> bool:
         """Answer the reads that were asked for by now and whose rows are in; whether there was one."""
@@ -297,6 +337,8 @@ class Shard:
         self._resting: OrderedDict[bytes, WorkerSession] = OrderedDict()
         self._blocked: OrderedDict[bytes, None] = OrderedDict()
         self._touched: list[_Publisher] = []
+        self._asked: set[tuple[bytes, int]] = set()  # questions that are being answered
+        self._leaving: set[int] = set()  # rows of dead letters that are being redriven
         self._told: dict[object, tuple[int, int]] = {}  # kinds of dead letters: when one was logged, how many since
         self._draining = False
         self._sessions_made = 0
@@ -371,6 +413,8 @@ class Shard:
                 self._on_hello(peer, frame)
             elif type(frame) is Ping:
                 self._on_ping(peer, frame)
+            elif type(frame) is Ask:
+                self._on_ask(peer, frame)
             else:
                 self._on_bye(peer)
         except RemoteProtocolError as error:
@@ -496,6 +540,60 @@ class Shard:
         one = self._peers.get(peer)
         if one is not None:
             self._rest(one.session.publisher)
+
+    # -- what people ask about dead letters
+
+    def _on_ask(self, peer: bytes, ask: Ask) -> None:
+        """Answer once the store has: dead letters are read, redriven and purged by the writer, behind what it writes."""
+        asked = (peer, ask.request)
+        if asked in self._asked:
+            return  # asked again, because the answer takes long
+        try:
+            request = decode_request(ask)
+        except RemoteProtocolError as error:
+            self._send(peer, encode_frame(Answer(ask.request, str(error), b"")))
+            return
+        if len(self._asked) >= _ASKED_MAX:
+            return  # it is asked again
+        self._asked.add(asked)
+
+        def answer(body: object) -> None:
+            self._asked.discard(asked)
+            self._send(peer, encode_frame(Answer(ask.request, "", encode_answer(body))))
+
+        async def read() -> None:
+            found = await self._store.dead_letters(request.where, request.after, min(request.limit, _PAGE_ROWS_MAX))
+            match ask.what:
+                case "dead-letters":
+                    answer(page_of(found))
+                case "purge":
+                    answer(await self._writer.purge([one.row for one in found]))
+                case _:
+                    self._redrive([one for one in found if one.row not in self._leaving], answer)
+
+        self._writer.add_read(read, self._position)
+
+    def _redrive(self, found: Sequence[StoredDeadLetter], answer: Callable[[int], None]) -> None:
+        """Put dead letters back at the end of their lanes, and answer once that is committed."""
+        if not found:
+            answer(0)
+        for number, one in enumerate(found, 1):
+            self._position += 1
+            letter = one.letter
+            event = WaitingEvent(
+                position=self._position,
+                envelope=replace(letter.envelope, attempt=letter.envelope.attempt + 1),
+                todo=dict.fromkeys(letter.handlers, 0),
+            )
+            self._leaving.add(one.row)
+
+            def committed(row: int = one.row, number: int = number) -> None:
+                self._leaving.discard(row)
+                if number == len(found):
+                    answer(number)
+
+            self._writer.add_waiting(event, committed, one.row)
+            self.lanes.rejoin(letter.envelope.key, self._position)
 
     def _rest(self, publisher: bytes) -> None:
         one = self._publishers.pop(publisher)

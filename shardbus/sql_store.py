@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 from sqlalchemy import (
     URL,
     BigInteger,
@@ -31,8 +32,11 @@ from sqlalchemy import (
     bindparam,
     func,
     insert,
+    inspect,
     make_url,
     select,
+    text,
+    tuple_,
     update,
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
@@ -40,11 +44,21 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from shardbus.errors import ConfigError
 from shardbus.messages import WireKey
-from shardbus.store import DeadLetter, Envelope, Failure, StoreCounts, StoreError, WaitingEvent, WaitingLane
+from shardbus.store import (
+    DeadFilter,
+    DeadLetter,
+    Envelope,
+    Failure,
+    StoreCounts,
+    StoredDeadLetter,
+    StoreError,
+    WaitingEvent,
+    WaitingLane,
+)
 
 MEMORY_URL: Final = "sqlite+aiosqlite:///:memory:"
-SCHEMA_VERSION: Final = 2
-"""Raise it with every change of the tables below; a store of another version is refused."""
+SCHEMA_VERSION: Final = 3
+"""Raise it with every change of the tables below; a store of another version is refused unless it is empty."""
 
 _ROWS_MAX: Final = 512  # rows of one statement: 18 columns of them stay far below SQLite's 32,766 parameters
 _PLACES_MAX: Final = 1024  # places whose traceback is known to be stored; when full, it starts over
@@ -83,7 +97,7 @@ _dead: Final = Table(
     "dead_letters",
     _metadata,
     *_envelope_columns(),
-    Column("handlers", LargeBinary, nullable=False),  # msgpack
+    Column("handlers", Text, nullable=False),  # one a line, each line with both its ends, so that LIKE finds a name
     Column("reason", Text, nullable=False),
     Column("error_type", Text, nullable=False),
     Column("error", Text, nullable=False),
@@ -131,9 +145,9 @@ _replace_dead: Final = (
     .values({name: bindparam(f"new_{name}") for name in _DEAD_COLUMNS if name not in (*_DEAD_IDENTITY, "first_ns")})
 )
 _select_dead: Final = (
-    select(*(_dead.c[name] for name in _DEAD_COLUMNS), func.coalesce(_tracebacks.c.traceback, ""))
+    select(_dead.c.id, *(_dead.c[name] for name in _DEAD_COLUMNS), func.coalesce(_tracebacks.c.traceback, ""))
     .join(_tracebacks, _tracebacks.c.place == _dead.c.place, isouter=True)
-    .order_by(_dead.c.first_ns, _dead.c.id)
+    .order_by(_dead.c.id)
 )
 _change_waiting: Final = (
     update(_waiting)
@@ -153,7 +167,6 @@ _select_lanes: Final = (
 
 _pack: Final = msgspec.msgpack.Encoder().encode
 _unpack_headers: Final = msgspec.msgpack.Decoder(dict[str, str]).decode
-_unpack_handlers: Final = msgspec.msgpack.Decoder(tuple[str, ...]).decode
 _unpack_progress: Final = msgspec.msgpack.Decoder(tuple[dict[str, int], tuple[Failure, ...]]).decode
 
 _UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
@@ -194,6 +207,7 @@ class SqlStore:
             placeholder, _tracebacks, ("place", "traceback"), "ON CONFLICT (place) DO NOTHING"
         )
         self._delete_waiting = _Statement(placeholder, "DELETE FROM waiting WHERE position IN (", 1, ")")
+        self._delete_dead = _Statement(placeholder, "DELETE FROM dead_letters WHERE id IN (", 1, ")")
         self._shards = shards
         self._connection: AsyncConnection | None = None
         self._opened = False
@@ -213,18 +227,22 @@ class SqlStore:
                 if self._sqlite:
                     # The driver would commit each CREATE TABLE by itself, and a kill in between leave half a schema.
                     await connection.exec_driver_sql("BEGIN IMMEDIATE")
-                await connection.run_sync(_metadata.create_all)
                 await self._check_version(connection)
+                await connection.run_sync(_metadata.create_all)
+                await self._set_meta(connection, "schema_version", str(SCHEMA_VERSION))
                 dead = await connection.scalar(select(func.count()).select_from(_dead))
                 waiting, position_max = (
                     await connection.execute(select(func.count(), func.coalesce(func.max(_waiting.c.position), 0)))
                 ).one()
+                left = {name: await self._counter(connection, name) for name in ("redriven", "purged")}
                 if self._shards is not None:
                     await self._check_shards(connection, self._shards, holds_rows=bool(dead or waiting))
         except BaseException:
             await self.close()
             raise
-        self._counts = StoreCounts(dead=dead or 0, waiting=waiting, position_max=position_max)
+        self._counts = StoreCounts(
+            dead=dead or 0, waiting=waiting, position_max=position_max, redriven=left["redriven"], purged=left["purged"]
+        )
         return self._counts
 
     async def close(self) -> None:
@@ -247,6 +265,7 @@ class SqlStore:
         waiting: Sequence[WaitingEvent] = (),
         changed: Sequence[WaitingEvent] = (),
         done: Sequence[int] = (),
+        redriven: Sequence[int] = (),
     ) -> None:
         """See `Store.write`. Fastest with 512 rows, or a multiple, of a kind.
 
@@ -282,14 +301,17 @@ class SqlStore:
                     ],
                 )
             removed = await self._delete_waiting.run(connection, [(position,) for position in done])
+            revived = await self._remove_dead(connection, redriven, "redriven") if redriven else 0
         # Only now is it committed, and true.
         if len(self._known_places) + len(places) > _PLACES_MAX:
             self._known_places.clear()
         self._known_places.update(places)
         self._counts = StoreCounts(
-            dead=self._counts.dead + added,
+            dead=self._counts.dead + added - revived,
             waiting=self._counts.waiting + len(waiting_rows) - removed,
             position_max=max([self._counts.position_max, *(event.position for event in waiting)]),
+            redriven=self._counts.redriven + revived,
+            purged=self._counts.purged,
         )
 
     async def waiting_lanes(self) -> list[WaitingLane]:
@@ -337,15 +359,51 @@ class SqlStore:
             ]
         return dead, waiting
 
-    async def dead_letters(self, limit: int) -> list[DeadLetter]:
-        """Up to `limit` dead letters, in the order in which they first died.
+    async def dead_letters(self, where: DeadFilter, after: int, limit: int) -> list[StoredDeadLetter]:
+        """See `Store.dead_letters`.
 
         Raises:
             StoreError: the database could not say.
         """
+        conditions = [_dead.c.id > after]
+        if where.type is not None:
+            conditions.append(_dead.c.type == where.type)
+        if where.key is not None:
+            conditions.append(_dead.c.key == _pack(where.key[0]))
+        if where.reason is not None:
+            conditions.append(_dead.c.reason == where.reason)
+        if where.handler is not None:
+            conditions.append(_dead.c.handlers.contains(f"\n{where.handler}\n", autoescape=True))
+        if where.since_ns:
+            conditions.append(_dead.c.last_ns >= where.since_ns)
+        if where.until_ns < 2**63 - 1:
+            conditions.append(_dead.c.last_ns <= where.until_ns)
+        if where.events is not None:
+            conditions.append(tuple_(_dead.c.publisher, _dead.c.seq).in_(where.events))
         async with self._transaction() as connection:
-            rows = (await connection.execute(_select_dead.limit(limit))).all()
-        return [_to_dead(row) for row in rows]
+            rows = (await connection.execute(_select_dead.where(*conditions).limit(limit))).all()
+        return [StoredDeadLetter(row[0], _to_dead(row[1:])) for row in rows]
+
+    async def purge(self, rows: Sequence[int]) -> int:
+        """See `Store.purge`.
+
+        Raises:
+            StoreError: nothing was removed.
+        """
+        async with self._transaction() as connection:
+            purged = await self._remove_dead(connection, rows, "purged")
+        counts = self._counts
+        self._counts = replace(counts, dead=counts.dead - purged, purged=counts.purged + purged)
+        return purged
+
+    async def _remove_dead(self, connection: AsyncConnection, rows: Sequence[int], counter: str) -> int:
+        removed = await self._delete_dead.run(connection, [(row,) for row in rows])
+        await self._set_meta(connection, counter, str(await self._counter(connection, counter) + removed))
+        return removed
+
+    @staticmethod
+    async def _counter(connection: AsyncConnection, name: str) -> int:
+        return int(await connection.scalar(select(_meta.c.value).where(_meta.c.name == name)) or 0)
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[AsyncConnection]:
@@ -383,26 +441,34 @@ class SqlStore:
             await connection.close()
 
     async def _check_version(self, connection: AsyncConnection) -> None:
+        """Refuse tables of another version that hold something; remove those that hold nothing."""
+        if not await connection.run_sync(lambda sync: inspect(sync).has_table(_meta.name)):
+            return
         found = await connection.scalar(select(_meta.c.value).where(_meta.c.name == "schema_version"))
-        if found is None:
-            await connection.execute(insert(_meta).values(name="schema_version", value=str(SCHEMA_VERSION)))
-        elif found != str(SCHEMA_VERSION):
-            raise StoreError(
-                f"the store {self._name} has schema version {found}, this shardbus knows {SCHEMA_VERSION}; open it with "
-                "the shardbus that wrote it to export what it holds, or name another store with --dead-letters"
-            )
+        if found is None or found == str(SCHEMA_VERSION):
+            return
+        for table in (_dead, _waiting):
+            if await connection.scalar(select(func.count()).select_from(text(table.name))):
+                raise StoreError(
+                    f"the store {self._name} has schema version {found}, this shardbus knows {SCHEMA_VERSION}; open it with "
+                    "the shardbus that wrote it to export what it holds, or name another store with --dead-letters"
+                )
+        await connection.run_sync(_metadata.drop_all)
+
+    @staticmethod
+    async def _set_meta(connection: AsyncConnection, name: str, value: str) -> None:
+        changed = await connection.execute(update(_meta).where(_meta.c.name == name).values(value=value))
+        if not changed.rowcount:
+            await connection.execute(insert(_meta).values(name=name, value=value))
 
     async def _check_shards(self, connection: AsyncConnection, shards: int, *, holds_rows: bool) -> None:
         found = await connection.scalar(select(_meta.c.value).where(_meta.c.name == "shards"))
-        if found is None:
-            await connection.execute(insert(_meta).values(name="shards", value=str(shards)))
-        elif found != str(shards):
-            if holds_rows:
-                raise StoreError(
-                    f"the store {self._name} holds dead letters or waiting events of a bus with {found} shards; serve with "
-                    f"--workers {found}, or name another store with --dead-letters"
-                )
-            await connection.execute(update(_meta).where(_meta.c.name == "shards").values(value=str(shards)))
+        if found not in (None, str(shards)) and holds_rows:
+            raise StoreError(
+                f"the store {self._name} holds dead letters or waiting events of a bus with {found} shards; serve with "
+                f"--workers {found}, or name another store with --dead-letters"
+            )
+        await self._set_meta(connection, "shards", str(shards))
 
     def _new_places(self, dead: Sequence[DeadLetter]) -> dict[str, str]:
         """The tracebacks that may not be stored yet, by place. The first of a place stays."""
@@ -511,7 +577,7 @@ def _envelope_row(envelope: Envelope) -> tuple[Any, ...]:
 def _dead_row(letter: DeadLetter) -> tuple[Any, ...]:
     return (
         *_envelope_row(letter.envelope),
-        _pack(letter.handlers),
+        "".join(f"\n{name}\n" for name in letter.handlers),
         letter.reason,
         _storable(letter.error_type),
         _storable(letter.error),
@@ -550,7 +616,7 @@ def _to_dead(row: Sequence[Any]) -> DeadLetter:
     handlers, reason, error_type, error, place, first_ns, last_ns, epoch, traceback = row[_ENVELOPE_WIDTH:]
     return DeadLetter(
         envelope=_to_envelope(row[:_ENVELOPE_WIDTH]),
-        handlers=_unpack_handlers(handlers),
+        handlers=tuple(handlers.split("\n")[1::2]),
         reason=reason,
         error_type=error_type,
         error=error,

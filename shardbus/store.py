@@ -62,6 +62,28 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     epoch: bytes
 
 
+class DeadFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which dead letters are meant: those that meet every condition that is set.
+
+    `key` is a 1-tuple, because None is a key too; `events` are (publisher, sequence).
+    """
+
+    type: str | None = None
+    key: tuple[WireKey] | None = None
+    reason: str | None = None
+    handler: str | None = None
+    since_ns: int = 0
+    until_ns: int = 2**63 - 1
+    events: list[tuple[bytes, int]] | None = None
+
+
+class StoredDeadLetter(msgspec.Struct, frozen=True):
+    """A dead letter and its row: rows count up in the order in which events died."""
+
+    row: int
+    letter: DeadLetter
+
+
 class WaitingEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An event that the store holds until its lane comes to it, not before `due_ns` (0: at once; since 1970).
 
@@ -85,11 +107,16 @@ class WaitingLane(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class StoreCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a store holds."""
+    """What a store holds, and what became of dead letters that it holds no more.
+
+    Every event that ever died here is among `dead`, `redriven` or `purged`.
+    """
 
     dead: int
     waiting: int
     position_max: int
+    redriven: int = 0
+    purged: int = 0
 
 
 class Store(Protocol):
@@ -111,8 +138,10 @@ class Store(Protocol):
         waiting: Sequence[WaitingEvent] = (),
         changed: Sequence[WaitingEvent] = (),
         done: Sequence[int] = (),
+        redriven: Sequence[int] = (),
     ) -> None:
-        """In one transaction: add dead letters and waiting events, change waiting events, remove those at positions `done`.
+        """In one transaction: add dead letters and waiting events, change waiting events, remove those at positions `done`,
+        and remove the dead letters of the rows `redriven`, which wait again.
 
         A dead letter of an event that is dead already replaces it and keeps its first time. A changed event takes over
         attempt, `todo`, `gave_up` and `due_ns` at its position. A position that is not there is no error. Within one call,
@@ -128,8 +157,11 @@ class Store(Protocol):
     async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
         """The sequences from `first` on that this publisher has among the dead and among the waiting, sorted."""
 
-    async def dead_letters(self, limit: int) -> list[DeadLetter]:
-        """Up to `limit` dead letters, the oldest first."""
+    async def dead_letters(self, where: DeadFilter, after: int, limit: int) -> list[StoredDeadLetter]:
+        """Up to `limit` dead letters that are meant, of rows above `after`, in the order of their rows."""
+
+    async def purge(self, rows: Sequence[int]) -> int:
+        """Remove the dead letters of these rows; return how many there were."""
 
 
 class StoreError(Exception):

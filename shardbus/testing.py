@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from shardbus.messages import WireKey
-from shardbus.store import DeadLetter, StoreCounts, StoreError, WaitingEvent, WaitingLane
+from shardbus.store import (
+    DeadFilter,
+    DeadLetter,
+    StoreCounts,
+    StoredDeadLetter,
+    StoreError,
+    WaitingEvent,
+    WaitingLane,
+)
 
 
 class MemoryRows:
@@ -18,7 +26,11 @@ class MemoryRows:
 
     def __init__(self) -> None:
         self.dead: dict[tuple[bytes, int], DeadLetter] = {}
+        self.rows: dict[tuple[bytes, int], int] = {}  # of dead letters
         self.waiting: dict[int, WaitingEvent] = {}
+        self.row_max = 0
+        self.redriven = 0
+        self.purged = 0
 
 
 class MemoryStore:
@@ -35,8 +47,13 @@ class MemoryStore:
 
     async def open(self) -> StoreCounts:
         """See `Store.open`."""
+        rows = self.rows
         return StoreCounts(
-            dead=len(self.rows.dead), waiting=len(self.rows.waiting), position_max=max(self.rows.waiting, default=0)
+            dead=len(rows.dead),
+            waiting=len(rows.waiting),
+            position_max=max(rows.waiting, default=0),
+            redriven=rows.redriven,
+            purged=rows.purged,
         )
 
     async def close(self) -> None:
@@ -49,6 +66,7 @@ class MemoryStore:
         waiting: Sequence[WaitingEvent] = (),
         changed: Sequence[WaitingEvent] = (),
         done: Sequence[int] = (),
+        redriven: Sequence[int] = (),
     ) -> None:
         """See `Store.write`."""
         if self.failing:
@@ -61,6 +79,9 @@ class MemoryStore:
             before = self.rows.dead.get(identity)
             if before is not None:
                 letter = replace(letter, first_ns=before.first_ns)
+            else:
+                self.rows.row_max += 1
+                self.rows.rows[identity] = self.rows.row_max
             self.rows.dead[identity] = letter
         for row in waiting:
             self.rows.waiting[row.position] = row
@@ -69,6 +90,7 @@ class MemoryStore:
                 self.rows.waiting[row.position] = row
         for position in done:
             self.rows.waiting.pop(position, None)
+        self.rows.redriven += self._remove_dead(redriven)
 
     async def waiting_lanes(self) -> list[WaitingLane]:
         """See `Store.waiting_lanes`."""
@@ -96,9 +118,38 @@ class MemoryStore:
         )
         return dead, waiting
 
-    async def dead_letters(self, limit: int) -> list[DeadLetter]:
+    async def dead_letters(self, where: DeadFilter, after: int, limit: int) -> list[StoredDeadLetter]:
         """See `Store.dead_letters`."""
-        order = sorted(
-            self.rows.dead.values(), key=lambda row: (row.first_ns, row.envelope.publisher, row.envelope.seq)
-        )
-        return order[:limit]
+        found = [
+            StoredDeadLetter(row, self.rows.dead[identity])
+            for identity, row in sorted(self.rows.rows.items(), key=lambda item: item[1])
+            if row > after and _is_meant(self.rows.dead[identity], where)
+        ]
+        return found[:limit]
+
+    async def purge(self, rows: Sequence[int]) -> int:
+        """See `Store.purge`."""
+        if self.failing:
+            raise StoreError(self.failing)
+        purged = self._remove_dead(rows)
+        self.rows.purged += purged
+        return purged
+
+    def _remove_dead(self, rows: Sequence[int]) -> int:
+        wanted = set(rows)
+        found = [identity for identity, row in self.rows.rows.items() if row in wanted]
+        for identity in found:
+            del self.rows.dead[identity], self.rows.rows[identity]
+        return len(found)
+
+
+def _is_meant(letter: DeadLetter, where: DeadFilter) -> bool:
+    envelope = letter.envelope
+    return (
+        where.type in (None, envelope.type)
+        and (where.key is None or where.key[0] == envelope.key)
+        and where.reason in (None, letter.reason)
+        and (where.handler is None or where.handler in letter.handlers)
+        and where.since_ns <= letter.last_ns <= where.until_ns
+        and (where.events is None or (envelope.publisher, envelope.seq) in where.events)
+    )

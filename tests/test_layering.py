@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("context",),
     ("registry",),
     ("store",),
+    ("dead_letters",),
     ("metrics",),
     ("lanes",),
     # adapters: one effect each

@@ -131,11 +131,11 @@ class Reply(_Frame, frozen=True, tag=21):
     body: bytes
 
 
-# -- client → supervisor and back
+# -- client → supervisor or worker and back
 
 
 class Ask(_Frame, frozen=True, tag=33):
-    """A question to the supervisor; `body` is msgpack, as `what` says."""
+    """A question to the supervisor, or to a worker about its dead letters; `body` is msgpack, as `what` says."""
 
     request: int
     what: str
@@ -169,7 +169,7 @@ REPLY_OK: Final = "ok"
 REPLY_FAILED: Final = "failed"
 REPLY_EXPIRED: Final = "expired"
 
-ToWorker = Hello | Data | Ping | Bye
+ToWorker = Hello | Data | Ping | Bye | Ask
 ToPublisher = Welcome | Reject | Ack | Nack | Reply
 ToClient = Answer | TableChanged
 Frame = ToWorker | ToPublisher | Ask | ToClient
@@ -195,7 +195,7 @@ def _decoder(kind: Any) -> Callable[[bytes], Any]:
 
 
 _to_worker: Final = _decoder(ToWorker)
-_to_publisher: Final = _decoder(ToPublisher)
+_to_publisher: Final = _decoder(ToPublisher | Answer)
 
 
 def decode_to_worker(data: bytes) -> ToWorker:
@@ -212,9 +212,9 @@ def decode_to_worker(data: bytes) -> ToWorker:
     return frame
 
 
-def decode_to_publisher(data: bytes) -> ToPublisher:
+def decode_to_publisher(data: bytes) -> ToPublisher | Answer:
     """Bytes that a publisher received from a worker. Raises as `decode_to_worker`."""
-    frame: ToPublisher = _to_publisher(data)
+    frame: ToPublisher | Answer = _to_publisher(data)
     if isinstance(frame, Ack) and not _is_sorted_pairs(frame.finished, frame.cumulative, frame.received):
         raise RemoteProtocolError("an ack whose ranges are not sorted pairs")
     return frame

@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import aiosqlite
 import msgspec
@@ -19,7 +20,17 @@ from msgspec.structs import replace
 
 from shardbus.messages import WireKey
 from shardbus.sql_store import MEMORY_URL, SqlStore, sqlite_file_url
-from shardbus.store import DeadLetter, Envelope, Failure, Store, StoreCounts, StoreError, WaitingEvent, WaitingLane
+from shardbus.store import (
+    DeadFilter,
+    DeadLetter,
+    Envelope,
+    Failure,
+    Store,
+    StoreCounts,
+    StoreError,
+    WaitingEvent,
+    WaitingLane,
+)
 from shardbus.testing import MemoryRows, MemoryStore
 
 PUBLISHER = bytes(range(16))
@@ -95,6 +106,10 @@ def waiting_event(
     )
 
 
+async def dead_in(store: Store, limit: int, **where: Any) -> list[DeadLetter]:
+    return [found.letter for found in await store.dead_letters(DeadFilter(**where), 0, limit)]
+
+
 async def positions(store: Store, key: WireKey = "order-1", after: int = 0, limit: int = 100) -> list[int]:
     return [event.position for event in await store.load_waiting(key, after, limit)]
 
@@ -136,7 +151,7 @@ async def store(make_store: MakeStore) -> AsyncIterator[Store]:
 async def test_a_new_store_is_empty(make_store):
     store = make_store()
     assert await store.open() == StoreCounts(dead=0, waiting=0, position_max=0)
-    assert await store.dead_letters(10) == []
+    assert await dead_in(store, 10) == []
     assert await store.waiting_lanes() == []
     assert await store.load_waiting("order-1", 0, 10) == []
     assert await store.outcomes(PUBLISHER, 0) == ([], [])
@@ -146,7 +161,7 @@ async def test_a_new_store_is_empty(make_store):
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: repr(key)[:24])
 async def test_every_field_and_every_kind_of_key_comes_back_as_it_was(store, key):
     await store.write(dead=[dead_letter(key=key)], waiting=[waiting_event(7, seq=2, key=key)], done=[])
-    (dead,) = await store.dead_letters(10)
+    (dead,) = await dead_in(store, 10)
     (waiting,) = await store.load_waiting(key, 0, 10)
     assert dead == dead_letter(key=key)
     assert waiting == waiting_event(7, seq=2, key=key)
@@ -158,7 +173,7 @@ async def test_what_is_absent_comes_back_absent(store):
     dead = msgspec.structs.replace(dead_letter(place="", traceback="", error=""), envelope=bare, handlers=())
     event = WaitingEvent(position=1, envelope=bare)
     await store.write(dead=[dead], waiting=[event], done=[])
-    assert await store.dead_letters(10) == [dead]
+    assert await dead_in(store, 10) == [dead]
     assert await store.load_waiting("order-1", 0, 10) == [event]
 
 
@@ -232,18 +247,18 @@ async def test_additions_come_before_removals(store):
 
 async def test_an_empty_write_is_no_error(store):
     await store.write(dead=[], waiting=[], done=[])
-    assert await store.dead_letters(1) == []
+    assert await dead_in(store, 1) == []
 
 
 async def test_a_write_that_fails_leaves_nothing_and_the_next_one_works(store):
     await store.write(dead=[], waiting=[waiting_event(1), waiting_event(2)], done=[])
     with pytest.raises(StoreError):
         await store.write(dead=[dead_letter(1)], waiting=[waiting_event(3), waiting_event(2)], done=[1])
-    assert await store.dead_letters(10) == []
+    assert await dead_in(store, 10) == []
     assert await positions(store) == [1, 2]
     await store.write(dead=[dead_letter(1)], waiting=[waiting_event(3)], done=[1])
     # The traceback of the write that failed must not count as stored.
-    assert await store.dead_letters(10) == [dead_letter(1)]
+    assert await dead_in(store, 10) == [dead_letter(1)]
     assert await positions(store) == [2, 3]
 
 
@@ -258,7 +273,7 @@ async def test_an_event_that_dies_again_replaces_its_dead_letter_and_keeps_its_f
         epoch=b"f" * 24,
     )
     await store.write(dead=[again, dead_letter(3, first_ns=600)], waiting=[], done=[])
-    assert await store.dead_letters(10) == [
+    assert await dead_in(store, 10) == [
         msgspec.structs.replace(again, first_ns=100),
         dead_letter(2, first_ns=150),
         dead_letter(3, first_ns=600),
@@ -267,7 +282,7 @@ async def test_an_event_that_dies_again_replaces_its_dead_letter_and_keeps_its_f
 
 async def test_of_an_event_that_dies_twice_in_one_write_the_last_stays(store):
     await store.write(dead=[dead_letter(first_ns=100), dead_letter(first_ns=200, error="last")], waiting=[], done=[])
-    assert await store.dead_letters(10) == [
+    assert await dead_in(store, 10) == [
         msgspec.structs.replace(dead_letter(first_ns=200, error="last"), first_ns=100)
     ]
 
@@ -275,15 +290,70 @@ async def test_of_an_event_that_dies_twice_in_one_write_the_last_stays(store):
 async def test_events_of_two_publishers_with_one_sequence_are_two_dead_letters(store):
     letters = [dead_letter(1, first_ns=1), dead_letter(1, first_ns=2, publisher=OTHER)]
     await store.write(dead=letters, waiting=[], done=[])
-    assert await store.dead_letters(10) == letters
+    assert await dead_in(store, 10) == letters
 
 
-async def test_dead_letters_come_oldest_first_and_up_to_the_limit(store):
+async def test_dead_letters_come_page_by_page_in_the_order_in_which_they_died(store):
     for seq in (3, 1, 2):
-        await store.write(dead=[dead_letter(seq, first_ns=1000 - seq)], waiting=[], done=[])
-    # They died in the order of their times here; the order of writing and of sequences would be others.
-    assert [letter.envelope.seq for letter in await store.dead_letters(10)] == [3, 2, 1]
-    assert [letter.envelope.seq for letter in await store.dead_letters(2)] == [3, 2]
+        await store.write(dead=[dead_letter(seq)])
+    everything = DeadFilter()
+    first = await store.dead_letters(everything, 0, 2)
+    second = await store.dead_letters(everything, first[-1].row, 2)
+    assert [found.letter.envelope.seq for found in (*first, *second)] == [3, 1, 2]
+    assert await store.dead_letters(everything, second[-1].row, 2) == []
+
+
+FILTERS: dict[str, tuple[dict[str, Any], set[int]]] = {
+    "everything": ({}, {1, 2, 3, 4}),
+    "a type": ({"type": "Other"}, {2}),
+    "a type that none has": ({"type": "other"}, set()),
+    "a key": ({"key": ("42",)}, {3}),
+    "a key that looks like it": ({"key": (42,)}, {4}),
+    "no key at all": ({"key": (None,)}, set()),
+    "a reason": ({"reason": "timeout"}, {3}),
+    "a handler": ({"handler": "shop.mail"}, {1, 2, 4}),
+    "a handler's beginning": ({"handler": "shop.m"}, set()),
+    "a handler with a wildcard": ({"handler": "shop.%"}, set()),
+    "since when": ({"since_ns": 300}, {3, 4}),
+    "by name": ({"events": [(PUBLISHER, 1), (PUBLISHER, 4), (OTHER, 2)]}, {1, 4}),
+    "by no name": ({"events": []}, set()),
+    "several conditions": ({"handler": "shop.mail", "since_ns": 300}, {4}),
+}
+
+
+@pytest.mark.parametrize(("where", "expected"), FILTERS.values(), ids=FILTERS)
+async def test_dead_letters_are_found_by_what_they_are(store, where: dict[str, Any], expected: set[int]):
+    letters = [
+        dead_letter(1),
+        replace(dead_letter(2, first_ns=200), envelope=replace(envelope(2), type="Other")),
+        replace(dead_letter(3, key="42", first_ns=300), reason="timeout", handlers=("shop.add",)),
+        dead_letter(4, key=42, first_ns=400),
+    ]
+    await store.write(dead=letters)
+    assert {letter.envelope.seq for letter in await dead_in(store, 10, **where)} == expected
+
+
+async def test_what_died_is_present_redriven_or_purged(store):
+    await store.write(dead=[dead_letter(seq) for seq in range(1, 7)])
+    rows = [found.row for found in await store.dead_letters(DeadFilter(), 0, 10)]
+    assert await store.purge([rows[0], rows[1], 999]) == 2
+    assert await store.purge([rows[0]]) == 0
+    await store.write(waiting=[waiting_event(1, seq=3)], redriven=[rows[2], rows[0]])
+    assert [letter.envelope.seq for letter in await dead_in(store, 10)] == [4, 5, 6]
+    assert await positions(store) == [1]
+
+
+async def test_the_counts_of_what_was_redriven_and_purged_outlive_a_close(path):
+    store = SqlStore(sqlite_file_url(path))
+    await store.open()
+    await store.write(dead=[dead_letter(seq) for seq in range(1, 7)])
+    rows = [found.row for found in await store.dead_letters(DeadFilter(), 0, 10)]
+    await store.purge(rows[:1])
+    await store.write(redriven=rows[1:3])
+    counts = store.counts()
+    await store.close()
+    assert counts == await store.open() == StoreCounts(dead=3, waiting=0, position_max=0, redriven=2, purged=1)
+    await store.close()
 
 
 async def test_outcomes_are_those_of_one_publisher_from_a_sequence_on(store):
@@ -307,7 +377,7 @@ async def test_dead_letters_of_one_place_share_its_traceback_and_those_of_others
     ]
     await store.write(dead=letters[:1], waiting=[], done=[])
     await store.write(dead=letters[1:], waiting=[], done=[])
-    assert await store.dead_letters(10) == letters
+    assert await dead_in(store, 10) == letters
 
 
 @pytest.mark.parametrize("count", [1, 511, 513, 1000])
@@ -315,7 +385,7 @@ async def test_writes_of_any_length_are_kept_whole(store, count):
     letters = [dead_letter(seq, first_ns=seq) for seq in range(count)]
     events = [waiting_event(at) for at in range(1, count + 1)]
     await store.write(dead=letters, waiting=events, done=[])
-    assert await store.dead_letters(count + 1) == letters
+    assert await dead_in(store, count + 1) == letters
     assert await store.load_waiting("order-1", 0, count + 1) == events
     await store.write(dead=[], waiting=[], done=range(1, count))
     assert await positions(store) == [count]
@@ -323,7 +393,7 @@ async def test_writes_of_any_length_are_kept_whole(store, count):
 
 async def test_an_error_that_is_no_sound_text_does_not_cost_its_event_the_record(store):
     await store.write(dead=[dead_letter(error="lone \ud800 surrogate, NUL \0")], waiting=[], done=[])
-    (letter,) = await store.dead_letters(10)
+    (letter,) = await dead_in(store, 10)
     assert letter.envelope == envelope()
     assert letter.error.startswith("lone ")
 
@@ -333,7 +403,7 @@ async def test_a_store_takes_calls_again_after_it_was_closed_and_opened(make_sto
     for _ in range(2):
         await store.open()
         await store.write(dead=[dead_letter()], waiting=[], done=[])
-        letters = await store.dead_letters(10)
+        letters = await dead_in(store, 10)
         await store.close()
         assert letters == [dead_letter()]
 
@@ -357,11 +427,11 @@ async def test_a_successor_adopts_what_its_predecessor_left(make_store):
     await first.close()
     second = make_store()
     assert await second.open() == StoreCounts(dead=2, waiting=2, position_max=6)
-    assert await second.dead_letters(10) == [dead_letter(1), dead_letter(2)]
+    assert await dead_in(second, 10) == [dead_letter(1), dead_letter(2)]
     assert await second.load_waiting("order-1", 0, 10) == [waiting_event(5), waiting_event(6)]
     # The place is known to the rows, though not to this store.
     await second.write(dead=[dead_letter(3)], waiting=[], done=[])
-    assert await second.dead_letters(10) == [dead_letter(1), dead_letter(2), dead_letter(3)]
+    assert await dead_in(second, 10) == [dead_letter(1), dead_letter(2), dead_letter(3)]
     await second.close()
 
 
@@ -399,7 +469,7 @@ async def test_no_index_of_the_log_is_mapped_because_a_full_ram_disk_would_kill_
 _COMMIT_THEN_HANG = """
 import asyncio, sys
 from shardbus.sql_store import SqlStore
-from shardbus.store import DeadLetter, Envelope, WaitingEvent
+from shardbus.store import DeadFilter, DeadLetter, Envelope, WaitingEvent
 
 def envelope(seq):
     return Envelope(publisher=bytes(16), seq=seq, slot=1, type="T", key="k", body=b"", headers=None, ordinal=0,
@@ -443,7 +513,7 @@ async def test_what_was_committed_survives_a_kill_and_its_lock_does_not(path):
     assert writer.returncode == -signal.SIGKILL
     assert await store.open() == StoreCounts(dead=2000, waiting=2000, position_max=2000)
     assert await store.outcomes(bytes(16), 0) == (list(range(2000)), list(range(2000)))
-    assert (await store.dead_letters(1))[0].traceback == "t"
+    assert (await dead_in(store, 1))[0].traceback == "t"
     await store.close()
 
 
@@ -457,7 +527,7 @@ async def test_a_locked_file_is_a_store_error_and_opens_once_the_lock_is_gone(pa
         other.execute("ROLLBACK")
     await store.open()
     await store.write(dead=[dead_letter()], waiting=[], done=[])
-    assert await store.dead_letters(10) == [dead_letter()]
+    assert await dead_in(store, 10) == [dead_letter()]
     await store.close()
 
 
@@ -476,6 +546,20 @@ async def test_rows_of_a_bus_with_another_number_of_shards_are_refused_and_an_em
     await again.close()
 
 
+async def test_an_empty_store_of_another_schema_is_made_anew(path):
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+        database.execute("INSERT INTO meta VALUES ('schema_version', '1')")
+        database.execute("CREATE TABLE dead_letters (id INTEGER PRIMARY KEY, other TEXT)")
+        database.execute("CREATE TABLE waiting (position INTEGER PRIMARY KEY)")
+    store = SqlStore(sqlite_file_url(path))
+    assert await store.open() == StoreCounts(dead=0, waiting=0, position_max=0)
+    await store.write(dead=[dead_letter()], waiting=[waiting_event(1)])
+    await store.close()
+    assert (await store.open()).dead == 1
+    await store.close()
+
+
 async def test_a_store_of_another_schema_is_refused_untouched_with_what_to_do(path):
     store = SqlStore(sqlite_file_url(path))
     await store.open()
@@ -483,7 +567,7 @@ async def test_a_store_of_another_schema_is_refused_untouched_with_what_to_do(pa
     await store.close()
     with closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE meta SET value = value + 1")
-    with pytest.raises(StoreError, match=r"schema.* version 3.*--dead-letters"):
+    with pytest.raises(StoreError, match=r"schema.* version 4.*--dead-letters"):
         await store.open()
     with closing(sqlite3.connect(path)) as database, database:
         assert database.execute("SELECT count(*) FROM dead_letters").fetchone() == (1,)
@@ -529,5 +613,5 @@ async def test_a_connection_that_broke_is_replaced_by_a_later_call(path, monkeyp
     with pytest.raises(StoreError):
         await store.write(dead=[dead_letter(2)], waiting=[], done=[])
     await store.write(dead=[dead_letter(2)], waiting=[], done=[])
-    assert await store.dead_letters(10) == [dead_letter(1), dead_letter(2)]
+    assert await dead_in(store, 10) == [dead_letter(1), dead_letter(2)]
     await store.close()

@@ -1,0 +1,214 @@
+"""Dead letters from the outside: found, redriven, purged; nothing lost on the way, and order kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from shardbus import Bus, Client, Context, DeadLetterFilter, Event, Retry, UsageError
+from shardbus.local import run_local
+from shardbus.testing import MemoryRows, MemoryStore
+
+
+class Step(Event, key="key"):
+    key: str
+    n: int = 0
+
+
+class Other(Event, key="key"):
+    key: int
+
+
+class Unheard(Event):
+    pass
+
+
+class Application:
+    """Handlers that fail until they are mended, and a record of what they did."""
+
+    def __init__(self) -> None:
+        self.broken = True
+        self.sound: list[int] = []
+        self.shaky: list[tuple[str, int, bool]] = []
+        self.bus = Bus("letters")
+        self.bus.on(Step)(self.take)
+        self.bus.on(Step, retry=Retry(attempts=1))(self.fail)
+        self.bus.on(Other, retry=Retry(attempts=1))(self.fail_too)
+
+    async def take(self, event: Step) -> None:
+        self.sound.append(event.n)
+
+    async def fail(self, event: Step, context: Context) -> None:
+        if self.broken:
+            raise ValueError(f"step {event.n}")
+        self.shaky.append((event.key, event.n, context.redelivered))
+
+    async def fail_too(self, event: Other) -> None:
+        if self.broken:
+            raise KeyError("other")
+
+    @asynccontextmanager
+    async def running(self, *, shards: int = 1, rows: MemoryRows | None = None) -> AsyncIterator[Client]:
+        stores = [MemoryStore(rows if rows is not None and at == 0 else None) for at in range(shards)]
+        async with run_local(self.bus, shards=shards, stores=list(stores)) as client:
+            yield client
+
+
+@pytest.fixture
+def application() -> Application:
+    return Application()
+
+
+async def publish(client: Client, count: int, keys: int = 3) -> None:
+    for n in range(count):
+        await client.publish(Step(key=f"k{n % keys}", n=n), headers={"n": str(n)})
+    await client.flush(10)
+
+
+async def test_a_dead_letter_tells_all_about_its_event(application: Application):
+    began = datetime.now(UTC) - timedelta(seconds=1)
+    async with application.running() as client:
+        await publish(client, 1)
+        (letter,) = await client.dead_letters()
+    assert (letter.type, letter.key, letter.event) == ("Step", "k0", {"key": "k0", "n": 0})
+    assert (letter.reason, letter.error_type, letter.error) == ("failed", "ValueError", "step 0")
+    assert [name.split(".")[-1] for name in letter.handlers] == ["fail"]
+    assert (letter.attempts, letter.headers) == (1, {"n": "0"})
+    assert began <= letter.first_at <= letter.last_at <= datetime.now(UTC)
+    assert "in fail" in letter.traceback
+    assert letter.id == f"{client.publisher.hex()}-0-0"
+
+
+async def test_dead_letters_of_all_shards_are_found_by_what_they_are(application: Application):
+    async with application.running(shards=3) as client:
+        await publish(client, 30, keys=10)
+        await client.publish(Other(key=42))
+        await client.publish(Unheard())
+        await client.flush(10)
+        everything = await client.dead_letters()
+        assert len(everything) == 32
+        assert len(await client.dead_letters(limit=7)) == 7
+        by_type = await client.dead_letters(DeadLetterFilter(type="Other"))
+        assert [letter.key for letter in by_type] == [42]
+        assert await client.dead_letters(DeadLetterFilter(key=("42",))) == []
+        assert await client.dead_letters(DeadLetterFilter(key=(42,))) == by_type
+        assert len(await client.dead_letters(DeadLetterFilter(key=("k3",)))) == 3
+        assert [one.type for one in await client.dead_letters(DeadLetterFilter(reason="unknown-type"))] == ["Unheard"]
+        named = tuple(letter.id for letter in everything[5:12])
+        assert {one.id for one in await client.dead_letters(DeadLetterFilter(ids=named))} == set(named)
+        later = datetime.now(UTC) + timedelta(hours=1)
+        assert await client.dead_letters(DeadLetterFilter(since=later)) == []
+
+
+async def test_what_is_redriven_runs_only_the_handlers_that_gave_up_and_says_so(application: Application):
+    async with application.running(shards=2) as client:
+        await publish(client, 40, keys=4)
+        application.broken = False
+        assert await client.redrive() == 40
+        while len(application.shaky) < 40:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+        assert await client.dead_letters() == []
+        status = await client.status()
+    assert sorted(application.sound) == list(range(40))
+    assert all(redelivered for _, _, redelivered in application.shaky)
+    for key in range(4):
+        assert [n for name, n, _ in application.shaky if name == f"k{key}"] == list(range(key, 40, 4))
+    assert status["dead_letters"] == 0
+
+
+async def test_a_redriven_event_joins_the_end_of_its_lane(application: Application):
+    async with application.running() as client:
+        await client.publish(Step(key="a", n=0))
+        await client.flush(10)
+        application.broken = False
+        redriving = asyncio.create_task(client.redrive())
+        await client.publish_many([Step(key="a", n=n) for n in range(1, 300)])
+        assert await redriving == 1
+        await client.flush(10)
+        while len(application.shaky) < 300:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+    assert [n for _, n, _ in application.shaky if n] == list(range(1, 300))
+
+
+async def test_what_fails_again_is_dead_again_and_not_redriven_for_ever(application: Application):
+    async with application.running() as client:
+        await publish(client, 600)
+        assert await client.redrive() == 600
+        while len(letters := await client.dead_letters()) < 600:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+    assert {letter.attempts for letter in letters} == {2}
+
+
+async def test_only_what_is_meant_is_redriven_or_purged(application: Application):
+    async with application.running() as client:
+        await publish(client, 30)
+        assert await client.purge(DeadLetterFilter(key=("k0",))) == 10
+        assert await client.purge(DeadLetterFilter(key=("k0",))) == 0
+        (first, *_) = await client.dead_letters()
+        application.broken = False
+        assert await client.redrive(DeadLetterFilter(ids=(first.id,))) == 1
+        assert len(await client.dead_letters()) == 19
+        assert await client.purge() == 19
+        assert await client.dead_letters() == []
+
+
+async def test_a_redrive_can_be_slow_on_purpose(application: Application):
+    async with application.running() as client:
+        await publish(client, 20)
+        application.broken = False
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        assert await client.redrive(rate=100) == 20
+        assert loop.time() - began >= 0.19
+
+
+async def test_what_was_redriven_when_the_worker_died_waits_in_its_successors_store(application: Application):
+    rows = MemoryRows()
+    async with application.running(rows=rows) as client:
+        await publish(client, 500)
+        assert len(rows.dead) == 500
+        application.broken = False
+        await client.redrive()
+        # Here the worker is gone: whatever it had not finished is in the store.
+        left = len(rows.waiting)
+        await client.abort()
+    handled = {n for _, n, _ in application.shaky}
+    assert len(handled) >= 500 - left
+    async with application.running(rows=rows):
+        while rows.waiting:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+    assert {n for _, n, _ in application.shaky} == set(range(500))
+    assert (len(rows.dead), rows.redriven) == (0, 500)
+
+
+async def test_handlers_that_are_no_more_leave_their_events_to_those_that_are(application: Application):
+    rows = MemoryRows()
+    async with application.running(rows=rows) as client:
+        await publish(client, 3)
+    successor = Bus("letters")
+    taken: list[int] = []
+
+    @successor.on(Step)
+    async def renamed(event: Step) -> None:
+        taken.append(event.n)
+
+    async with run_local(successor, stores=[MemoryStore(rows)]) as client:
+        assert await client.redrive() == 3
+        while rows.waiting or len(taken) < 3:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+    assert sorted(taken) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("text", ["", "x", "00-0-0", "zz" * 16 + "-0-0", "00" * 16 + "-0", "00" * 16 + "-0--1"])
+def test_an_id_that_is_none_is_refused(text: str):
+    with pytest.raises(UsageError, match="is no id"):
+        DeadLetterFilter(ids=(text,))
+
+
+def test_a_time_without_a_zone_is_refused():
+    with pytest.raises(UsageError, match="zone"):
+        DeadLetterFilter(since=datetime(2026, 1, 1))  # noqa: DTZ001 - that is what is refused
