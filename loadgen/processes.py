@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
+import os
 import signal
 import subprocess
 import sys
@@ -62,18 +64,23 @@ async def _end(process: Process) -> None:
 
 
 @contextlib.asynccontextmanager
-async def started_bus(workers: int, address: str | None = None) -> AsyncIterator[Process]:
-    """Run the demo application on a bus of its own, ready to take messages, until the block is left.
+async def started_bus(
+    workers: int, address: str | None = None, *, application: str | None = None, log_level: str = "warning"
+) -> AsyncIterator[Process]:
+    """Run an application on a bus of its own, ready to take messages, until the block is left.
 
     Args:
         workers: how many worker processes.
         address: where; None is the default address.
+        application: MODULE:BUS; None is the demo.
+        log_level: how much it says on stderr.
 
     Raises:
         LoadError: it did not start; it has said why on stderr.
     """
-    arguments = ["shardbus", "serve", "--workers", str(workers), "--drain-timeout", f"{_DRAIN_S:g}"]
-    arguments += ["--log-level", "warning", *(["--bind", address] if address is not None else [])]
+    arguments = ["shardbus", "serve", *([application] if application is not None else [])]
+    arguments += ["--workers", str(workers), "--drain-timeout", f"{_DRAIN_S:g}", "--log-level", log_level]
+    arguments += ["--bind", address] if address is not None else []
     async with started(arguments, piped_stdin=False) as process:
         assert process.stdout is not None  # it is a pipe
         try:
@@ -127,6 +134,24 @@ async def started_driver(spec: LoadSpec) -> AsyncIterator[DriverProcess]:
         process.stdin.write(encode_line(spec) + b"\n")
         await process.stdin.drain()
         yield DriverProcess(process)
+
+
+class Fault(enum.Enum):
+    """What can be done to a process."""
+
+    KILL = signal.SIGKILL
+    STOP = signal.SIGSTOP
+    CONTINUE = signal.SIGCONT
+    TERMINATE = signal.SIGTERM
+
+
+def inject(pid: int, fault: Fault) -> bool:
+    """Do it; False where the process is gone."""
+    try:
+        os.kill(pid, fault.value)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def end_as_on_interrupt() -> None:

@@ -117,8 +117,8 @@ class _Writer:
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        self.counts = await self._store.open()
-        self._rows = self.counts.dead + self.counts.waiting
+        await self._store.open()
+        self._count()
         self._taken = self._committed = self.counts.position_max
 
     def start(self) -> None:
@@ -242,15 +242,7 @@ class _Writer:
         if done:
             written = set(done)
             self._done = deque(position for position in self._done if position not in written)
-        removed = len(done) + len(replaced)
-        self._rows += len(dead) + len(waiting) - removed - len(redriven)
-        self.counts = replace(
-            self.counts,
-            dead=self.counts.dead + len(dead) - len(redriven),
-            waiting=self.counts.waiting + len(waiting) - removed,
-            position_max=last,
-            redriven=self.counts.redriven + len(redriven),
-        )
+        self._count()
         for burial in dead:
             burial.then()
         for keeping in waiting:
@@ -276,9 +268,12 @@ class _Writer:
     async def purge(self, rows: Sequence[int]) -> int:
         """To be called from a read only: the writer itself is the one caller of the store."""
         purged = await self._store.purge(rows)
-        self._rows -= purged
-        self.counts = replace(self.counts, dead=self.counts.dead - purged, purged=self.counts.purged + purged)
+        self._count()
         return purged
+
+    def _count(self) -> None:
+        self.counts = self._store.counts()
+        self._rows = self.counts.dead + self.counts.waiting
 
     async def _read(self) -> bool:
         """Answer the reads that were asked for by now and whose rows are in; whether there was one."""

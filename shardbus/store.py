@@ -131,6 +131,9 @@ class Store(Protocol):
     async def close(self) -> None:
         """Release everything. Rows stay."""
 
+    def counts(self) -> StoreCounts:
+        """What is in it now. Asks nobody."""
+
     async def write(
         self,
         *,

@@ -47,6 +47,10 @@ class MemoryStore:
 
     async def open(self) -> StoreCounts:
         """See `Store.open`."""
+        return self.counts()
+
+    def counts(self) -> StoreCounts:
+        """See `Store.counts`."""
         rows = self.rows
         return StoreCounts(
             dead=len(rows.dead),
