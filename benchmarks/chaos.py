@@ -214,7 +214,7 @@ async def benchmark(options: argparse.Namespace) -> int:
         scenarios.at_most_us("killed to first handled again, p99", int(p99 * 1e6), int(options.p99 * 1e6)),
     ]
     method = (
-        f"{_WORKERS} workers, {options.rate:,.0f} events/s over {_KEYS:,} keys; a tenth of the events fails, a hundredth for good",
+        f"{_WORKERS} workers, {options.rate:,.0f} events/s over {_KEYS:,} keys; a tenth fails, a hundredth for good",
         "the same seed makes the same events and faults in the same order; when they meet is the machine's to decide",
     )
     return scenarios.show(f"chaos, seed {seed}", checks, method)

@@ -152,6 +152,8 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
             )
             if one["store_failing"]:
                 click.echo(f"      its store cannot write: {one['store_failing']}")
+            if one["stalled_in"]:
+                click.echo(f"      its event loop stands still in {one['stalled_in']}")
     sys.exit(0 if found["healthy"] else _UNHEALTHY)
 
 

@@ -309,6 +309,10 @@ class Inbound:
         self._run_start = seq + 1
         return done
 
+    def plan_at(self, at: int) -> Plan:
+        """The plan of a row."""
+        return self._plans if isinstance(self._plans, Plan) else self._plans[at]
+
     def delivery(self) -> Delivery:
         """The present row, apart."""
         columns = self.columns
@@ -321,7 +325,7 @@ class Inbound:
             self.session.publisher,
             self.first + at,
             columns.names if isinstance(columns.names, str) else columns.names[at],
-            self._plans if isinstance(self._plans, Plan) else self._plans[at],
+            self.plan_at(at),
             columns.keys[at],
             columns.bodies[at],
             columns.ordinals[at] if stamped and columns.ordinals is not None else 0,
@@ -437,6 +441,16 @@ class Lanes:
         told += [f"without a key: {delivery.name} is running" for delivery in self._keyless.values()]
         unstarted = sum(inbound.end - inbound.next_seq for inbound in (self._cursor, *self._inbox) if inbound is not None)
         return [*told, f"{unstarted:,} messages had not begun"] if unstarted else told
+
+    def current(self) -> str:
+        """What the leader runs now, for people; may be asked from another thread."""
+        running, cursor = self._running, self._cursor
+        if running is not None:
+            return f"{_handlers_of(running.plan)} (key {running.key!r})"
+        if cursor is not None:
+            at = max(0, cursor.next_seq - 1 - cursor.first)
+            return f"{_handlers_of(cursor.plan_at(at))} (key {cursor.columns.keys[at]!r})"
+        return "something besides handlers"
 
     async def close(self) -> None:
         """Cancel what runs. What has not reached an outcome stays unfinished."""
@@ -1010,6 +1024,10 @@ class _Round:
     def again(self, handler: Registered, failures: int, delay_s: float) -> None:
         self.todo[handler.name] = failures
         self.delay_s = max(self.delay_s, delay_s)
+
+
+def _handlers_of(plan: Plan) -> str:
+    return " or ".join(handler.name for handler in plan.handlers) or plan.name
 
 
 def _type_name(error: BaseException) -> str:

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Final
 
@@ -152,6 +153,7 @@ class ReportPipe:
         self._on_message = on_message
         self._on_parent_gone = on_parent_gone
         self._frames = _Frames()
+        self._sending = threading.Lock()  # the watchdog's thread reports, too
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket, self._read)
 
@@ -169,7 +171,11 @@ class ReportPipe:
             self._on_message(message)
 
     def send(self, report: bytes) -> bool:
-        """Send a report; False where there is no room now."""
+        """Send a report; False where there is no room now. Any thread may."""
+        with self._sending:
+            return self._send(report)
+
+    def _send(self, report: bytes) -> bool:
         _, writable, _ = select.select([], [self._socket], [], 0)
         if not writable:
             return False

@@ -58,7 +58,13 @@ class Drained(msgspec.Struct, frozen=True, tag="drained"):
     backlog: int
 
 
-Report = Ready | BootFailed | Beat | Drained
+class Stalled(msgspec.Struct, frozen=True, tag="stalled"):
+    """The worker's event loop stands still, while `what` runs; sent by a thread beside it."""
+
+    what: str
+
+
+Report = Ready | BootFailed | Beat | Drained | Stalled
 
 encode_report: Final = msgspec.msgpack.Encoder().encode
 decode_report: Final = msgspec.msgpack.Decoder(Report).decode

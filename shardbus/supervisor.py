@@ -27,6 +27,7 @@ from shardbus.reports import (
     BootFailed,
     Drained,
     Ready,
+    Stalled,
     decode_report,
     encode_assignment,
     encode_boot,
@@ -80,6 +81,7 @@ class _Worker:
         self.boot_error = ""
         self.last_exit = ""
         self.beat: Beat | None = None
+        self.stalled_in = ""  # what blocks its event loop, as far as is known
         self.drained: Drained | None = None
 
     @property
@@ -265,6 +267,7 @@ class Supervisor:
         worker.ready = False
         worker.boot_error = ""
         worker.beat = None
+        worker.stalled_in = ""
         worker.heard_at = time.monotonic()
         worker.handled_before = worker.evidence.book.counters().handled
         assignment = Assignment(
@@ -311,8 +314,10 @@ class Supervisor:
         return process
 
     def _on_report(self, worker: _Worker, rundir: RunDir, data: bytes) -> None:
-        worker.heard_at = time.monotonic()
-        match decode_report(data):
+        report = decode_report(data)
+        if not isinstance(report, Stalled):  # that is a thread's word; the loop itself is silent
+            worker.heard_at = time.monotonic()
+        match report:
             case Ready():
                 worker.ready = True
                 worker.ready_at = worker.heard_at
@@ -327,6 +332,9 @@ class Supervisor:
                 worker.boot_error = error
             case Beat() as beat:
                 worker.beat = beat
+                worker.stalled_in = ""
+            case Stalled(what=what):
+                worker.stalled_in = what
             case Drained() as drained:
                 worker.drained = drained
         self._changed.set()
@@ -374,7 +382,13 @@ class Supervisor:
         for worker in self._workers:
             limit_s = SILENCE_S if worker.ready else BOOT_SILENCE_S
             if worker.child is not None and now - worker.heard_at > limit_s:
-                log.error("shard %d (pid %d) was silent for %g s; it is replaced", worker.shard, worker.child.pid, limit_s)
+                log.error(
+                    "shard %d (pid %d) was silent for %g s%s; it is replaced",
+                    worker.shard,
+                    worker.child.pid,
+                    limit_s,
+                    f", blocked by {worker.stalled_in}" if worker.stalled_in else "",
+                )
                 worker.heard_at = now
                 worker.child.kill()
 
@@ -479,6 +493,7 @@ class Supervisor:
             "dead_letters": beat.dead if beat else 0,
             "waiting": beat.waiting if beat else 0,
             "store_failing": beat.store_failing if beat else "",
+            "stalled_in": worker.stalled_in,
             "malformed": counters.malformed,
             "ignored": counters.ignored,
             "rejected": counters.rejected,

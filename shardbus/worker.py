@@ -35,6 +35,7 @@ from shardbus.reports import (
     BootFailed,
     Drained,
     Ready,
+    Stalled,
     decode_assignment,
     decode_boot,
     encode_report,
@@ -42,11 +43,13 @@ from shardbus.reports import (
 from shardbus.shard import Shard
 from shardbus.sql_store import SqlStore
 from shardbus.store import StoreError
+from shardbus.watchdog import Stall, Watchdog
 from shardbus.zmq_transport import ZmqListener
 
 log = logging.getLogger("shardbus.worker")
 
 BEAT_S: Final = 1.0
+STALL_S: Final = 1.0  # an event loop that stands still for longer is reported
 _EXIT_BOOT: Final = 3
 _EXIT_BROKEN: Final = 70  # EX_SOFTWARE
 # Young objects of a batch die young; a collection every 700 allocations costs a tenth of the throughput.
@@ -93,6 +96,7 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         limits=DEFAULT_LIMITS,
         broken=_broken,
     )
+    watchdog = Watchdog(STALL_S, shard.lanes.current, lambda stall: _stalled(stall, pipe))
     try:
         await shard.start()
         # Bound last: what waits in the store is in its lanes before anything new can come.
@@ -101,6 +105,7 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         gc.collect()
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
+        watchdog.start()
         pipe.send(encode_report(Ready()))
         while not stop.is_set():
             shard.tick()
@@ -116,6 +121,7 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         pipe.send(encode_report(Drained(left[:20], len(left), shard.backlog)))
         return 0
     finally:
+        watchdog.close()
         await shard.close()
         listener.close()
         evidence.close()
@@ -136,6 +142,17 @@ def _beat(shard: Shard) -> Beat:
         dead=counts.dead,
         waiting=counts.waiting,
         store_failing=shard.store_failing,
+    )
+
+
+def _stalled(stall: Stall, pipe: ReportPipe) -> None:
+    """The event loop stands still: say where, here and to the supervisor."""
+    pipe.send(encode_report(Stalled(stall.what)))
+    log.warning(
+        "the event loop has stood still for %.1f s, so no other key goes on; %s runs, and does not await:\n%s",
+        stall.seconds,
+        stall.what,
+        stall.stack.rstrip(),
     )
 
 

@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("metrics",),
     ("lanes",),
     # adapters: one effect each
-    ("evidence", "sql_store", "zmq_transport", "processes", "rundir", "logs", "application", "event_loop"),
+    ("evidence", "sql_store", "zmq_transport", "processes", "rundir", "logs", "application", "event_loop", "watchdog"),
     ("shard",),
     ("client", "worker", "supervisor"),  # roles
     ("local", "connecting"),
@@ -97,6 +97,7 @@ OWNERS: tuple[Owner, ...] = (
     ),
     Owner("shared memory", ("mmap",), ("shardbus/evidence.py",)),
     Owner("command lines", ("click",), ("shardbus/cli.py", "loadgen/cli.py")),
+    Owner("threads", ("threading",), ("shardbus/watchdog.py", "shardbus/processes.py")),
     Owner("event loops", ("uvloop",), ("shardbus/event_loop.py",)),
     Owner("locks on files", ("fcntl",), ("shardbus/rundir.py",)),
 )

@@ -14,6 +14,7 @@ from typing import Any
 APPLICATION = """
 import asyncio
 import os
+import time
 
 from shardbus import Bus, Command, Context, Event
 
@@ -28,6 +29,11 @@ class Stumbled(Event, key="account"):
 
 
 class Slept(Event, key="account"):
+    account: str
+    seconds: float
+
+
+class Blocked(Event, key="account"):
     account: str
     seconds: float
 
@@ -57,6 +63,11 @@ async def stumble(event: Stumbled, context: Context) -> None:
 @bus.on(Slept)
 async def sleep(event: Slept) -> None:
     await asyncio.sleep(event.seconds)
+
+
+@bus.on(Blocked)
+async def block(event: Blocked) -> None:
+    time.sleep(event.seconds)
 
 
 @bus.command(GetTotal)

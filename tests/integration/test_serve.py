@@ -19,7 +19,9 @@ MakeBus = Callable[..., RunningBus]
 
 _space: dict[str, object] = {}
 exec(compile(APPLICATION, "accounts.py", "exec"), _space)  # noqa: S102 - the same message types as the served application
-Added, Stumbled, Slept, GetTotal, Die = (_space[name] for name in ("Added", "Stumbled", "Slept", "GetTotal", "Die"))
+Added, Stumbled, Slept, Blocked, GetTotal, Die = (
+    _space[name] for name in ("Added", "Stumbled", "Slept", "Blocked", "GetTotal", "Die")
+)
 
 
 async def publish_stamped(client: shardbus.Client, count: int, keys: int, pause_s: float = 0.0) -> None:
@@ -217,6 +219,28 @@ async def test_a_bus_over_tcp_serves_alike(make_bus: MakeBus) -> None:
 async def publish_stamped_more(client: shardbus.Client, count: int) -> None:
     for number in range(count):
         await client.publish(Added(account=f"b{number % 10}"))
+
+
+async def test_a_handler_that_blocks_its_event_loop_is_named(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1")
+    bus.wait_ready()
+    async with shardbus.connect(bus.address) as client:
+        await client.publish(Blocked(account="a0", seconds=3.5))
+        await asyncio.sleep(0)
+
+        async def stalled_in() -> str:
+            return str((await client.status())["workers"][0]["stalled_in"])
+
+        while not (named := await stalled_in()):  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.05)
+        assert named == "accounts.block (key 'a0')"
+        await client.flush(30)
+        while await stalled_in():  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.05)
+        assert (await client.status())["workers"][0]["restarts"] == 0
+    _, errors = bus.end()
+    assert "the event loop has stood still" in errors
+    assert "time.sleep(event.seconds)" in errors or "in block" in errors
 
 
 async def test_a_silent_worker_is_replaced(make_bus: MakeBus) -> None:
