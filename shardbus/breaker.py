@@ -83,6 +83,7 @@ class Circuit:
         self._failed_ns: deque[int] = deque(maxlen=policy.failures)
         self._opened_ns = 0
         self._probing = 0
+        self._probed_ns = 0
         self._succeeded = 0
 
     def admit(self, now_ns: int) -> Admitted | Blocked:
@@ -94,14 +95,17 @@ class Circuit:
             self._enter(CircuitState.HALF_OPEN)
         if self.state is CircuitState.HALF_OPEN:
             if self._probing + self._succeeded >= self.policy.successes:
-                return Blocked(min(_PROBE_WAIT_S, self.policy.open_s))
+                if now_ns - self._probed_ns < max(_PROBE_WAIT_S, self.policy.open_s) * _NS:
+                    return Blocked(min(_PROBE_WAIT_S, self.policy.open_s))
+                self._probing = 0  # they hang, and others may have more luck
             self._probing += 1
+            self._probed_ns = now_ns
         return Admitted(self._term)
 
     def succeeded(self, term: int) -> None:
         """A call that was admitted in `term` returned."""
         if term == self._term and self.state is CircuitState.HALF_OPEN:
-            self._probing -= 1
+            self._probing = max(0, self._probing - 1)
             self._succeeded += 1
             if self._succeeded >= self.policy.successes:
                 self._enter(CircuitState.CLOSED)
@@ -121,7 +125,7 @@ class Circuit:
     def abandoned(self, term: int) -> None:
         """A call that was admitted in `term` was cancelled from outside; it says nothing of the handler."""
         if term == self._term and self.state is CircuitState.HALF_OPEN:
-            self._probing -= 1
+            self._probing = max(0, self._probing - 1)
 
     def _open(self, now_ns: int) -> None:
         self._opened_ns = now_ns

@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from shardbus.clock import NowNs, monotonic_ns, wall_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.dead_letters import (
+    EVENTS_MAX,
     DeadLetter,
     DeadLetterFilter,
     Request,
@@ -283,10 +284,7 @@ class Client:
                 outbox.channel.close()
             outbox.paused = True
         self._fail_commands(ClientClosed("the client was closed while the command was under way"))
-        for future in self._asked.values():
-            if not future.done():
-                future.set_exception(ClientClosed("the client was closed while the question was under way"))
-                future.exception()  # whoever asked may be gone
+        self._fail_questions(ClientClosed("the client was closed while the question was under way"))
         if self._control is not None:
             self._control.close()
         self._connector.close()
@@ -297,6 +295,12 @@ class Client:
             for call in outbox.commands.values():
                 if not call.reply.done():
                     call.reply.set_exception(error)
+
+    def _fail_questions(self, error: Exception) -> None:
+        for future in self._asked.values():
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # whoever asked may be gone
 
     # -- events
 
@@ -697,20 +701,27 @@ class Client:
         for outbox, filter_ in self._asked_shards(where):
             filter_ = replace(filter_, until_ns=until_ns)
             step = _PAGE_ROWS if rate is None else max(1, min(_PAGE_ROWS, int(rate / 4)))
-            while count := decode_count(
-                await self._ask_worker(outbox, what, encode_request(Request(filter_, 0, step)))
-            ):
+            after = 0
+            while True:
+                answer = await self._ask_worker(outbox, what, encode_request(Request(filter_, after, step)))
+                count, after = decode_count(answer)
+                if not after:
+                    break
                 total += count
                 if rate is not None:
                     await asyncio.sleep(max(0.0, began + total / rate - asyncio.get_running_loop().time()))
         return total
 
     def _asked_shards(self, where: DeadLetterFilter | None) -> list[tuple[_Outbox, DeadFilter]]:
+        """Each shard that is meant, with what to ask it: more than once where many events are named."""
         filter_, shards = (where or DeadLetterFilter()).for_shards()
+        if shards is None:
+            return [(outbox, filter_) for outbox in self._outboxes]
         return [
-            (outbox, filter_ if shards is None else replace(filter_, events=shards.get(outbox.shard, [])))
+            (outbox, replace(filter_, events=named[at : at + EVENTS_MAX]))
             for outbox in self._outboxes
-            if shards is None or outbox.shard in shards
+            for named in (shards.get(outbox.shard, []),)
+            for at in range(0, len(named), EVENTS_MAX)
         ]
 
     async def _ask_worker(self, outbox: _Outbox, what: str, body: bytes) -> bytes:
@@ -904,6 +915,7 @@ class Client:
         """The bus has refused this client for good: everybody who waits hears of it."""
         self._fatal = error
         self._fail_commands(error)
+        self._fail_questions(error)
         self._made_progress()
 
     # -- inside: the supervisor

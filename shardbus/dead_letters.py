@@ -19,6 +19,8 @@ from shardbus.store import DeadFilter, StoredDeadLetter
 from shardbus.wire.frames import Ask, brief
 
 QUESTIONS: Final = ("dead-letters", "redrive", "purge")
+EVENTS_MAX: Final = 256  # named in one question
+_TEXT_MAX: Final = 1024
 _PAGE_BYTES_MAX: Final = 1024 * 1024  # of bodies in one answer; the rest comes with the next page
 
 
@@ -123,7 +125,7 @@ class _WireFilter(msgspec.Struct, frozen=True, array_like=True):
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode_filter: Final = msgspec.msgpack.Decoder(_WireFilter).decode
 _decode_any: Final = msgspec.msgpack.Decoder(list[Any]).decode
-_decode_count: Final = msgspec.msgpack.Decoder(int).decode
+_decode_count: Final = msgspec.msgpack.Decoder(tuple[int, int]).decode
 
 
 def encode_request(request: Request) -> bytes:
@@ -156,6 +158,9 @@ def decode_request(ask: Ask) -> Request:
         wire = _decode_filter(ask.body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise RemoteProtocolError(f"not a question: {brief(error)}") from None
+    texts = (wire.type, wire.reason, wire.handler)
+    if any(text is not None and len(text) > _TEXT_MAX for text in texts) or len(wire.events or ()) > EVENTS_MAX:
+        raise RemoteProtocolError("not a question: too long")
     sound = 0 <= wire.since_ns < 2**63 and 0 <= wire.until_ns < 2**63 and 0 <= wire.after < 2**62 and 0 < wire.limit < 2**31
     if not sound or (wire.events is not None and any(not 0 <= seq < 2**62 for _, seq in wire.events)):
         raise RemoteProtocolError("not a question: a number is out of range")
@@ -198,8 +203,11 @@ def encode_answer(body: object) -> bytes:
     return _encode(body)
 
 
-def decode_count(body: bytes) -> int:
-    """How many dead letters were redriven or purged. Raises `msgspec.DecodeError`."""
+def decode_count(body: bytes) -> tuple[int, int]:
+    """How many dead letters of a page were redriven or purged, and the row of its last (0: the page is empty).
+
+    Raises `msgspec.DecodeError`.
+    """
     return _decode_count(body)
 
 

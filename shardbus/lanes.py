@@ -49,6 +49,7 @@ from shardbus.wire.session import WorkerSession
 _SLICE_NS: Final = 2_000_000  # a leader gives the event loop a turn about every two milliseconds
 _STRIDE_MAX: Final = 16  # messages between two looks at the clock, which cost 60 ns; fewer where handlers are slow
 _ERROR_CHARS_MAX: Final = 2000
+_TRACEBACK_CHARS_MAX: Final = 32_000
 _PLACES_MAX: Final = 1024
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
 
@@ -155,8 +156,8 @@ class LaneHost(Protocol):
     def bury(self, delivery: Delivery, failure: Failure) -> None:
         """Make it a dead letter; when that is committed, finish it."""
 
-    def can_keep(self) -> bool:
-        """Whether the store has room for waiting events."""
+    def can_keep(self, count: int) -> bool:
+        """Whether the store has room for so many waiting events."""
 
     def keep(self, deliveries: Sequence[Delivery]) -> None:
         """Give each a position and write it to the store as waiting; when that is committed, finish it as waiting."""
@@ -400,6 +401,14 @@ class Lanes:
         lane.stored = True
         lane.queue.append(_Stored(after, count, last, due_ns))
         self._continue(lane)
+
+    def can_rejoin(self, key: WireKey) -> bool:
+        """Whether an event may join the end of a lane through the store: the whole lane must be there, too.
+
+        Rows are read back by position, so what is in the lane already must have lower ones.
+        """
+        lane = self._busy.get(key) if key is not None else None
+        return lane is None or lane.stored or self._spill(lane)
 
     def rejoin(self, key: WireKey, position: int) -> None:
         """A waiting event that was dead joins the end of its lane; the store has, or will have, its row."""
@@ -741,10 +750,10 @@ class Lanes:
             case GiveUp():
                 round_.gave_up.append(self._judge(handler, error, reason))
 
-    @staticmethod
-    def _handler_blocked(round_: _Round, handler: Registered, circuit: Circuit, delay_s: float) -> None:
+    def _handler_blocked(self, round_: _Round, handler: Registered, circuit: Circuit, delay_s: float) -> None:
         if circuit.policy.while_open == "wait":
-            round_.again(handler, round_.failures_before(handler), delay_s)
+            # Not all of a handler's lanes at one instant.
+            round_.again(handler, round_.failures_before(handler), delay_s + self._chance() * min(1.0, delay_s))
         else:
             told = f"the circuit of {handler.name} is {circuit.state.value}"
             round_.gave_up.append(
@@ -847,7 +856,9 @@ class Lanes:
         self.queued += 1
         if delivery.position:
             self._host.amend(delivery)
-        if later.delay_s > self._limits.lane_wait_s_max and not lane.stored and self._host.can_keep():
+        # What has no key stays in memory as well, so it is acked only while there is room there.
+        crowded = delivery.key is None and self.queued > self._limits.queued_events_max
+        if later.delay_s > self._limits.lane_wait_s_max and not lane.stored and not crowded:
             self._spill(lane)
         if later.delay_s > self._limits.lane_wait_s_max and lane.stored and delivery.key is not None:
             self._unload(lane, delivery.due_ns)
@@ -858,8 +869,7 @@ class Lanes:
         loaded = [one for one in lane.queue if isinstance(one, Delivery)]
         if all(one.position for one in loaded):  # no command in between, which lives in memory only
             count = sum(1 if isinstance(one, Delivery) else one.count for one in lane.queue)
-            end = lane.queue[-1]
-            last = end.position if isinstance(end, Delivery) else end.last
+            last = max(one.position if isinstance(one, Delivery) else one.last for one in lane.queue)
             after = min(one.position - 1 if isinstance(one, Delivery) else one.after for one in lane.queue)
             self.queued -= len(loaded)
             lane.queue = deque([_Stored(after, count, last, due_ns)])
@@ -910,13 +920,15 @@ class Lanes:
                 loose.queue.append(row)
                 self._loose.add(loose)
                 self._continue(loose)
+            if self.queued > self._limits.queued_events_max:
+                head.due_ns = self._now() + int(self._limits.lane_wait_s_max * 1e9)  # the rest when some of them have run
         else:
             lane.queue.extendleft(reversed(rows))
         self._continue(lane)
 
     def _append(self, lane: _Lane, delivery: Delivery) -> None:
         """Queue a message behind a busy key: in memory, or in the store where its lane has gone there."""
-        if lane.stored and delivery.is_event and not self._host.can_keep():
+        if lane.stored and delivery.is_event and not self._host.can_keep(1):
             # In memory only. Nothing behind it may be kept before it is, or a successor would run that first.
             lane.stored = False
         if lane.stored and delivery.is_event:
@@ -930,24 +942,27 @@ class Lanes:
         self._queue(lane, delivery)
         length = len(lane.queue)
         crowded = self.queued > self._limits.queued_events_max and length * (len(self._busy) + 1) > self.queued
-        if not lane.stored and (length > self._limits.lane_events_max or crowded) and self._host.can_keep():
+        if not lane.stored and (length > self._limits.lane_events_max or crowded):
             self._spill(lane)
 
     def _queue(self, lane: _Lane, delivery: Delivery) -> None:
         lane.queue.append(delivery)
         self.queued += 1
 
-    def _spill(self, lane: _Lane) -> None:
+    def _spill(self, lane: _Lane) -> bool:
         """Give a whole lane to the store, with the message that runs: a successor must find its beginning there too.
 
-        What it acks makes room for more, so only the lane's beginning stays in memory as well.
+        What it acks makes room for more, so only the lane's beginning stays in memory as well. False where the store has no
+        room for all of it.
         """
-        lane.stored = True
         events = [
             delivery
             for delivery in (lane.running, *lane.queue)
             if isinstance(delivery, Delivery) and not delivery.position and delivery.is_event
         ]
+        if not self._host.can_keep(len(events)):
+            return False
+        lane.stored = True
         self._host.keep(events)
         rest = list(islice(lane.queue, _LOAD_ROWS, None))
         rows = [one.position for one in rest if isinstance(one, Delivery) and one.position]
@@ -956,6 +971,7 @@ class Lanes:
                 lane.queue.pop()
             self.queued -= len(rest)
             lane.queue.append(_Stored(rows[0] - 1, len(rows), rows[-1]))
+        return True
 
     # -- failures
 
@@ -998,6 +1014,9 @@ class Lanes:
             if cause is not None:
                 stack = "".join(traceback.format_exception(error))
             text = f"Traceback (most recent call last):\n{stack}{own}" if cause is None else stack
+            if len(text) > _TRACEBACK_CHARS_MAX:  # with a cause, it has whole error texts in it
+                half = _TRACEBACK_CHARS_MAX // 2
+                text = f"{text[:half]}\n… {len(text) - 2 * half:,} characters …\n{text[-half:]}"
             known = self._places[tuple(identity)] = (xxhash.xxh3_128_hexdigest(text.encode("utf-8", "replace")), text)
         return known
 

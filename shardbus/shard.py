@@ -12,6 +12,7 @@ import logging
 import random
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -19,7 +20,7 @@ from msgspec.structs import replace
 
 from shardbus.clock import NowNs, wall_ns
 from shardbus.config import PROTOCOL, Limits
-from shardbus.dead_letters import decode_request, encode_answer, page_of
+from shardbus.dead_letters import Request, decode_request, encode_answer, page_of
 from shardbus.errors import RemoteProtocolError
 from shardbus.lanes import UNKNOWN, Delivery, Inbound, Lanes
 from shardbus.messages import WireKey
@@ -36,7 +37,7 @@ from shardbus.store import (
     StoreError,
     WaitingEvent,
 )
-from shardbus.wire.codec import decode_batch
+from shardbus.wire.codec import Extra, decode_batch
 from shardbus.wire.frames import Answer, Ask, Data, Hello, Ping, Reject, Reply, decode_to_worker, encode_frame
 from shardbus.wire.session import WorkerSession
 
@@ -52,6 +53,9 @@ _NS: Final = 1_000_000_000
 _TELL_NS: Final = 60 * _NS
 _TOLD_MAX: Final = 1024
 _ASKED_MAX: Final = 256
+_ANSWERS_MAX: Final = 64  # of up to a megabyte
+_READS_MAX: Final = 64  # between two transactions, so that writes and their acks go on
+_ASKED_S: Final = 20.0  # somebody who wants an answer asks again sooner
 _PAGE_ROWS_MAX: Final = 256  # dead letters a question and answer
 
 
@@ -141,8 +145,9 @@ class _Writer:
     def _writes_left(self) -> bool:
         return bool(self._dead or self._waiting or self._changed or self._done)
 
-    def has_room(self) -> bool:
-        return self._rows + len(self._dead) + len(self._waiting) < self._rows_max and not self.failing
+    def has_room(self, rows: int) -> bool:
+        """Whether so many more waiting rows fit; then they are written before any dead letter that takes a new row."""
+        return self._rows + len(self._dead) + len(self._waiting) + rows <= self._rows_max and not self.failing
 
     def add_dead(self, letter: DeadLetter, position: int, then: Callable[[], None]) -> None:
         if position > self._taken:
@@ -199,8 +204,10 @@ class _Writer:
 
     async def _write(self) -> bool:
         """One transaction of what there is room for; whether there was anything."""
-        done = [position for position in islice(self._done, _WRITE_ROWS_MAX) if position <= self._committed]
+        done = self._take_done()
         room = self._rows_max - self._rows + len(done)
+        waiting, last = self._take_waiting(min(max(0, room), _WRITE_ROWS_MAX))
+        room -= len(self._waiting)  # those that come later were promised theirs
         dead: list[_Burial] = []
         for burial in islice(self._dead, _WRITE_ROWS_MAX):
             replaces = 0 < burial.position <= self._committed
@@ -208,7 +215,6 @@ class _Writer:
                 break
             room += replaces - 1
             dead.append(burial)
-        waiting, last = self._take_waiting(min(max(0, room), _WRITE_ROWS_MAX))
         changed = [row for row in self._changed.values() if row.position <= last]
         if not (dead or waiting or changed or done):
             return False
@@ -225,6 +231,7 @@ class _Writer:
             )
         except BaseException:
             self._taken = self._committed
+            self._done.extend(done)
             raise
         self._committed = last
         for _ in dead:
@@ -239,15 +246,18 @@ class _Writer:
             written_now = [keeping.event.position for keeping in waiting]
             self._done.extend(position for position in written_now if position in self._dropped)
             self._dropped.difference_update(written_now)
-        if done:
-            written = set(done)
-            self._done = deque(position for position in self._done if position not in written)
         self._count()
         for burial in dead:
             burial.then()
         for keeping in waiting:
             keeping.then()
         return True
+
+    def _take_done(self) -> list[int]:
+        """Positions to remove whose rows are in."""
+        taken = [self._done.popleft() for _ in range(min(len(self._done), _WRITE_ROWS_MAX))]
+        self._done.extend(position for position in taken if position > self._committed)
+        return [position for position in taken if position <= self._committed]
 
     def _take_waiting(self, limit: int) -> tuple[list[_Keeping], int]:
         """Up to `limit` rows to write, and the last position decided with them; forgets what is not wanted any more."""
@@ -276,9 +286,9 @@ class _Writer:
         self._rows = self.counts.dead + self.counts.waiting
 
     async def _read(self) -> bool:
-        """Answer the reads that were asked for by now and whose rows are in; whether there was one."""
+        """Answer some of the reads that were asked for by now and whose rows are in; whether there was one."""
         answered = False
-        for _ in range(len(self._reads)):
+        for _ in range(min(len(self._reads), _READS_MAX)):
             read = self._reads[0]
             if read.upto <= self._committed:
                 await read.ask()
@@ -332,7 +342,8 @@ class Shard:
         self._resting: OrderedDict[bytes, WorkerSession] = OrderedDict()
         self._blocked: OrderedDict[bytes, None] = OrderedDict()
         self._touched: list[_Publisher] = []
-        self._asked: set[tuple[bytes, int]] = set()  # questions that are being answered
+        self._asked: dict[tuple[bytes, int], int] = {}  # questions that wait for their answer, and when they were asked last
+        self._answers: OrderedDict[tuple[bytes, int], bytes] = OrderedDict()  # the last ones, for whoever missed them
         self._leaving: set[int] = set()  # rows of dead letters that are being redriven
         self._told: dict[object, tuple[int, int]] = {}  # kinds of dead letters: when one was logged, how many since
         self._draining = False
@@ -353,7 +364,8 @@ class Shard:
         lanes = await self._store.waiting_lanes() if counts.waiting else []
         self._writer.start()
         for lane in lanes:
-            self.lanes.adopt(lane.key, lane.count, self._by_our_clock(lane.due_ns))
+            # Those without a key have no order, so none waits for the first.
+            self.lanes.adopt(lane.key, lane.count, 0 if lane.key is None else self._by_our_clock(lane.due_ns))
 
     async def drain(self, deadline_s: float) -> list[str]:
         """Take nothing new, and wait until everything accepted is finished; return what was not, in words."""
@@ -541,54 +553,78 @@ class Shard:
     def _on_ask(self, peer: bytes, ask: Ask) -> None:
         """Answer once the store has: dead letters are read, redriven and purged by the writer, behind what it writes."""
         asked = (peer, ask.request)
-        if asked in self._asked:
-            return  # asked again, because the answer takes long
-        try:
-            request = decode_request(ask)
-        except RemoteProtocolError as error:
-            self._send(peer, encode_frame(Answer(ask.request, str(error), b"")))
+        known = self._answers.get(asked)
+        if known is not None:
+            self._send(peer, known)
             return
-        if len(self._asked) >= _ASKED_MAX:
+        is_new = asked not in self._asked
+        if is_new and len(self._asked) >= _ASKED_MAX:
             return  # it is asked again
-        self._asked.add(asked)
+        self._asked[asked] = self._now()
+        if is_new:
+            try:
+                request = decode_request(ask)
+            except RemoteProtocolError as error:
+                self._answer(asked, Answer(ask.request, str(error), b""))
+                return
+            self._writer.add_read(lambda: self._answer_from_store(asked, ask.what, request))
 
-        def answer(body: object) -> None:
-            self._asked.discard(asked)
-            self._send(peer, encode_frame(Answer(ask.request, "", encode_answer(body))))
+    def _answer(self, asked: tuple[bytes, int], answer: Answer) -> None:
+        del self._asked[asked]
+        frame = self._answers[asked] = encode_frame(answer)
+        if len(self._answers) > _ANSWERS_MAX:
+            self._answers.popitem(last=False)
+        self._send(asked[0], frame)
 
-        async def read() -> None:
+    async def _answer_from_store(self, asked: tuple[bytes, int], what: str, request: Request) -> None:
+        if self._now() - self._asked[asked] > _ASKED_S * _NS:
+            del self._asked[asked]  # nobody waits any more, and has been told so
+            return
+        try:
             found = await self._store.dead_letters(request.where, request.after, min(request.limit, _PAGE_ROWS_MAX))
-            match ask.what:
-                case "dead-letters":
-                    answer(page_of(found))
-                case "purge":
-                    answer(await self._writer.purge([one.row for one in found]))
-                case _:
-                    self._redrive([one for one in found if one.row not in self._leaving], answer)
-
-        self._writer.add_read(read, self._position)
+            last = found[-1].row if found else 0
+            if what == "dead-letters":
+                self._answer(asked, Answer(asked[1], "", encode_answer(page_of(found))))
+                return
+            found = [one for one in found if one.row not in self._leaving]
+            if what == "purge":
+                purged = await self._writer.purge([one.row for one in found])
+                self._answer(asked, Answer(asked[1], "", encode_answer((purged, last))))
+                return
+        except StoreError as error:
+            self._answer(asked, Answer(asked[1], f"the store of shard {self.shard} cannot do that now: {error}", b""))
+            return
+        self._redrive(found, lambda count: self._answer(asked, Answer(asked[1], "", encode_answer((count, last)))))
 
     def _redrive(self, found: Sequence[StoredDeadLetter], answer: Callable[[int], None]) -> None:
         """Put dead letters back at the end of their lanes, and answer once that is committed."""
-        if not found:
-            answer(0)
-        for number, one in enumerate(found, 1):
-            self._position += 1
+        left = 0
+        redriven = 0
+
+        def committed(row: int) -> None:
+            nonlocal left
+            self._leaving.discard(row)
+            left -= 1
+            if not left:
+                answer(redriven)
+
+        for one in found:
             letter = one.letter
+            if not self.lanes.can_rejoin(letter.envelope.key):
+                continue  # its lane cannot go to the store now; it stays dead
+            self._position += 1
             event = WaitingEvent(
                 position=self._position,
                 envelope=replace(letter.envelope, attempt=letter.envelope.attempt + 1),
                 todo=dict.fromkeys(letter.handlers, 0),
             )
             self._leaving.add(one.row)
-
-            def committed(row: int = one.row, number: int = number) -> None:
-                self._leaving.discard(row)
-                if number == len(found):
-                    answer(number)
-
-            self._writer.add_waiting(event, committed, one.row)
+            left += 1
+            redriven += 1
+            self._writer.add_waiting(event, partial(committed, one.row), one.row)
             self.lanes.rejoin(letter.envelope.key, self._position)
+        if not redriven:
+            answer(0)
 
     def _rest(self, publisher: bytes) -> None:
         one = self._publishers.pop(publisher)
@@ -704,9 +740,9 @@ class Shard:
             f" (and {more:,} more of the kind since the last such line)" if more else "",
         )
 
-    def can_keep(self) -> bool:
-        """Whether the store has room and works."""
-        return self._writer.has_room()
+    def can_keep(self, count: int) -> bool:
+        """Whether the store has room for so many, and works."""
+        return self._writer.has_room(count)
 
     def keep(self, deliveries: Sequence[Delivery]) -> None:
         """Write events as waiting, in order; finish each once that is committed."""
@@ -774,6 +810,8 @@ class Shard:
             0,
             row.position,
         )
+        if envelope.headers:
+            delivery.extra = Extra(0, envelope.headers, 0, False)
         delivery.due_ns = self._by_our_clock(row.due_ns)
         delivery.todo = row.todo or None
         delivery.gave_up = row.gave_up

@@ -57,7 +57,7 @@ from shardbus.store import (
 )
 
 MEMORY_URL: Final = "sqlite+aiosqlite:///:memory:"
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 """Raise it with every change of the tables below; a store of another version is refused unless it is empty."""
 
 _ROWS_MAX: Final = 512  # rows of one statement: 18 columns of them stay far below SQLite's 32,766 parameters
@@ -107,6 +107,7 @@ _dead: Final = Table(
     Column("epoch", LargeBinary, nullable=False),
     Column("id", _RowNumber, primary_key=True),  # given by the database: the order in which they died
     UniqueConstraint("publisher", "seq"),
+    sqlite_autoincrement=True,  # a number is never given twice: what was asked about one row must not hit another
 )
 
 _waiting: Final = Table(

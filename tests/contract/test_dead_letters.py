@@ -9,7 +9,19 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from shardbus import Bus, Client, Context, DeadLetterFilter, Event, Retry, UsageError
+from shardbus import (
+    Breaker,
+    Bus,
+    BusRejected,
+    Client,
+    Context,
+    DeadLetterFilter,
+    Event,
+    NotDelivered,
+    Retry,
+    UsageError,
+)
+from shardbus.config import Limits
 from shardbus.local import run_local
 from shardbus.testing import MemoryRows, MemoryStore
 
@@ -212,3 +224,133 @@ def test_an_id_that_is_none_is_refused(text: str):
 def test_a_time_without_a_zone_is_refused():
     with pytest.raises(UsageError, match="zone"):
         DeadLetterFilter(since=datetime(2026, 1, 1))  # noqa: DTZ001 - that is what is refused
+
+
+# -- when there is no room, or two do it at once
+
+
+async def test_headers_come_back_with_a_redriven_event(application: Application):
+    seen: list[str] = []
+    successor = Bus("letters")
+
+    @successor.on(Step)
+    async def read(event: Step, context: Context) -> None:
+        seen.append(context.headers["n"])
+
+    rows = MemoryRows()
+    async with application.running(rows=rows) as client:
+        await publish(client, 3)
+    async with run_local(successor, stores=[MemoryStore(rows)]) as client:
+        await client.redrive()
+        while len(seen) < 3:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+    assert sorted(seen) == ["0", "1", "2"]
+
+
+async def test_a_store_that_is_full_can_be_listed_purged_and_redriven(application: Application):
+    limits = Limits(store_rows_max=5)
+    async with run_local(application.bus, stores=[MemoryStore()], limits=limits) as client:
+        for n in range(12):
+            await client.publish(Step(key=f"k{n}", n=n))
+        with pytest.raises(NotDelivered):  # publishers wait: nothing is dropped
+            await client.flush(0.3)
+        assert len(await client.dead_letters()) == 5
+        assert await client.purge() >= 5
+        application.broken = False
+        await client.flush(10)
+        await client.redrive()
+        while await client.dead_letters():  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+        assert client.ledger().in_flight == 0
+
+
+async def test_a_lane_that_does_not_fit_into_the_store_waits_in_memory_and_goes_on():
+    bus = Bus("full")
+    handled: list[int] = []
+    down = True
+
+    @bus.on(Step, retry=Retry(attempts=50, base_s=0.01, cap_s=0.02), breaker=Breaker(failures=1, open_s=1.2, successes=1))
+    async def handle(event: Step) -> None:
+        if down:
+            raise ConnectionError("down")
+        handled.append(event.n)
+
+    async with run_local(bus, stores=[MemoryStore()], limits=Limits(store_rows_max=3)) as client:
+        await client.publish_many([Step(key="a", n=n) for n in range(6)])
+        await asyncio.sleep(0.1)
+        down = False
+        assert (await client.flush(20)).handled == 6
+    assert handled == list(range(6))
+
+
+async def test_two_redrives_and_a_purge_at_once_leave_nothing_and_lose_nothing(application: Application):
+    rows = MemoryRows()
+    async with application.running(rows=rows) as client:
+        await publish(client, 900, keys=9)
+        application.broken = False
+        ones = DeadLetterFilter(key=("k1",))
+        counts = await asyncio.gather(client.redrive(ones), client.redrive(), client.purge(ones))
+        while rows.waiting:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+        assert await client.dead_letters() == []
+    assert sum(counts) == 900
+    assert len(application.shaky) == rows.redriven == 900 - rows.purged
+
+
+async def test_what_the_store_refuses_is_told_and_holds_up_nobody(application: Application):
+    async with run_local(application.bus) as client:
+        await publish(client, 3)
+        with pytest.raises(BusRejected, match="too long"):
+            await client.dead_letters(DeadLetterFilter(handler="x" * 60_000))
+        assert len(await client.dead_letters(DeadLetterFilter(handler="%" * 1000))) == 0
+        everything = tuple(letter.id for letter in await client.dead_letters()) * 2000
+        assert len(await client.dead_letters(DeadLetterFilter(ids=everything[:3000]), limit=10)) == 10
+        assert await client.purge() == 3
+
+
+async def test_a_huge_traceback_is_cut_and_can_be_listed():
+    bus = Bus("huge")
+
+    @bus.on(Step, retry=Retry(attempts=1))
+    async def handle(event: Step) -> None:
+        try:
+            raise KeyError("cause")
+        except KeyError as cause:
+            raise ValueError("x" * 3_000_000) from cause
+
+    async with run_local(bus) as client:
+        await client.publish(Step(key="a"))
+        await client.flush(10)
+        (letter,) = await client.dead_letters()
+    assert len(letter.traceback) < 40_000
+    assert "KeyError" in letter.traceback
+
+
+async def test_a_redriven_event_stays_behind_its_lane_when_that_goes_to_the_store(application: Application):
+    bus = Bus("order")
+    ran: list[int] = []
+    blocked = asyncio.Event()
+    broken = True
+
+    @bus.on(Step, retry=Retry(attempts=2, base_s=3.0, cap_s=3.0))
+    async def handle(event: Step, context: Context) -> None:
+        if event.n == 0 and broken:
+            raise ValueError("dead")
+        if event.n == 1 and not blocked.is_set():
+            blocked.set()
+            await asyncio.sleep(0.2)
+            raise ValueError("later")
+        ran.append(event.n)
+
+    rows = MemoryRows()
+    async with run_local(bus, stores=[MemoryStore(rows)]) as client:
+        await client.publish(Step(key="a", n=0))
+        while not rows.dead:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.01)
+        broken = False
+        await client.publish_many([Step(key="a", n=n) for n in (1, 2, 3)])
+        await blocked.wait()
+        assert await client.redrive() == 1
+        while len(ran) < 4:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.01)
+    assert ran == [1, 2, 3, 0]
