@@ -238,8 +238,9 @@ def test_a_changed_frame_is_refused_or_sound(sent: tuple[Decoder, Frame], data: 
 @given(frames)
 def test_no_end_takes_what_is_meant_for_another(sent: tuple[Decoder, Frame]):
     right, frame = sent
+    shared = {Ask: (decode_to_supervisor, decode_to_worker), Answer: (decode_to_client, decode_to_publisher)}
     for decode in DECODERS.values():
-        if decode is not right:
+        if decode is not right and decode not in shared.get(type(frame), ()):
             with pytest.raises(RemoteProtocolError):
                 decode(encode_frame(frame))
 
