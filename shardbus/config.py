@@ -32,7 +32,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     # -- publisher
     outbox_events_max: int = 65_536  # per shard, sent or not; when full, `publish` waits
     outbox_bytes_max: int = 32 * 1024 * 1024  # likewise
-    route_cache_max: int = 65_536  # keys whose slot is remembered; when full, it starts over
+    route_cache_max: int = 16_384  # keys whose slot is remembered; when full, it starts over
     commands_in_flight_max: int = 16_384  # per shard; when full, `execute` waits
 
     # -- worker

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shardbus import Bus, Command, Event
 
-_KEYS_MAX = 65_536  # keys whose count is kept in memory; when full, all are forgotten
+_KEYS_MAX = 16_384  # keys whose count is kept in memory; when full, all are forgotten
 
 
 class Tick(Event, key="key", gc=False):
