@@ -2,7 +2,7 @@
 
 from shardbus.breaker import Breaker
 from shardbus.bus import Bus
-from shardbus.client import Client, Ledger
+from shardbus.client import Client, Ledger, Statistics
 from shardbus.connecting import connect
 from shardbus.context import Context
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
@@ -17,6 +17,7 @@ from shardbus.errors import (
     InvalidKey,
     MessageTooLarge,
     NotDelivered,
+    OutboxFull,
     RegistrationError,
     RemoteProtocolError,
     ShardbusError,
@@ -47,10 +48,12 @@ __all__ = [
     "Ledger",
     "MessageTooLarge",
     "NotDelivered",
+    "OutboxFull",
     "RegistrationError",
     "RemoteProtocolError",
     "Retry",
     "ShardbusError",
+    "Statistics",
     "UsageError",
     "WorkerInfo",
     "connect",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
-from shardbus.client import Client
+from shardbus.client import Client, OnFull
 from shardbus.errors import ConfigError
 from shardbus.local import run_local
 from shardbus.registry import Registry
@@ -20,7 +21,13 @@ class Bus(Registry):
     """
 
     def local(
-        self, *, shards: int = 1, dead_letters: str | None = None, close_timeout: float = 30.0
+        self,
+        *,
+        shards: int = 1,
+        dead_letters: str | None = None,
+        close_timeout: float = 30.0,
+        on_full: OnFull = "wait",
+        on_pressure: Callable[[bool], object] | None = None,
     ) -> AbstractAsyncContextManager[Client]:
         """Run the application in the calling process: `async with bus.local() as client`.
 
@@ -28,6 +35,8 @@ class Bus(Registry):
             shards: how many shards, all in this process.
             dead_letters: URL of the store, as for `shardbus serve --dead-letters`; default: in memory.
             close_timeout: seconds that leaving the block waits for what is unfinished.
+            on_full: as for `shardbus.connect`.
+            on_pressure: likewise.
 
         Raises:
             NotDelivered: on leaving, if events were left when the time was up.
@@ -35,4 +44,11 @@ class Bus(Registry):
         """
         if not 1 <= shards <= _SHARDS_MAX:
             raise ConfigError(f"shards={shards}: take 1 to {_SHARDS_MAX}")
-        return run_local(self, shards=shards, dead_letters=dead_letters, close_timeout_s=close_timeout)
+        return run_local(
+            self,
+            shards=shards,
+            dead_letters=dead_letters,
+            close_timeout_s=close_timeout,
+            on_full=on_full,
+            on_pressure=on_pressure,
+        )

@@ -12,7 +12,7 @@ import logging
 import os
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -37,6 +37,7 @@ from shardbus.errors import (
     CommandLost,
     MessageTooLarge,
     NotDelivered,
+    OutboxFull,
     RemoteProtocolError,
     UsageError,
 )
@@ -56,7 +57,7 @@ from shardbus.wire.frames import (
     decode_to_publisher,
     encode_frame,
 )
-from shardbus.wire.session import Lost, PublisherSession, Rejected, Replied
+from shardbus.wire.session import Lost, PublisherSession, Rejected, Replied, State
 
 log = logging.getLogger("shardbus.client")
 
@@ -66,6 +67,8 @@ _TICK_S: Final = 0.1
 _TURN_SEALS: Final = 8  # a publisher that never waits gives the event loop a turn after so many batches
 _SMALL_BYTES: Final = 1024  # 256 smaller bodies fit into a batch uncounted
 _HEADER_BYTES_MAX: Final = 4096
+_HIGH_WATER: Final = 0.75  # of an outbox's bound
+_LOW_WATER: Final = 0.25
 _PAGE_ROWS: Final = 256
 _DEAD_LETTERS_S: Final = 30.0  # a worker that is being replaced answers late
 _TIMEOUT_S_MAX: Final = 10_000_000  # 115 days
@@ -104,7 +107,7 @@ class Connector(Protocol):
 class Ledger(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a client's events: `published = handled + dead + waiting + dropped + in_flight`.
 
-    Counted from acks. `waiting` events were taken over by a shard's store; `dropped` is 0 while `publish` waits for room.
+    Counted from acks. `waiting` events were taken over by a shard's store; `dropped` is 0 unless the client may drop.
     """
 
     published: int
@@ -113,6 +116,31 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     dropped: int
     in_flight: int
+
+
+class OutboxState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client holds for one shard: not finished, sent or not."""
+
+    shard: int
+    connected: bool
+    held_events: int
+    held_bytes: int
+
+
+class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+    """A client's ledger, and what keeping it took.
+
+    `waits` publish calls waited for room, `waited_s` seconds together; `rejected` were refused instead.
+    """
+
+    ledger: Ledger
+    waits: int
+    waited_s: float
+    rejected: int
+    outboxes: tuple[OutboxState, ...]
+
+
+OnFull = Literal["wait", "reject", "drop_oldest"]
 
 
 class _Route:
@@ -202,7 +230,11 @@ class Client:
         limits: Limits = DEFAULT_LIMITS,
         now: NowNs = monotonic_ns,
         publisher: bytes | None = None,
+        on_full: OnFull = "wait",
+        on_pressure: Callable[[bool], object] | None = None,
     ) -> None:
+        if on_full not in ("wait", "reject", "drop_oldest"):
+            raise UsageError(f"on_full={on_full!r}: it is 'wait', 'reject' or 'drop_oldest'")
         self.address = address
         self.publisher = os.urandom(16) if publisher is None else publisher
         """The identity of this client as a publisher; 16 bytes."""
@@ -217,6 +249,13 @@ class Client:
         self._routes: dict[type, _Route] = {}  # of events
         self._command_routes: dict[type, _Route] = {}
         self._replies: dict[type, Callable[[bytes], Any]] = {}
+        self._on_full = on_full
+        self._on_pressure = on_pressure
+        self._under_pressure = False
+        self._dropped = 0
+        self._refused = 0
+        self._waits = 0
+        self._waited_ns = 0
         self._published = 0
         self._commands_finished = 0
         self._dirty: list[_Outbox] = []
@@ -321,6 +360,7 @@ class Client:
 
         Raises:
             InvalidKey: the key's value cannot be one.
+            OutboxFull: there is no room, and the client was connected with `on_full="reject"`.
             MessageTooLarge: the encoded event is above the limit.
             UsageError: not an event, or a value in it cannot be encoded.
             ClientClosed: the client was closed.
@@ -529,11 +569,29 @@ class Client:
         )
         return Ledger(
             published=self._published,
-            handled=self._published - held - dead - waiting,
+            handled=self._published - held - dead - waiting - self._dropped,
             dead=dead,
             waiting=waiting,
-            dropped=0,
+            dropped=self._dropped,
             in_flight=held,
+        )
+
+    def statistics(self) -> Statistics:
+        """The ledger, what publishing waited for, and what is held for each shard."""
+        return Statistics(
+            ledger=self.ledger(),
+            waits=self._waits,
+            waited_s=self._waited_ns / _NS,
+            rejected=self._refused,
+            outboxes=tuple(
+                OutboxState(
+                    shard=outbox.shard,
+                    connected=outbox.session.state is State.OPEN,
+                    held_events=outbox.session.held_events + len(outbox.batch),
+                    held_bytes=outbox.session.held_bytes,
+                )
+                for outbox in self._outboxes
+            ),
         )
 
     # -- commands
@@ -794,6 +852,7 @@ class Client:
         commands, outbox.open_commands = tuple(outbox.open_commands), []
         outbox.session.offer(blob, len(batch), commands, self._now() if commands else 0)
         self._pump(outbox)
+        self._feel_pressure()
         self._seals += 1
         if self._seals >= _TURN_SEALS or self._is_full(outbox):
             outbox.paused = True
@@ -811,15 +870,45 @@ class Client:
         )
 
     async def _room(self, outbox: _Outbox) -> None:
-        """Wait until the outbox has room, and at least for a turn of the loop, so that acks can come in."""
+        """Get room in the outbox, as the client's policy says, and give the loop a turn, so that acks can come in."""
         self._check_open()
         if not self._is_full(outbox):
             await asyncio.sleep(0)
-        while self._is_full(outbox):
-            self._check_open()
-            await self._wait_for_progress()
+        if self._is_full(outbox):
+            self._feel_pressure()
+            if self._on_full != "wait":
+                self._make_room(outbox)
+            began_ns, waits = self._now(), self._is_full(outbox)
+            while self._is_full(outbox):
+                self._check_open()
+                await self._wait_for_progress()
+            self._waits += waits
+            self._waited_ns += self._now() - began_ns
         self._check_open()
         outbox.paused = False
+
+    def _make_room(self, outbox: _Outbox) -> None:
+        """Refuse, or drop what no worker has seen; where there is nothing to drop, publishing waits."""
+        self._check_open()
+        if self._on_full == "reject":
+            self._refused += 1
+            raise OutboxFull(outbox.shard, outbox.session.held_events)
+        while self._is_full(outbox) and (dropped := outbox.session.drop_oldest()):
+            self._dropped += dropped
+
+    def _feel_pressure(self) -> None:
+        """Tell whoever wants to know when the fullest outbox passes the high water mark, and the low one on its way down."""
+        if self._on_pressure is None:
+            return
+        limits = self._limits
+        fullest = max(
+            max(one.session.held_events / limits.outbox_events_max, one.session.held_bytes / limits.outbox_bytes_max)
+            for one in self._outboxes
+        )
+        under = fullest >= (_LOW_WATER if self._under_pressure else _HIGH_WATER)
+        if under != self._under_pressure:
+            self._under_pressure = under
+            asyncio.get_running_loop().call_soon(self._on_pressure, under)
 
     async def _command_room(self, outbox: _Outbox) -> None:
         if outbox.paused:
@@ -878,6 +967,7 @@ class Client:
             else:
                 self._rejected(outbox, what)
         self._pump(outbox)
+        self._feel_pressure()
         if self._waiters:
             self._progress.set()
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
 from shardbus.addresses import default_address, parse_address
-from shardbus.client import Client, open_client
+from shardbus.client import Client, OnFull, open_client
 from shardbus.zmq_transport import ZmqConnector
 
 
 def connect(
-    address: str | None = None, *, timeout: float = 10.0, close_timeout: float = 30.0
+    address: str | None = None,
+    *,
+    timeout: float = 10.0,
+    close_timeout: float = 30.0,
+    on_full: OnFull = "wait",
+    on_pressure: Callable[[bool], object] | None = None,
 ) -> AbstractAsyncContextManager[Client]:
     """Connect to a bus: `async with shardbus.connect() as client`.
 
@@ -19,6 +25,10 @@ def connect(
         address: `ipc://DIRECTORY` or `tcp://HOST:PORT`; default: `$SHARDBUS_URL`, or this user's own bus.
         timeout: seconds to wait for a bus to answer.
         close_timeout: seconds that leaving the block waits for what is unfinished.
+        on_full: what `publish` does when a shard's outbox is full: it waits; or raises `OutboxFull` ("reject"); or drops the
+            oldest batch that no worker has seen ("drop_oldest"), which the ledger counts.
+        on_pressure: called from the event loop with True when an outbox is filled to three quarters, and with False when all
+            are below one quarter again.
 
     Raises:
         BusUnreachable: no bus answered in time.
@@ -26,5 +36,5 @@ def connect(
         NotDelivered: on leaving, if events were left when the time was up.
     """
     parsed = parse_address(default_address(os.environ) if address is None else address)
-    client = Client(parsed.url, ZmqConnector(), parsed.control)
+    client = Client(parsed.url, ZmqConnector(), parsed.control, on_full=on_full, on_pressure=on_pressure)
     return open_client(client, timeout_s=timeout, close_timeout_s=close_timeout)

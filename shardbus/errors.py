@@ -10,6 +10,7 @@
     ├── RemoteProtocolError         the peer did: bytes that no sound peer sends
     ├── BusUnreachable              the world did: nobody answers at the address
     ├── BusRejected                 the bus answered, and said no
+    ├── OutboxFull                  a shard takes no more now, and the client does not wait
     ├── NotDelivered                events that were published and not finished
     ├── CommandFailed               the remote handler raised
     ├── CommandLost                 the worker died; whether the command ran is unknown
@@ -89,6 +90,18 @@ class BusUnreachable(ShardbusError):
 
 class BusRejected(ShardbusError):
     """The bus refused this client for good; the message says why."""
+
+
+class OutboxFull(ShardbusError):
+    """The outbox of a shard is full, and the client was told to reject instead of waiting. Nothing was published."""
+
+    def __init__(self, shard: int, held_events: int) -> None:
+        super().__init__(
+            f"the outbox of shard {shard} is full ({held_events:,} events are not finished); publish it again later, or "
+            'connect with on_full="wait"'
+        )
+        self.shard = shard
+        self.held_events = held_events
 
 
 class NotDelivered(ShardbusError):

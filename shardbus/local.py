@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from shardbus.client import Channel, Client, open_client
+from shardbus.client import Channel, Client, OnFull, open_client
 from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.errors import RemoteProtocolError
@@ -136,6 +136,8 @@ async def run_local(
     stores: list[Store] | None = None,
     limits: Limits = DEFAULT_LIMITS,
     close_timeout_s: float = 30.0,
+    on_full: OnFull = "wait",
+    on_pressure: Callable[[bool], object] | None = None,
 ) -> AsyncIterator[Client]:
     """Run an application in this process and hand out a client of it; see `Bus.local`."""
     incarnation = os.urandom(16)
@@ -181,7 +183,7 @@ async def run_local(
             running.append(shard)
         ticker = loop.create_task(_tick(running))
         stack.callback(ticker.cancel)
-        client = Client("local", bus, _CONTROL, limits=limits)
+        client = Client("local", bus, _CONTROL, limits=limits, on_full=on_full, on_pressure=on_pressure)
         async with open_client(client, timeout_s=10.0, close_timeout_s=close_timeout_s):
             yield client
         for shard in running:

@@ -163,6 +163,15 @@ class PublisherSession:
                     self._finish(seq, seq + 1)
                 return
 
+    def drop_oldest(self) -> int:
+        """Forget the oldest batch that no worker has seen and that holds no command; return how many messages that were."""
+        for packed in self._unsent:
+            if not packed.sent and not packed.commands:
+                dropped = packed.unfinished
+                self._finish(packed.first, packed.first + packed.count)
+                return dropped
+        return 0
+
     def was_sent(self, seq: int) -> bool:
         """Whether some worker may have seen the message with this sequence."""
         return not any(

@@ -20,6 +20,7 @@ from shardbus.errors import (
     InvalidKey,
     MessageTooLarge,
     NotDelivered,
+    OutboxFull,
     RegistrationError,
     RemoteProtocolError,
     ShardbusError,
@@ -39,6 +40,7 @@ EXAMPLES: list[tuple[ShardbusError, dict[str, object]]] = [
     (RemoteProtocolError("not a frame"), {}),
     (BusUnreachable("tcp://127.0.0.1:5555", 2.5), {"address": "tcp://127.0.0.1:5555", "timeout_s": 2.5}),
     (BusRejected("protocol"), {}),
+    (OutboxFull(3, 65_000), {"shard": 3, "held_events": 65_000}),
     (NotDelivered(1234, 5.0), {"in_flight": 1234, "timeout_s": 5.0}),
     (CommandFailed("GetTotal", "KeyError", "'42'", "Traceback: …"),
      {"command": "GetTotal", "error_type": "KeyError", "error": "'42'", "remote_traceback": "Traceback: …"}),
@@ -113,7 +115,7 @@ def test_what_the_caller_did_is_a_usage_error(kind: type[ShardbusError]):
     assert issubclass(kind, UsageError)
 
 
-@pytest.mark.parametrize("kind", [RemoteProtocolError, BusUnreachable, NotDelivered, CommandFailed, CommandLost])
+@pytest.mark.parametrize("kind", [RemoteProtocolError, BusUnreachable, OutboxFull, NotDelivered, CommandFailed, CommandLost])
 def test_what_others_did_is_no_usage_error(kind: type[ShardbusError]):
     assert not issubclass(kind, UsageError)
 
@@ -123,6 +125,7 @@ SAYS = [
      ["Photo", "2,000,000", "1,048,576", "reference"]),
     ("where nobody answered, and how to start a bus", BusUnreachable("ipc:///run/bus", 2.0),
      ["ipc:///run/bus", "2 s", "shardbus serve", "--connect"]),
+    ("which shard is full, and what else to do", OutboxFull(3, 65_000), ["shard 3", "65,000", 'on_full="wait"']),
     ("how many are unfinished, and where to look", NotDelivered(1234, 0.5), ["1,234", "0.5 s", "shardbus status"]),
     ("that the outcome is unknown", CommandLost("Pay"), ["Pay", "unknown"]),
     ("the remote error and its traceback", CommandFailed("Pay", "KeyError", "'42'", "Traceback\n  line\n"),
