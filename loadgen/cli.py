@@ -153,7 +153,8 @@ def _run(spec: LoadSpec) -> Report:
     "--connect",
     metavar="URL",
     envvar=["LOADGEN_CONNECT", "SHARDBUS_URL"],
-    help="A running bus: ipc://DIRECTORY or tcp://HOST:PORT. Default: this user's, started for the run if none runs.",
+    help="A running bus: ipc://DIRECTORY or tcp://HOST:PORT. [env: SHARDBUS_URL] Default: this user's, which is started for "
+    "the run if none runs.",
 )
 @click.option("--duration", metavar="S", type=float, default=10.0, show_default=True, help="Seconds that are measured.")
 @click.option("--warmup", metavar="S", type=float, default=2.0, show_default=True, help="Seconds before, not measured.")
