@@ -12,7 +12,9 @@ import logging
 import os
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Final, Literal, Protocol, TypeVar
+from itertools import repeat
+from operator import itemgetter
+from typing import Any, Final, Literal, Protocol, TypeVar, cast
 from uuid import UUID
 
 import msgspec
@@ -45,7 +47,7 @@ from shardbus.messages import Command, Event, Message, WireKey, key_getter, repl
 from shardbus.metrics import Evidence
 from shardbus.routing import ShardAddress, Table
 from shardbus.store import DeadFilter
-from shardbus.wire.codec import Batch, Extra
+from shardbus.wire.codec import Batch, Extra, has_negative
 from shardbus.wire.frames import (
     REASONS,
     REPLY_EXPIRED,
@@ -205,6 +207,20 @@ class _Outbox:
             return True
         self.unfinished_commands()
         return left == sum(seq < goal and seq not in self.commands for seq in self.command_seqs)
+
+
+class _Column:
+    """Small events of one keyed type, encoded, each with its outbox."""
+
+    __slots__ = ("bodies", "distinct", "keys", "name", "outboxes")
+
+    def __init__(self, name: str, keys: list[Any], bodies: list[bytes], outboxes: list[_Outbox]) -> None:
+        self.name = name
+        self.keys = keys
+        self.bodies = bodies
+        self.outboxes = outboxes
+        first = outboxes[0]
+        self.distinct = {first} if outboxes.count(first) == len(outboxes) else set(outboxes)
 
 
 class _Call(msgspec.Struct):
@@ -393,13 +409,11 @@ class Client:
         if size > _SMALL_BYTES:
             self._weigh(outbox, size)
         batch = outbox.batch
-        batch.names.append(route.name)
-        batch.keys.append(key)
-        batch.bodies.append(body)
+        batch.add(route.name, key, body)
         if ordinal or intended_ns:
             batch.stamp(ordinal, intended_ns)
         if headers:
-            batch.extras.append(Extra(len(batch.bodies) - 1, headers.copy(), 0, False))
+            batch.extras.append(Extra(len(batch) - 1, headers.copy(), 0, False))
         self._published += 1
         if len(batch.bodies) >= self._limits.batch_events_max:
             self._seal(outbox)
@@ -425,42 +439,24 @@ class Client:
         for stamps in (ordinals, intended_ns):
             if stamps is not None and len(stamps) != total:
                 raise UsageError(f"{total} events and {len(stamps)} stamps; give one for each event, or none")
-        ordinals, intended_ns = _stamps(ordinals), _stamps(intended_ns)
-        at = 0
+        all_ordinals, all_instants = _stamps(ordinals), _stamps(intended_ns)
         step = self._limits.batch_events_max
-        stamped = ordinals is not None or intended_ns is not None
-        while at < total:
-            taken = self._append_uniform(events, at, step, ordinals, intended_ns)
-            if taken:
-                at += taken
+        for at in range(0, total, step):
+            chunk = events[at : at + step]
+            ordinals = None if all_ordinals is None else all_ordinals[at : at + step]
+            instants = None if all_instants is None else all_instants[at : at + step]
+            column = self._column_of(chunk)
+            if column is not None and await self._room_for_all(column):
+                self._append(column, ordinals, instants)
                 continue
-            # One by one: the next one, which has to wait for room, or a stretch of mixed ones.
-            for event in events[at : at + (step if taken is None else 1)]:
-                if stamped:
-                    await self.publish(
-                        event,
-                        ordinal=0 if ordinals is None else ordinals[at],
-                        intended_ns=0 if intended_ns is None else intended_ns[at],
-                    )
-                else:
-                    await self.publish(event)
-                at += 1
+            for event, ordinal, instant in zip(chunk, ordinals or repeat(0), instants or repeat(0), strict=False):
+                await self.publish(event, ordinal=ordinal, intended_ns=instant)
 
-    def _append_uniform(
-        self,
-        events: Sequence[Event],
-        at: int,
-        step: int,
-        ordinals: Sequence[int] | None,
-        intended_ns: Sequence[int] | None,
-    ) -> int | None:
-        """Append a stretch of small events of one keyed type, column by column; None where it is not such a stretch.
-
-        Returns how many were appended: fewer where an outbox is full, 0 where that is the first one's.
+    def _column_of(self, chunk: Sequence[Event]) -> _Column | None:
+        """Small events of one keyed type, encoded; None where they are not such, or one of them is not sound.
 
         Half the cost of one at a time (measured: 0.3 against 0.6 µs an event), because the loops run in C.
         """
-        chunk = events[at : at + step]
         route = self._routes.get(chunk[0].__class__)
         if route is None or route.key_of is None or set(map(type, chunk)) != {route.type}:
             return None
@@ -469,69 +465,72 @@ class Client:
             return None
         try:
             bodies = list(map(_encode, chunk))
-        except Exception:  # one of them cannot be encoded: one at a time finds which, behind those before it
+            if max(map(len, bodies)) > _SMALL_BYTES:
+                return None
+            outboxes = list(map(self._outbox_of.get, keys))
+            known = outboxes if None not in outboxes else [self._outbox_of.get(key) or self._place(key) for key in keys]
+        except Exception:  # one of them cannot be published: one at a time finds which, behind those before it
             return None
-        if max(map(len, bodies)) > _SMALL_BYTES:
-            return None
-        outboxes = list(map(self._outbox_of.get, keys))
-        first = outboxes[0]
-        if first is not None and outboxes.count(first) == len(outboxes):
-            return self._append_column(first, route, keys, bodies, at, ordinals, intended_ns)
-        names_limit = self._limits.batch_events_max
-        done = 0
-        for key, body, outbox in zip(keys, bodies, outboxes, strict=True):
-            if outbox is None:
-                outbox = self._place(key)
-            if outbox.paused:
-                break
+        return _Column(route.name, keys, bodies, cast(list[_Outbox], known))
+
+    async def _room_for_all(self, column: _Column) -> bool:
+        """Wait until each outbox of a column has room for all of it; False where that is for each event to decide."""
+        outboxes = column.distinct
+        while any(outbox.paused for outbox in outboxes):
+            if self._on_full != "wait":
+                return False
+            for outbox in outboxes:
+                if outbox.paused:
+                    await self._room(outbox)
+        return True
+
+    def _append(self, column: _Column, ordinals: Sequence[int] | None, instants: Sequence[int] | None) -> None:
+        """Append a column to the batches of its outboxes, which have room for it."""
+        if len(column.distinct) == 1:
+            self._append_to(column.outboxes[0], column.name, column.keys, column.bodies, ordinals, instants)
+            return
+        places: dict[_Outbox, list[int]] = {outbox: [] for outbox in column.distinct}
+        for at, outbox in enumerate(column.outboxes):
+            places[outbox].append(at)
+        for outbox, ats in places.items():
+            # The last one twice, because an `itemgetter` of one place gives no tuple.
+            pick = itemgetter(*ats, ats[-1])
+            self._append_to(
+                outbox,
+                column.name,
+                pick(column.keys)[:-1],
+                pick(column.bodies)[:-1],
+                None if ordinals is None else pick(ordinals)[:-1],
+                None if instants is None else pick(instants)[:-1],
+            )
+
+    def _append_to(
+        self,
+        outbox: _Outbox,
+        name: str,
+        keys: Sequence[Any],
+        bodies: Sequence[bytes],
+        ordinals: Sequence[int] | None,
+        instants: Sequence[int] | None,
+    ) -> None:
+        """Append up to a batch of events to an outbox; what completes its open batch leaves with it."""
+        while bodies:
             batch = outbox.batch
-            batch.names.append(route.name)
-            batch.keys.append(key)
-            batch.bodies.append(body)
-            if ordinals is not None or intended_ns is not None:
-                batch.stamp(
-                    0 if ordinals is None else ordinals[at + done], 0 if intended_ns is None else intended_ns[at + done]
-                )
-            done += 1
-            if len(batch.bodies) >= names_limit:
+            room = self._limits.batch_events_max - len(batch)
+            batch.add_many(name, keys[:room], bodies[:room])
+            batch.stamp_many(
+                None if ordinals is None else ordinals[:room],
+                None if instants is None else instants[:room],
+                min(room, len(bodies)),
+            )
+            self._published += min(room, len(bodies))
+            if len(batch) >= self._limits.batch_events_max:
                 self._seal(outbox)
             elif not outbox.dirty:
                 self._mark(outbox)
-        self._published += done
-        return done
-
-    def _append_column(
-        self,
-        outbox: _Outbox,
-        route: _Route,
-        keys: list[Any],
-        bodies: list[bytes],
-        at: int,
-        ordinals: Sequence[int] | None,
-        intended_ns: Sequence[int] | None,
-    ) -> int:
-        if outbox.paused:
-            return 0
-        batch = outbox.batch
-        room = self._limits.batch_events_max - len(batch.bodies)
-        if room < len(bodies):
-            keys, bodies = keys[:room], bodies[:room]
-        count = len(bodies)
-        batch.names.extend([route.name] * count)
-        batch.keys.extend(keys)
-        batch.bodies.extend(bodies)
-        if ordinals is not None or intended_ns is not None:
-            batch.stamp_many(
-                None if ordinals is None else ordinals[at : at + count],
-                None if intended_ns is None else intended_ns[at : at + count],
-                count,
-            )
-        self._published += count
-        if len(batch.bodies) >= self._limits.batch_events_max:
-            self._seal(outbox)
-        elif not outbox.dirty:
-            self._mark(outbox)
-        return count
+            keys, bodies = keys[room:], bodies[room:]
+            ordinals = None if ordinals is None else ordinals[room:]
+            instants = None if instants is None else instants[room:]
 
     async def flush(self, timeout: float | None = None) -> Ledger:
         """Wait until every event published so far is handled, dead or waiting; return the counts.
@@ -549,6 +548,8 @@ class Client:
             if len(outbox.batch):
                 self._seal(outbox)
             goals.append((outbox, outbox.session.next_seq))
+            if not outbox.is_flushed(outbox.session.next_seq):
+                outbox.session.hurry()
             self._pump(outbox)
         try:
             async with asyncio.timeout(timeout):
@@ -630,11 +631,9 @@ class Client:
                 deadline = limit.when()
                 left_ns = 2**62 if deadline is None else max(1, int((deadline - loop.time()) * _NS))
                 batch = outbox.batch
-                batch.names.append(route.name)
-                batch.keys.append(key)
-                batch.bodies.append(body)
-                batch.extras.append(Extra(len(batch.bodies) - 1, dict(headers or {}), left_ns, False))
-                seq = outbox.session.next_seq + len(batch.bodies) - 1
+                batch.add(route.name, key, body)
+                batch.extras.append(Extra(len(batch) - 1, dict(headers or {}), left_ns, False))
+                seq = outbox.session.next_seq + len(batch) - 1
                 call = outbox.commands[seq] = _Call(route.name, self._reply_decoder(command), loop.create_future())
                 outbox.open_commands.append(seq)
                 outbox.command_seqs.add(seq)
@@ -862,7 +861,8 @@ class Client:
     def _is_full(self, outbox: _Outbox) -> bool:
         session = outbox.session
         return (
-            session.held_events + self._limits.batch_events_max > self._limits.outbox_events_max
+            # An open batch may come on top, and whoever finds room appends up to another one.
+            session.held_events + 2 * self._limits.batch_events_max > self._limits.outbox_events_max
             or session.held_bytes > self._limits.outbox_bytes_max
             or self._closing
             or self._closed
@@ -1132,7 +1132,7 @@ def _stamps(stamps: Sequence[int] | None) -> array[int] | None:
         packed = array("q", stamps)
     except (TypeError, OverflowError) as error:
         raise UsageError(f"stamps are whole numbers from 0 to 2⁶³ - 1: {error}") from None
-    if packed and min(packed) < 0:
+    if has_negative(packed):
         _check_stamp(min(packed))
     return packed
 

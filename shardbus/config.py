@@ -47,6 +47,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     blocked_peers_max: int = 4096  # peers that sent garbage and are ignored; the oldest is forgotten
 
     # -- time, in seconds
+    ack_delay_s: float = 0.002  # how long an ack that nobody waits for may be put off, so that one serves many frames
     session_silence_s: float = 30.0  # a publisher that is silent for longer is forgotten
     ping_interval_s: float = 1.0  # how often a publisher with unfinished events asks for a full ack
     hello_interval_s: float = 0.5  # how often an unanswered greeting is repeated
@@ -57,6 +58,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         assert self.session_credit_events_max >= 2 * self.batch_events_max
         # One unfinished event must not keep the next full batch from leaving, however many publishers share the credit.
         assert self.credit_events_max >= self.sessions_max * 2 * self.batch_events_max
+        assert self.ack_delay_s * 10 <= self.ping_interval_s
         assert self.ping_interval_s * 3 <= self.session_silence_s
 
     def credit_share(self, sessions: int) -> tuple[int, int]:

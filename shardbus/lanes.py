@@ -24,7 +24,7 @@ import contextvars
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, compress, islice, repeat
+from itertools import compress, islice, repeat
 from operator import length_hint
 from types import TracebackType
 from typing import Any, Final, Protocol
@@ -480,9 +480,11 @@ class Lanes:
     def _turn(self) -> None:
         """Once a turn of the event loop while there is work: overtake a leader that is suspended, start the next one."""
         self._armed = False
+        if self._closing:
+            return
         if self._leader is not None:
             self._overtake()
-        if self._closing or not (self._cursor or self._inbox or self._ready):
+        if not (self._cursor or self._inbox or self._ready):
             return
         loop = asyncio.get_running_loop()
         token = self._leader = object()
@@ -547,70 +549,64 @@ class Lanes:
 
         The hot path of a worker: about 0.5 µs a message, so what is rare is elsewhere, and what is constant is local.
         """
-        busy, now, clean = self._busy, self._now, self._clean
+        busy, now, clean, rows = self._busy, self._now, self._clean, cursor.rows
         book = cursor.book
         positions: dict[WireKey, int] = {} if book is None else book.positions
         known: Any = None if book is None else book.known  # a stamp implies a book
         last: Any = None if book is None else book.last
         note: Any = None if book is None else book.note
-        latencies: dict[int, int] = {}
-        # The tuples are not kept, so `zip` uses one again and again.
-        for key, simple, message, ordinal, intended_ns in chain.from_iterable(
-            self._strides(cursor, end_ns)
-        ):
-            if simple is None or key in busy:
-                self._host.handled(cursor.hold())
-                delivery = cursor.delivery()
-                if key in busy:
-                    self._append(busy[key], delivery)
-                else:
-                    await self._deliver(delivery, token)
-                    if self._leader is not token:
+        latencies: dict[int, int] = {} if book is None else book.latencies_us
+        began_ns = now()
+        while True:
+            # The tuples are not kept, so `zip` uses one again and again.
+            for key, simple, message, ordinal, intended_ns in islice(rows, self._stride):
+                if simple is None or key in busy:
+                    self._host.handled(cursor.hold())
+                    delivery = cursor.delivery()
+                    if key in busy:
+                        self._append(busy[key], delivery)
+                    else:
+                        await self._deliver(delivery, token)
+                        if self._leader is not token:
+                            return
+                    if context != clean:
                         break
+                    continue
+                try:
+                    await simple(message)
+                except BaseException as error:  # the handler's
+                    self._fast_failed(cursor, token, key, error)
+                    if self._leader is not token:
+                        return
+                    break
+                if self._leader is not token:
+                    self._settle(self._overtaken(token, key), None)
+                    return
+                if ordinal:
+                    at = positions.get(key)
+                    if at is not None and known[at] == ordinal - 1:
+                        known[at] = last[at] = ordinal
+                    else:
+                        note(key, ordinal, cursor.attempt)
+                if intended_ns:
+                    latency_us = (now() - intended_ns) // 1000
+                    latencies[latency_us] = latencies.get(latency_us, 0) + 1
                 if context != clean:
                     break
-                continue
-            try:
-                await simple(message)
-            except BaseException as error:  # the handler's
-                self._fast_failed(cursor, token, key, error)
-                break
-            if self._leader is not token:
-                self._settle(self._overtaken(token, key), None)
-                break
-            if ordinal:
-                at = positions.get(key)
-                if at is not None and known[at] == ordinal - 1:
-                    known[at] = last[at] = ordinal
-                else:
-                    note(key, ordinal, cursor.attempt)
-            if intended_ns:
-                latency_us = (now() - intended_ns) // 1000
-                latencies[latency_us] = latencies.get(latency_us, 0) + 1
-            if context != clean:
-                break
-        if latencies and book is not None:
-            book.record(latencies)
-        if self._leader is not token:
-            return
+            else:
+                now_ns = now()
+                fits = now_ns - began_ns < _SLICE_NS // 8
+                self._stride = min(_STRIDE_MAX, 2 * self._stride) if fits else max(1, self._stride // 4)
+                began_ns = now_ns
+                if cursor.next_seq < cursor.end and now_ns < end_ns:
+                    continue
+            break
         # What was done so far is acked now, because the rest may take long.
         after = cursor.next_seq
         self._host.handled(cursor.finish_before(after))
         if after == cursor.end:
             self._cursor = None
         self._host.touched(cursor.session)
-
-    def _strides(self, cursor: Inbound, end_ns: int) -> Iterator[Iterator[_Row]]:
-        """The rest of a batch in short stretches, as long as the slice lasts."""
-        began_ns = self._now()
-        while cursor.next_seq < cursor.end:
-            yield islice(cursor.rows, self._stride)
-            now_ns = self._now()
-            fits = now_ns - began_ns < _SLICE_NS // 8
-            self._stride = min(_STRIDE_MAX, 2 * self._stride) if fits else max(1, self._stride // 4)
-            if now_ns >= end_ns:
-                return
-            began_ns = now_ns
 
     def _overtaken(self, token: object, key: WireKey) -> Delivery:
         """What the follower made of the message whose handler was running when this task was overtaken."""
@@ -823,7 +819,7 @@ class Lanes:
             if delivery.ordinal:
                 book.note(delivery.key, delivery.ordinal, delivery.attempt)
             if delivery.intended_ns and outcome is None:
-                book.record({(self._now() - delivery.intended_ns) // 1000: 1})
+                book.measured((self._now() - delivery.intended_ns) // 1000)
             if outcome is not None:
                 book.note_dead()
         if outcome is not None:

@@ -16,7 +16,6 @@ one word a key, so that no kill at any instant can make it wrong.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from itertools import compress
 from operator import eq
 from typing import Final
@@ -154,6 +153,12 @@ class Book:
         """Add to `handled`: the counter that is written once a slice."""
         self._words[_COUNTERS_AT] += by
 
+    def write_latencies(self) -> None:
+        """Write what was measured since the last time."""
+        for book in self._books.values():
+            if book.latencies_us:
+                book.write_latencies()
+
     def publisher(self, publisher: bytes) -> PublisherBook:
         """The book of a publisher. When all rows are taken, the one that was used least recently is given away."""
         book = self._books.get(publisher)
@@ -256,16 +261,29 @@ class PublisherBook:
     """One publisher's part of a book.
 
     The lanes read `positions` and write `last` themselves where an ordinal is the next one, because that is every event;
-    all else comes through `irregular`. A retired book has lost its row and takes nothing more.
+    all else comes through `irregular`. They count into `latencies_us` (microseconds → how often), which is written before
+    the ack, because there many events share a value. A retired book has lost its row and takes nothing more.
     """
 
-    __slots__ = ("_book", "_overtaken", "_use_ns", "known", "last", "positions", "publisher", "retired", "row")
+    __slots__ = (
+        "_book",
+        "_overtaken",
+        "_use_ns",
+        "known",
+        "last",
+        "latencies_us",
+        "positions",
+        "publisher",
+        "retired",
+        "row",
+    )
 
     def __init__(self, book: Book, row: int, publisher: bytes) -> None:
         self._book = book
         self.row = row
         self.publisher = publisher
         self.positions: dict[WireKey, int] = {}
+        self.latencies_us: dict[int, int] = {}
         self.last = book.last
         self.known = book.known
         self.retired = False
@@ -327,15 +345,19 @@ class PublisherBook:
         if not self.retired:
             self._add(_DEAD, 1)
 
-    def record(self, latencies_us: Mapping[int, int]) -> None:
-        """Count latencies: microseconds → how often."""
-        if self.retired:
-            return
-        base = self.row * BUCKETS
-        histograms = self._book._histograms
-        for value_us, count in latencies_us.items():
-            histograms[base + bucket_index(value_us)] += count
-        self._add(_SAMPLES, sum(latencies_us.values()))
+    def measured(self, latency_us: int) -> None:
+        """An event was handled so long after its intended instant."""
+        self.latencies_us[latency_us] = self.latencies_us.get(latency_us, 0) + 1
+
+    def write_latencies(self) -> None:
+        """Add `latencies_us` to the histogram."""
+        if not self.retired:
+            base = self.row * BUCKETS
+            histograms = self._book._histograms
+            for value_us, count in self.latencies_us.items():
+                histograms[base + bucket_index(value_us)] += count
+            self._add(_SAMPLES, sum(self.latencies_us.values()))
+        self.latencies_us.clear()
 
     def _word(self, field: int) -> int:
         return self._book._rows[self.row * _ROW + field]

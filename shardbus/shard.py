@@ -342,6 +342,8 @@ class Shard:
         self._resting: OrderedDict[bytes, WorkerSession] = OrderedDict()
         self._blocked: OrderedDict[bytes, None] = OrderedDict()
         self._touched: list[_Publisher] = []
+        self._acks_due = False
+        self._ack_timer: asyncio.TimerHandle | None = None
         self._asked: dict[tuple[bytes, int], int] = {}  # questions that wait for their answer, and when they were asked last
         self._answers: OrderedDict[tuple[bytes, int], bytes] = OrderedDict()  # the last ones, for whoever missed them
         self._leaving: set[int] = set()  # rows of dead letters that are being redriven
@@ -382,6 +384,8 @@ class Shard:
         """Stop at once. What is unfinished stays with its publishers and in the store."""
         await self.lanes.close()
         await self._writer.close()
+        if self._ack_timer is not None:
+            self._ack_timer.cancel()
 
     # -- what the worker says of it
 
@@ -429,6 +433,7 @@ class Shard:
 
     def tick(self) -> None:
         """Forget publishers that have been silent for long; call it about once a second."""
+        self.book.write_latencies()  # of events that nobody waits for an ack of
         silent_before = self._now() - int(self._limits.session_silence_s * _NS)
         for publisher, one in list(self._publishers.items()):
             if one.session.heard_ns < silent_before and not one.session.unfinished:
@@ -541,6 +546,7 @@ class Shard:
             self._refuse(peer, frame.epoch, self._layout, greeted=one is not None)
             return
         one.session.heard_ns = self._now()
+        one.session.hurry(frame.awaited)
         self._send(peer, one.session.ack(self._credit(), full=True))
 
     def _on_bye(self, peer: bytes) -> None:
@@ -663,16 +669,26 @@ class Shard:
     # -- what the lanes ask
 
     def touched(self, session: WorkerSession) -> None:
-        """An ack is due at the end of the turn."""
+        """An ack is due: at the end of the turn where the publisher waits, else a little later, together with others."""
         one = self._publishers.get(session.publisher)
-        if one is None or one.touched:
+        if one is None:
             return
-        one.touched = True
-        if not self._touched:
-            asyncio.get_running_loop().call_soon(self._flush_acks)
-        self._touched.append(one)
+        if not one.touched:
+            one.touched = True
+            self._touched.append(one)
+        if session.is_awaited:
+            if not self._acks_due:
+                self._acks_due = True
+                asyncio.get_running_loop().call_soon(self._flush_acks)
+        elif self._ack_timer is None:
+            self._ack_timer = asyncio.get_running_loop().call_later(self._limits.ack_delay_s, self._flush_acks)
 
     def _flush_acks(self) -> None:
+        self._acks_due = False
+        if self._ack_timer is not None:
+            self._ack_timer.cancel()
+            self._ack_timer = None
+        self.book.write_latencies()  # evidence comes before the ack
         touched, self._touched = self._touched, []
         credit = self._credit()
         for one in touched:

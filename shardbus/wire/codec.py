@@ -24,6 +24,7 @@ Headers = dict[str, str]
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _SWAP: Final = sys.byteorder != "little"
+_SIGN_AT: Final = 0 if _SWAP else 7  # the byte of a 64-bit number that has its sign
 _KEY_TYPES: Final = frozenset({str, int, bytes, tuple, type(None)})
 _BYTES_ONLY: Final = frozenset({bytes})
 
@@ -43,13 +44,15 @@ _EXTRA_BYTES_MAX: Final = DEFAULT_LIMITS.batch_bytes_target
 class Batch:
     """The open batch of an outbox: columns that grow by one element per message. `seal()` packs it.
 
-    `ordinals` and `intended_ns` are as long as the last stamped message needs; 0 means no stamp.
+    `ordinals` and `intended_ns` are as long as the last stamped message needs; 0 means no stamp. Names are a column only
+    where they differ.
     """
 
-    __slots__ = ("bodies", "extras", "intended_ns", "keys", "names", "ordinals")
+    __slots__ = ("_name", "_names", "bodies", "extras", "intended_ns", "keys", "ordinals")
 
     def __init__(self) -> None:
-        self.names: list[str] = []
+        self._name: str | None = None  # of every message; None: none is there, or they differ
+        self._names: list[str] = []
         self.keys: list[WireKey] = []
         self.bodies: list[bytes] = []
         self.ordinals: array[int] = array("q")
@@ -58,6 +61,30 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.bodies)
+
+    def add(self, name: str, key: WireKey, body: bytes) -> None:
+        """Append a message."""
+        if name is not self._name:
+            self._rename(name, 1)
+        self.keys.append(key)
+        self.bodies.append(body)
+
+    def add_many(self, name: str, keys: Sequence[WireKey], bodies: Sequence[bytes]) -> None:
+        """Append messages of one name."""
+        if name is not self._name:
+            self._rename(name, len(bodies))
+        self.keys.extend(keys)
+        self.bodies.extend(bodies)
+
+    def _rename(self, name: str, count: int) -> None:
+        """The next `count` messages have another name than all before."""
+        if not self.bodies:
+            self._name = name
+            return
+        if self._name is not None:
+            self._names = [self._name] * len(self.bodies)
+            self._name = None
+        self._names.extend(repeat(name, count))
 
     def stamp(self, ordinal: int, intended_ns: int) -> None:
         """Stamp the message that was just appended; 0: it has none."""
@@ -85,11 +112,11 @@ class Batch:
 
     def seal(self) -> bytes:
         """Pack all columns. A batch of one type carries its name once."""
-        place = {name: at for at, name in enumerate(dict.fromkeys(self.names))}
-        places = None if len(place) == 1 else bytes(map(place.__getitem__, self.names))
+        names: Sequence[str] = (self._name,) if self._name is not None else tuple(dict.fromkeys(self._names))
+        places = None if len(names) == 1 else bytes(map(names.index, self._names))
         ordinals, intended = self._stamps_out(self.ordinals), self._stamps_out(self.intended_ns)
         extras = _encode(self.extras) if self.extras else None
-        return _encode((list(place), places, self.keys, self.bodies, ordinals, intended, extras))
+        return _encode((names, places, self.keys, self.bodies, ordinals, intended, extras))
 
     def _stamps_out(self, stamps: array[int]) -> bytes | None:
         if not stamps:
@@ -205,10 +232,14 @@ def _sound_key(key: Any) -> WireKey:
 def _stamps_in(packed: bytes, count: int) -> tuple[int, ...]:
     if len(packed) != 8 * count:
         raise RemoteProtocolError("a batch whose stamps are not one for each message")
-    stamps = struct.unpack(f"<{count}q", packed)
-    if min(stamps, default=0) < 0:
+    if not packed[7::8].isascii():  # the bytes with the signs: a tenth of the time of looking at the numbers
         raise RemoteProtocolError("a batch with a negative stamp")
-    return stamps
+    return struct.unpack(f"<{count}q", packed)
+
+
+def has_negative(stamps: array[int]) -> bool:
+    """Whether one of these 64-bit numbers is negative."""
+    return not stamps.tobytes()[_SIGN_AT::8].isascii()  # looks at the bytes with the signs
 
 
 def _extras_in(packed: bytes, count: int) -> dict[int, Extra]:

@@ -46,7 +46,8 @@ class Data(_Frame, frozen=True, tag=2):
 
     A stretch that is wholly finished travels with an empty blob, and may be longer than a batch. `attempt` is 1 for what
     was never sent before, and one more for each worker that may have seen it. `waited_ns` is how long commands in it have
-    waited in the outbox: their deadlines count from the call.
+    waited in the outbox: their deadlines count from the call. `awaited`: somebody waits for it to be finished, so its acks
+    are not to be delayed.
     """
 
     epoch: bytes
@@ -57,13 +58,14 @@ class Data(_Frame, frozen=True, tag=2):
     skip: SkipRanges
     blob: bytes
     waited_ns: int = 0
+    awaited: bool = False
 
 
 class Ping(_Frame, frozen=True, tag=3):
-    """Asks for a full `Ack`. `sent` is the sequence that the publisher will use next."""
+    """Asks for a full `Ack`. Somebody waits for all below `awaited` to be finished."""
 
     epoch: bytes
-    sent: int
+    awaited: int
 
 
 class Bye(_Frame, frozen=True, tag=4):

@@ -124,6 +124,7 @@ class PublisherSession:
         self._greeted_ns = -(2**63)
         self._pinged_ns = 0
         self._pinged_seq = 0
+        self._awaited = 0  # somebody waits for everything below to be finished
         self._control: list[bytes] = []  # greetings and pings to send before data
 
     # -- what is known
@@ -154,6 +155,12 @@ class PublisherSession:
         self.next_seq += count
         self.held_events += count
         self.held_bytes += len(blob)
+
+    def hurry(self) -> None:
+        """Somebody waits for all that was offered: its acks are not to be delayed."""
+        self._awaited = self.next_seq
+        if self.state is State.OPEN and self._in_flight_events:
+            self._control.append(encode_frame(Ping(self.epoch, self._awaited)))
 
     def abandon(self, seq: int) -> None:
         """Nobody waits for this command any more: where it has not been sent, it never is."""
@@ -218,7 +225,7 @@ class PublisherSession:
             if now_ns - self._pinged_ns >= interval_s * _NS:
                 self._pinged_ns = now_ns
                 self._pinged_seq = self._sent_next
-                self._control.append(encode_frame(Ping(self.epoch, self._sent_next)))
+                self._control.append(encode_frame(Ping(self.epoch, self._awaited)))
 
     def frames_to_send(self, now_ns: int = 0) -> Iterable[bytes]:
         """Everything that may be sent now, within the credit; each frame is considered sent when it is yielded."""
@@ -417,7 +424,8 @@ class PublisherSession:
     def _data(
         self, first: int, count: int, attempt: int, skip: tuple[int, ...], blob: bytes, waited_ns: int
     ) -> bytes:
-        return encode_frame(Data(self.epoch, self.layout, first, count, attempt, skip, blob, waited_ns))
+        awaited = first < self._awaited
+        return encode_frame(Data(self.epoch, self.layout, first, count, attempt, skip, blob, waited_ns, awaited))
 
 
 _Move = Callable[[PublisherSession, ToPublisher], list[Happened]]
@@ -450,11 +458,13 @@ class WorkerSession:
 
     __slots__ = (
         "_adopted",
+        "_awaited",
         "_credit_events_max",
         "_delta",
         "_epoch",
         "_finished",
         "_nacked",
+        "_told",
         "cumulative",
         "dead",
         "heard_ns",
@@ -479,6 +489,8 @@ class WorkerSession:
         self._delta: list[int] = []  # ranges that the next ack reports
         self._adopted: dict[int, bool] = {}  # sequence → whether it is dead (else waiting)
         self._nacked = -1
+        self._awaited = 0
+        self._told = first  # below it, the publisher knows that all is finished
         # A publisher within its credit cannot exceed this: one more batch may start while anything is unfinished.
         self._credit_events_max = limits.session_credit_events_max + limits.batch_events_max
 
@@ -504,6 +516,8 @@ class WorkerSession:
         fresh = end - self.received
         if self.unfinished + (fresh if frame.blob else 0) > self._credit_events_max:
             raise RemoteProtocolError(f"{self.unfinished + fresh} unfinished messages, more than any credit")
+        if frame.awaited:
+            self.hurry(end)
         before = self.received
         if self._adopted and frame.blob:
             skip = self._skip_adopted(frame, skip, before)
@@ -525,6 +539,15 @@ class WorkerSession:
                 self.dead += dead
                 self.waiting += not dead
         return tuple(known.flat())
+
+    def hurry(self, awaited: int) -> None:
+        """The publisher waits for everything below this sequence to be finished."""
+        self._awaited = max(self._awaited, awaited)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the publisher waits for something that no ack has told it: do not delay the next one."""
+        return self._told < self._awaited
 
     def answer_to_refused(self, frame: Data) -> bytes | None:
         """What to say to a batch that `accept` did not take: go back, or what is finished; None: it was said already."""
@@ -585,6 +608,7 @@ class WorkerSession:
         else:
             finished = ()
         self._delta = []
+        self._told = self.cumulative
         return encode_frame(
             Ack(self._epoch, self.received, self.cumulative, finished, full, self.dead, self.waiting, *credit)
         )

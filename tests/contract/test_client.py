@@ -68,6 +68,72 @@ async def running(limits: Limits | None = None, close_timeout_s: float = 5.0) ->
         yield client
 
 
+# -- publishing many
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+async def test_many_events_of_many_keys_reach_their_shards_in_order_with_their_stamps(shards: int):
+    other = Bus("many")
+    seen: dict[str, list[int]] = {}
+
+    class Tock(Event, key="key"):
+        key: str
+        n: int
+
+    @other.on(Step)
+    async def step(event: Step) -> None:
+        seen.setdefault(event.key, []).append(event.n)
+
+    @other.on(Tock)
+    async def tock(event: Tock) -> None:
+        seen.setdefault(event.key, []).append(event.n)
+
+    published = 0
+    ordinals: dict[str, int] = {}
+    async with run_local(other, shards=shards, stores=[MemoryStore() for _ in range(shards)]) as client:
+        for length in (1, 255, 256, 257, 1, 700, 3, 512):
+            events: list[Event] = []
+            stamps = []
+            for _ in range(length):
+                key = f"k{published * published % 41}"
+                # Some calls mix types, and some an event that is too large for a column of small ones.
+                mixed = length == 257 and published % 7 == 0
+                payload = bytes(5000) if length == 700 and published % 300 == 0 else b""
+                events.append(Tock(key=key, n=published) if mixed else Step(key=key, n=published, payload=payload))
+                ordinals[key] = ordinals.get(key, 0) + 1
+                stamps.append(ordinals[key])
+                published += 1
+            await client.publish_many(events, ordinals=stamps)
+        ledger = await client.flush(20)
+        evidence = await client.evidence([client.publisher])
+    assert (ledger.published, ledger.handled) == (published, published)
+    assert all(numbers == sorted(numbers) for numbers in seen.values())
+    assert sorted(number for numbers in seen.values() for number in numbers) == list(range(published))
+    assert sum(one.distinct for one in evidence) == published
+    assert all(one.repeats == one.out_of_order == one.missing == 0 for one in evidence)
+
+
+# -- acks
+
+
+async def test_what_somebody_waits_for_is_acked_at_once_and_the_rest_a_little_later():
+    patient = Limits(ack_delay_s=100.0, ping_interval_s=1000.0, session_silence_s=10_000.0)
+    async with running(patient) as client:
+        await client.publish(Step(key="a"))
+        assert (await client.flush(20)).handled == 1
+        await client.publish(Step(key="a"))
+        while len(handled) < 2:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert client.ledger().handled == 1  # nobody has asked
+    assert client.ledger().handled == 2  # leaving does
+    async with running() as client:
+        await client.publish(Step(key="a"))
+        while client.ledger().handled < 1:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+
+
 # -- leaving
 
 

@@ -58,9 +58,10 @@ publications = st.lists(messages, min_size=1, max_size=40)
 def batch_of(published: list[Message]) -> Batch:
     batch = Batch()
     for at, message in enumerate(published):
-        batch.names.append(message.name)
-        batch.keys.append(message.key)
-        batch.bodies.append(message.body)
+        if at % 3:
+            batch.add(message.name, message.key, message.body)
+        else:
+            batch.add_many(message.name, [message.key], [message.body])
         if message.stamp is not None:
             batch.stamp(*message.stamp)
         if message.headers is not None:
