@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from shardbus.metrics import BUCKETS, Book, book_bytes, bucket_bounds_us, bucket_index
@@ -116,5 +118,5 @@ def test_a_bucket_holds_its_values_to_three_digits(value_us: int):
 
 def test_buckets_follow_each_other_without_a_gap():
     bounds = [bucket_bounds_us(index) for index in range(BUCKETS)]
-    assert all(before[1] + 1 == after[0] for before, after in zip(bounds, bounds[1:], strict=False))
+    assert all(before[1] + 1 == after[0] for before, after in itertools.pairwise(bounds))
     assert bucket_index(2**60) == BUCKETS - 1
