@@ -155,9 +155,7 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
             if one["stalled_in"]:
                 click.echo(f"      its event loop stands still in {one['stalled_in']}")
             if one["suspects"] or one["quarantined"]:
-                click.echo(
-                    f"      after a crash: {one['suspects']:,} suspects run alone, {one['quarantined']:,} convicted become dead letters"
-                )
+                click.echo(f"      after a crash: {one['suspects']:,} events run alone, {one['quarantined']:,} never again")
     sys.exit(0 if found["healthy"] else _UNHEALTHY)
 
 

@@ -28,20 +28,21 @@ _HEADER: Final = 16  # words: magic, rows, rows, then the counters, then the str
 _UNWRITTEN: Final = 3  # suspended handlers that found no room
 _SUSPECTED: Final = 4
 _CONVICTED: Final = 5
+_DEATHS: Final = 6
 _RUNNING_AT: Final = 8
 _SUSPENDED_ROW: Final = 4  # words: publisher, since when, sequence + 1 (0: free)
-_SUSPECT_ROW: Final = 10  # words: publisher, sequence, alone, passed, verdict, deaths (0: free)
+_SUSPECT_ROW: Final = 10  # words: publisher, sequence, alone, free, verdict, deaths (0: the row is vacant)
 _VERDICT_AT: Final = 5
 _VERDICT_CHARS: Final = 32
-_DEATHS_AT: Final = 9
+_DIED_AT: Final = 9
 _STRETCH_MAX: Final = 4096  # more than any batch has; a longer one was never written by a worker
 
 
 class Journal:
     """The journal of one shard, over a buffer that starts as zeros and may already hold a predecessor's.
 
-    When all rows of suspended handlers are taken, further ones are counted and not written down. A death finds those that are
-    there, and as they run alone from then on, the next one finds others.
+    When all rows of suspended handlers are taken, further ones are counted and not written down. A death finds those that
+    are there, and as they run alone from then on, the next one finds others.
     """
 
     def __init__(self, buffer: memoryview, *, suspended: int = SUSPENDED, suspects: int = SUSPECTS) -> None:
@@ -124,23 +125,23 @@ class Journal:
             if rows[at + 3]
         ]
         suspended.sort(key=lambda one: (one.began_ns, one.first))
-        return Scene(running=running, suspended=suspended, suspects=self._read_suspects())
+        return Scene(death=self._words[_DEATHS], running=running, suspended=suspended, suspects=self._read_suspects())
 
     def _read_suspects(self) -> dict[Identity, Suspect]:
         words = self._suspects.tolist()
         self._rows, self._vacant = {}, []
         found: dict[Identity, Suspect] = {}
         for at in range(0, len(words), _SUSPECT_ROW):
-            if not words[at + _DEATHS_AT]:
+            if not words[at + _DIED_AT]:
                 self._vacant.append(at)
             else:
                 identity = (_publisher(words[at], words[at + 1]), words[at + 2])
-                text = b"".join(word.to_bytes(8, "little") for word in words[at + _VERDICT_AT : at + _DEATHS_AT])
+                text = b"".join(word.to_bytes(8, "little") for word in words[at + _VERDICT_AT : at + _DIED_AT])
                 self._rows[identity] = at
                 found[identity] = Suspect(
-                    deaths=words[at + _DEATHS_AT],
+                    died=words[at + _DIED_AT],
                     alone=words[at + 3],
-                    passed=bool(words[at + 4]),
+                    free=bool(words[at + 4]),
                     verdict=text.rstrip(b"\0").decode("ascii", "replace"),
                 )
         return found
@@ -151,6 +152,7 @@ class Journal:
             self.note(identity, None)
         for identity, suspect in suspects.items():
             self.note(identity, suspect)
+        self._words[_DEATHS] = (self._words[_DEATHS] + 1) % 64
         # Last: a kill before this line has the same death judged once more, as somebody else's.
         self.rest()
         for at in range(3, len(self._suspended), _SUSPENDED_ROW):
@@ -163,7 +165,7 @@ class Journal:
         at = self._rows.get(identity)
         if suspect is None:
             if at is not None:
-                words[at + _DEATHS_AT] = 0
+                words[at + _DIED_AT] = 0
                 self._vacant.append(self._rows.pop(identity))
         else:
             if at is None:
@@ -173,11 +175,11 @@ class Journal:
                 words[at], words[at + 1] = self._pack(identity[0])
                 words[at + 2] = identity[1]
             words[at + 3] = suspect.alone
-            words[at + 4] = suspect.passed
+            words[at + 4] = suspect.free
             text = suspect.verdict.encode("ascii", "replace")[:_VERDICT_CHARS].ljust(_VERDICT_CHARS, b"\0")
             for step in range(_VERDICT_CHARS // 8):
                 words[at + _VERDICT_AT + step] = int.from_bytes(text[8 * step : 8 * step + 8], "little")
-            words[at + _DEATHS_AT] = suspect.deaths
+            words[at + _DIED_AT] = suspect.died
 
     def tell(self, suspected: int, convicted: int) -> None:
         """Let the supervisor know how many there are."""

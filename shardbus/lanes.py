@@ -408,7 +408,7 @@ class Lanes:
         self._chance = chance
         self._journal = journal
         self._quarantine = quarantine
-        self._parked: deque[_Lane] = deque()  # their heads are suspects that wait for others
+        self._parked: dict[int, deque[_Lane]] = {}  # by its head's deaths: a suspect that waits for others
         self._clean = contextvars.copy_context()
         self._inbox: deque[Inbound] = deque()  # bounded by credit
         self._cursor: Inbound | None = None
@@ -761,17 +761,22 @@ class Lanes:
                 self.queued += 1
                 self._continue(lane)
                 return False
-            case Crowded():
+            case Crowded(deaths=deaths):
                 lane.queue.appendleft(head)
                 self.queued += 1
-                self._parked.append(lane)
+                self._parked.setdefault(deaths, deque()).append(lane)
                 return False
         return True
 
     def release(self) -> None:
         """Let suspects run that there is room for now."""
-        for _ in range(min(len(self._parked), self._quarantine.room())):
-            self._continue(self._parked.popleft())
+        room = self._quarantine.room()
+        while room > 0 and self._parked:
+            worst = max(self._parked)
+            self._continue(self._parked[worst].popleft())
+            if not self._parked[worst]:
+                del self._parked[worst]
+            room -= 1
 
     # -- handlers
 

@@ -1,8 +1,8 @@
 """Who ended a worker: what is concluded from a death, and how suspects run until it is known. Pure.
 
 The journal shows what was under way when a worker died. All of that is suspected, and what finishes is cleared. Suspects
-run again alone: one a stretch, and a few at a time, so that each further death leaves an eighth of them. The one that is left,
-and is under way when it happens again, is the culprit.
+run again alone: one a stretch, and a few at a time, so that each further death leaves an eighth of them. The one that is
+left, and is under way when it happens again, is the culprit.
 
 A death by SIGKILL says little, because anybody may send one. It accuses only what had just begun, and convicts only who was
 alone each time, several times in a row, and begun at an instant that chance had chosen: a handler that kills its process
@@ -32,20 +32,26 @@ _HOLD_MIN_S: Final = 0.1
 _HOLD_S: Final = 1.0  # at random, above that: how long one waits that was alone in a death
 _TRIAL_NS: Final = 5_000_000_000  # a suspect that has run for so long makes room for the next; twice as long each death
 _TRIAL_NS_MAX: Final = 300_000_000_000
-_FORGET_NS: Final = 60_000_000_000  # a suspect that does not come in this time has lost its publisher
+_FORGET_NS: Final = 60_000_000_000  # what has not come by then had finished, or is a command, or has lost its publisher
 
 
 class Suspect(msgspec.Struct, frozen=True, kw_only=True):
     """What is held against a message.
 
-    It was under way in `deaths` deaths, and the only suspect that was in `alone` of them. `passed`: since the last one it
-    has run for longer than others are to wait for it. `verdict` says how it ended its worker, once it is convicted.
+    It was under way in some deaths (`died`: a bit for each of the last 64, by their number), and in `alone` of them it was
+    the only suspect that was. `free`: it need not wait for others, nor others for it, because another one was convicted of
+    all of them, or because it has run for long since the last. `verdict` says how it ended its worker, once it is convicted.
     """
 
-    deaths: int = 0
+    died: int = 0
     alone: int = 0
-    passed: bool = False
+    free: bool = False
     verdict: str = ""
+
+    @property
+    def deaths(self) -> int:
+        """How many workers have died while it was under way."""
+        return self.died.bit_count()
 
 
 class UnderWay(msgspec.Struct, frozen=True):
@@ -63,8 +69,12 @@ class UnderWay(msgspec.Struct, frozen=True):
 
 
 class Scene(msgspec.Struct, frozen=True, kw_only=True):
-    """What a journal shows: the stretch that ran synchronously, handlers that were suspended, and earlier suspects."""
+    """What a journal shows: the stretch that ran synchronously, handlers that were suspended, and earlier suspects.
 
+    `death` is the number of the death that left it so.
+    """
+
+    death: int
     running: UnderWay | None
     suspended: list[UnderWay]
     suspects: dict[Identity, Suspect]
@@ -74,7 +84,9 @@ def judge(scene: Scene, ended: Ended) -> dict[Identity, Suspect]:
     """The suspects after a death, the convicted among them."""
     suspects = dict(scene.suspects)
     accused = _accused(scene, ended)
-    known = [one for one in accused if one in suspects and not (suspects[one].passed or suspects[one].verdict)]
+    known = [one for one in accused if one in suspects and not suspects[one].verdict]
+    if len(accused) > 1:
+        known = [one for one in known if not suspects[one].free]
     only = known[0] if len(known) == 1 else None
     if ended.how == "killed":
         # It happens without them, too: what was alone before was so by chance.
@@ -86,9 +98,12 @@ def judge(scene: Scene, ended: Ended) -> dict[Identity, Suspect]:
         if not before.verdict:
             alone = before.alone + (identity == only)
             convicted = identity == only and alone >= _ALONE[ended.how] + (len(accused) > 1)
-            suspects[identity] = Suspect(
-                deaths=before.deaths + 1, alone=alone, verdict=ended.told if convicted else ""
-            )
+            died = before.died | 1 << scene.death % 64
+            suspects[identity] = Suspect(died=died, alone=alone, verdict=ended.told if convicted else "")
+    if only is not None and (culprit := suspects[only]).verdict:
+        for identity, one in suspects.items():
+            if not (one.verdict or one.died & ~culprit.died):
+                suspects[identity] = msgspec.structs.replace(one, free=True)
     if len(suspects) > SUSPECTS_MAX:
         by_weight = sorted(suspects.items(), key=lambda item: (bool(item[1].verdict), item[1].deaths), reverse=True)
         suspects = dict(by_weight[:SUSPECTS_MAX])
@@ -121,7 +136,9 @@ class Hold(msgspec.Struct, frozen=True):
 
 
 class Crowded(msgspec.Struct, frozen=True):
-    """It runs when another suspect makes room."""
+    """It runs when another suspect makes room; of those that wait, the one with most deaths comes first."""
+
+    deaths: int
 
 
 class Convicted(msgspec.Struct, frozen=True):
@@ -159,16 +176,12 @@ class Quarantine:
         self._met: set[Identity] = set()
         self._held: set[Identity] = set()
         self._trials: dict[Identity, int] = {}  # under way, and since when
-        self._group = Counter(one.deaths for one in suspects.values() if not one.verdict)
-        self._left = Counter(self._group)  # of each group, those that are neither cleared nor passed
+        self._group = Counter(one.deaths for one in suspects.values() if not (one.verdict or one.free))
+        self._left = Counter(self._group)  # of each group, those that are neither cleared nor free
 
     def touches(self, publisher: bytes, first: int, end: int) -> bool:
         """Whether a batch has a suspect in it."""
         return any(first <= seq < end for seq in self._by_publisher.get(publisher, ()))
-
-    def of(self, publisher: bytes) -> list[int]:
-        """The sequences of a publisher's suspects."""
-        return list(self._by_publisher.get(publisher, ()))
 
     def room(self) -> int:
         """How many more may be under way now: an eighth of those that most deaths speak against, at least one."""
@@ -178,16 +191,18 @@ class Quarantine:
     def admit(self, identity: Identity, now_ns: int) -> Run | Hold | Crowded | Convicted:
         """Whether a message whose turn it is may run."""
         suspect = self.suspects.get(identity)
-        if suspect is None or suspect.passed:
+        if suspect is None:
             return Run()
         self._met.add(identity)
+        if suspect.free:
+            return Run()
         if suspect.verdict:
             return Convicted(suspect.verdict, suspect.deaths)
         if suspect.alone and identity not in self._held:
             self._held.add(identity)
             return Hold(_HOLD_MIN_S + self._chance() * _HOLD_S)
         if self.room() <= 0:
-            return Crowded()
+            return Crowded(suspect.deaths)
         self._trials[identity] = now_ns
         return Run()
 
@@ -204,19 +219,19 @@ class Quarantine:
         self._trials.pop(identity, None)
         if suspect.verdict:
             self.convicted -= 1
-        elif not suspect.passed:
+        elif not suspect.free:
             self._left[suspect.deaths] -= 1
         self._note(identity, None)
 
     def tick(self, now_ns: int) -> None:
-        """Let those pass that have run for long, and forget those that do not come."""
+        """Free those that have run for long, and forget those that do not come."""
         for identity, began_ns in list(self._trials.items()):
             suspect = self.suspects[identity]
             if now_ns - began_ns >= min(_TRIAL_NS_MAX, _TRIAL_NS << min(suspect.deaths - 1, 16)):
                 del self._trials[identity]
                 self._left[suspect.deaths] -= 1
-                passed = self.suspects[identity] = msgspec.structs.replace(suspect, passed=True)
-                self._note(identity, passed)
+                freed = self.suspects[identity] = msgspec.structs.replace(suspect, free=True)
+                self._note(identity, freed)
         if now_ns - self._since_ns >= _FORGET_NS:
             self._since_ns = now_ns
             for identity in self.suspects.keys() - self._met:

@@ -371,9 +371,9 @@ class Shard:
         """
         if self._quarantine.suspects:
             log.warning(
-                "%d messages were under way when a worker ended%s, and run alone until it is known who did it; %d are convicted",
-                len(self._quarantine.suspects) - self._quarantine.convicted,
+                "a worker has ended%s: of what was under way, %d messages run alone, and %d are not run any more",
                 f" ({self._predecessor.told})" if self._predecessor.told else "",
+                len(self._quarantine.suspects) - self._quarantine.convicted,
                 self._quarantine.convicted,
             )
         await self._writer.open()
@@ -474,9 +474,6 @@ class Shard:
             else:
                 self.touched(session)
             return
-        for seq in self._quarantine.of(session.publisher) if self._quarantine.suspects else ():
-            if session.is_finished(seq):
-                self._quarantine.clear((session.publisher, seq))  # before the death, or it is a command
         if columns is not None:
             book = one.book
             if (columns.ordinals or columns.intended_ns) and (book is None or book.retired):
