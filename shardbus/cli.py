@@ -154,6 +154,8 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
                 click.echo(f"      its store cannot write: {one['store_failing']}")
             if one["stalled_in"]:
                 click.echo(f"      its event loop stands still in {one['stalled_in']}")
+            if one["suspects"] or one["quarantined"]:
+                click.echo(f"      after a crash: {one['suspects']:,} events run alone, {one['quarantined']:,} never again")
     sys.exit(0 if found["healthy"] else _UNHEALTHY)
 
 
@@ -204,7 +206,7 @@ def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--since", type=_parse_since, metavar="TIME", help="Died since: 10m, 2h, 3d ago, or an ISO 8601 time."),
         click.option("--handler", help="A handler that gave up, by its full name."),
-        click.option("--reason", help="failed, timeout, circuit-open, undecodable or unknown-type."),
+        click.option("--reason", help="failed, timeout, circuit-open, undecodable, unknown-type or crashed."),
         click.option("--key", type=_parse_key, metavar="KEY", help="Text, or int:42, bytes:0a0b, uuid:…, text:int:42."),
         click.option("--type", "type_", help="The event's name on the wire."),
         _connect_option,

@@ -13,6 +13,9 @@ A lane that grows too long in memory goes to the shard's store, whole, with the 
 it, and a successor of a killed worker finds it there in order. Later events of the key follow it there until the lane is
 empty.
 
+What is about to run is written into the journal first, once a stride, so that a successor finds the handler that ended the
+process. There, batches with a suspect in them are run one message a stride, and suspects when the quarantine lets them.
+
 Owns: which handler runs when, and what became of each message. Knows nothing of sockets, databases or processes; those are
 behind `LaneHost`.
 """
@@ -37,8 +40,10 @@ from shardbus.breaker import Admitted, Blocked, Circuit
 from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.context import Context
+from shardbus.journal import END, FIRST, Journal
 from shardbus.messages import Message, WireKey
 from shardbus.metrics import PublisherBook
+from shardbus.quarantine import Convicted, Crowded, Hold, Identity, Quarantine
 from shardbus.registry import Handler, Plan, Registered
 from shardbus.retry import GiveUp, RetryIn
 from shardbus.store import Failure
@@ -53,6 +58,7 @@ _TRACEBACK_CHARS_MAX: Final = 32_000
 _PLACES_MAX: Final = 1024
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
 
+CRASHED: Final = "crashed"  # the reason of a dead letter whose handling ends its worker
 UNKNOWN: Final = Plan(Message, ())  # stands for every type that has no handler here
 
 
@@ -75,6 +81,7 @@ class Delivery:
         "extra",
         "gave_up",
         "intended_ns",
+        "journalled",
         "key",
         "message",
         "name",
@@ -123,6 +130,12 @@ class Delivery:
         self.due_ns = 0  # not before, by the worker's clock
         self.todo: dict[str, int] | None = None  # handlers still to run → how often each has failed; None: all, never
         self.gave_up: tuple[Failure, ...] = ()
+        self.journalled = -1  # its row in the journal, while its handler is suspended
+
+    @property
+    def identity(self) -> Identity:
+        """What the journal knows it by."""
+        return self.publisher, self.seq
 
     @property
     def is_event(self) -> bool:
@@ -221,11 +234,13 @@ class Inbound:
         "asked_ns",
         "attempt",
         "book",
+        "careful",
         "columns",
         "end",
         "first",
         "rows",
         "session",
+        "wanted",
     )
 
     def __init__(
@@ -248,28 +263,32 @@ class Inbound:
         self.asked_ns = asked_ns  # when its commands were sent, by this worker's clock
         self._run_start = first
         self._skip = skip
+        self.wanted: bytearray | None = None  # where some are skipped: 1 for each row that is not
+        self.careful = False
         self._keys = iter(columns.keys)
         self._plans: Plan | list[Plan] = UNKNOWN
         self._messages: list[Any] | None = None
         self.rows: Iterator[_Row] = iter(())
 
-    def open(self, plans: Mapping[str, Plan]) -> None:
+    def open(self, plans: Mapping[str, Plan], *, careful: bool) -> None:
         """Decode the bodies and set up `rows`: key, handler, message, ordinal, intended instant of each message.
 
         The handler is None where the message needs more than a call: another kind of handler, or a body that does not
-        decode.
+        decode. A batch with a suspect in it is opened with care: nothing is decoded yet, and each message runs by itself.
         """
+        self.careful = careful
         columns = self.columns
         names = columns.names
         handlers: Iterable[Handler | None]
         if isinstance(names, str):
             plan = self._plans = plans.get(names, UNKNOWN)
             handlers = repeat(plan.simple)
-            self._messages = _all_decoded(map(plan.decode, columns.bodies))
+            self._messages = None if careful else _all_decoded(map(plan.decode, columns.bodies))
         else:
             several = self._plans = [plans.get(name, UNKNOWN) for name in names]
             handlers = [plan.simple for plan in several]
-            self._messages = _all_decoded(plan.decode(body) for plan, body in zip(several, columns.bodies, strict=True))
+            pairs = zip(several, columns.bodies, strict=True)
+            self._messages = None if careful else _all_decoded(plan.decode(body) for plan, body in pairs)
         if self._messages is None:
             handlers = repeat(None)
         elif columns.extras:
@@ -291,12 +310,28 @@ class Inbound:
             for at in range(0, len(skip), 2):
                 low, high = skip[at] - self.first, skip[at + 1] - self.first
                 wanted[low:high] = bytes(high - low)
+            self.wanted = wanted
             self.rows = compress(self.rows, wanted)
 
     @property
     def next_seq(self) -> int:
         """The sequence of the row that comes next; the present one's is one less."""
         return self.end - length_hint(self._keys)
+
+    def stretch(self, first: int, length: int) -> tuple[int, int]:
+        """Where the next `length` rows lie, from sequence `first` on: the first of them, and the one behind the last."""
+        wanted = self.wanted
+        if wanted is None:
+            return first, min(first + length, self.end)
+        at = wanted.find(1, first - self.first)
+        if at < 0:
+            return self.end, self.end
+        first = self.first + at
+        for _ in range(length):
+            at = wanted.find(1, at) + 1
+            if not at:
+                return first, self.end
+        return first, self.first + at
 
     def finish_before(self, seq: int) -> int:
         """Report what was done in order below `seq`; return how many messages that were."""
@@ -356,7 +391,14 @@ class Lanes:
     """
 
     def __init__(
-        self, plans: Mapping[str, Plan], host: LaneHost, limits: Limits, now: NowNs, chance: Callable[[], float]
+        self,
+        plans: Mapping[str, Plan],
+        host: LaneHost,
+        limits: Limits,
+        now: NowNs,
+        chance: Callable[[], float],
+        journal: Journal,
+        quarantine: Quarantine,
     ) -> None:
         self.plans = plans
         self.queued = 0  # messages in memory behind busy keys
@@ -364,6 +406,9 @@ class Lanes:
         self._limits = limits
         self._now = now
         self._chance = chance
+        self._journal = journal
+        self._quarantine = quarantine
+        self._parked: dict[int, deque[_Lane]] = {}  # by its head's deaths: a suspect that waits for others
         self._clean = contextvars.copy_context()
         self._inbox: deque[Inbound] = deque()  # bounded by credit
         self._cursor: Inbound | None = None
@@ -515,6 +560,8 @@ class Lanes:
             if running.key is None:
                 self._keyless[token] = running
         self._running = None
+        running.journalled = self._journal.suspend(running.publisher, running.seq, self._now())
+        self._journal.rest()
         if running.key is not None:
             lane = self._busy.get(running.key)
             if lane is None:
@@ -531,16 +578,21 @@ class Lanes:
                 lane = ready.popleft()
                 await self._run_head(lane, token)
             elif self._cursor is not None or self._inbox:
-                if self._cursor is None:
-                    self._cursor = self._inbox.popleft()
-                    self._cursor.open(self.plans)
-                await self._run_batch(self._cursor, token, context, end_ns)
+                await self._run_batch(self._cursor or self._open(self._inbox.popleft()), token, context, end_ns)
             else:
                 break
             if context != self._clean or self._now() >= end_ns:
                 break
         if self._leader is token:
             self._leader = None
+            self._journal.rest()
+
+    def _open(self, inbound: Inbound) -> Inbound:
+        self._cursor = inbound
+        publisher, first, end = inbound.session.publisher, inbound.first, inbound.end
+        self._journal.lead(publisher, first, end)  # decoding runs what a message checks itself
+        inbound.open(self.plans, careful=self._quarantine.touches(publisher, first, end))
+        return inbound
 
     async def _run_batch(self, cursor: Inbound, token: object, context: contextvars.Context, end_ns: int) -> None:
         """Run messages of a batch, in strides, until its end or that of the leader's slice.
@@ -556,15 +608,26 @@ class Lanes:
         last: Any = None if book is None else book.last
         note: Any = None if book is None else book.note
         latencies: dict[int, int] = {} if book is None else book.latencies_us
+        journal, limit = self._journal, cursor.end
+        journal.lead(cursor.session.publisher, cursor.next_seq, cursor.next_seq)
+        running = journal.running
         began_ns = now()
         while True:
+            first = cursor.next_seq
+            stride = 1 if cursor.careful else self._stride
+            end = first + stride
+            if end > limit or cursor.wanted is not None:
+                first, end = cursor.stretch(first, stride)
+            running[FIRST], running[END] = first, end
             # The tuples are not kept, so `zip` uses one again and again.
-            for key, simple, message, ordinal, intended_ns in islice(rows, self._stride):
+            for key, simple, message, ordinal, intended_ns in islice(rows, stride):
                 if simple is None or key in busy:
                     self._host.handled(cursor.hold())
                     delivery = cursor.delivery()
                     if key in busy:
                         self._append(busy[key], delivery)
+                    elif cursor.careful and delivery.identity in self._quarantine.suspects:
+                        self._set_apart(delivery)
                     else:
                         await self._deliver(delivery, token)
                         if self._leader is not token:
@@ -646,9 +709,13 @@ class Lanes:
         head = lane.queue.popleft()
         assert isinstance(head, Delivery)  # `_continue` makes no other lane ready
         self.queued -= 1
+        if self._quarantine.suspects and not self._may_run(lane, head):
+            return
         lane.running = head
         if head.key is None:
             self._loose.discard(lane)
+        began_ns = self._now() if self._quarantine.suspects else 0  # it matters for them only
+        self._journal.lead(head.publisher, head.seq, head.seq + 1, began_ns)
         await self._deliver(head, token)
 
     async def _deliver(self, delivery: Delivery, token: object) -> None:
@@ -662,6 +729,52 @@ class Lanes:
         if self._leader is token:
             self._running = None
         self._settle(delivery, outcome)
+
+    # -- suspects
+
+    def _set_apart(self, delivery: Delivery) -> None:
+        """A suspect's turn came in a batch: give it a lane, whose head runs when it may."""
+        lane = _Lane(delivery.key, None)
+        if delivery.key is None:
+            self._loose.add(lane)
+        else:
+            self._busy[delivery.key] = lane
+        self._queue(lane, delivery)
+        self._ready.append(lane)
+
+    def _may_run(self, lane: _Lane, head: Delivery) -> bool:
+        """Whether a head that was taken from its lane may run now; else it is where it belongs."""
+        if not head.is_event:
+            return True  # a command is never sent again, so it cannot be a suspect
+        match self._quarantine.admit(head.identity, self._now()):
+            case Convicted(verdict=verdict, deaths=deaths):
+                lane.running = head
+                if head.key is None:
+                    self._loose.discard(lane)
+                self._settle(head, _crashed(head, verdict, deaths))
+                return False
+            case Hold(delay_s=delay_s):
+                head.due_ns = self._now() + int(delay_s * 1e9)
+                lane.queue.appendleft(head)
+                self.queued += 1
+                self._continue(lane)
+                return False
+            case Crowded(deaths=deaths):
+                lane.queue.appendleft(head)
+                self.queued += 1
+                self._parked.setdefault(deaths, deque()).append(lane)
+                return False
+        return True
+
+    def release(self) -> None:
+        """Let suspects run that there is room for now."""
+        room = self._quarantine.room()
+        while room > 0 and self._parked:
+            worst = max(self._parked)
+            self._continue(self._parked[worst].popleft())
+            if not self._parked[worst]:
+                del self._parked[worst]
+            room -= 1
 
     # -- handlers
 
@@ -810,6 +923,12 @@ class Lanes:
 
         For good: write the evidence, then finish it, then let its lane go on.
         """
+        if delivery.journalled >= 0:
+            self._journal.resume(delivery.journalled)
+            delivery.journalled = -1
+        if self._quarantine.suspects and not (isinstance(outcome, Failure) and outcome.reason == CRASHED):
+            self._quarantine.clear(delivery.identity)
+            self.release()
         if isinstance(outcome, Later):
             self._postpone(delivery, outcome)
             return
@@ -1039,6 +1158,18 @@ class _Round:
     def again(self, handler: Registered, failures: int, delay_s: float) -> None:
         self.todo[handler.name] = failures
         self.delay_s = max(self.delay_s, delay_s)
+
+
+def _crashed(delivery: Delivery, verdict: str, deaths: int) -> Failure:
+    """The outcome of an event that is not run any more; a redrive runs the handlers that it had left, or gave up."""
+    given_up = [name for one in delivery.gave_up for name in one.handlers]
+    left = [one.name for one in delivery.plan.handlers if delivery.todo is None or one.name in delivery.todo]
+    return Failure(
+        handlers=tuple(dict.fromkeys([*given_up, *left])),
+        reason=CRASHED,
+        error_type="",
+        error=f"its handling ended the worker with {verdict}; {deaths} workers have died while it was under way",
+    )
 
 
 def _handlers_of(plan: Plan) -> str:

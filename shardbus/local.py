@@ -19,6 +19,7 @@ from shardbus.client import Channel, Client, OnFull, open_client
 from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.errors import RemoteProtocolError
+from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Book, book_bytes
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.routing import ShardAddress, Table, even_slots
@@ -32,6 +33,7 @@ log = logging.getLogger("shardbus.local")
 _CONTROL: Final = "local:control"
 _BOOK_KEYS: Final = 4096
 _BOOK_PUBLISHERS: Final = 4
+_JOURNAL: Final = {"suspended": 1, "suspects": 1}  # nobody survives to read it
 _SILENCE_CHECK_S: Final = 1.0
 _encode: Final = msgspec.msgpack.Encoder().encode
 
@@ -173,6 +175,7 @@ async def run_local(
                 plans=registry.plans(),
                 store=stores[address.shard] if stores else SqlStore(_url_of(dead_letters, address.shard)),
                 book=Book(memoryview(bytearray(size)), keys=_BOOK_KEYS, publishers=_BOOK_PUBLISHERS),
+                journal=Journal(memoryview(bytearray(journal_bytes(**_JOURNAL))), **_JOURNAL),
                 send=bus.send,
                 now=monotonic_ns,
                 limits=limits,

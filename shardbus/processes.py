@@ -231,6 +231,20 @@ def signal_name(code: int) -> str:
         return f"signal {-code}"
 
 
+def kernel_kills() -> int | None:
+    """How many processes of this machine the kernel has ended because memory ran out; None: it does not say."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/vmstat", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
+
+
+def was_killed(code: int) -> bool:
+    """Whether an exit code says SIGKILL, which a process does not bring upon itself by a fault."""
+    return code == -signal.SIGKILL
+
+
 def cores() -> list[int]:
     """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

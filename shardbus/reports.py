@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -16,8 +16,24 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     parent: int
 
 
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
+    """How a worker ended, as its supervisor saw it.
+
+    `crashed`: by a signal that processes bring upon themselves, or an exit code. `memory`: by SIGKILL, while the kernel was
+    out of memory. `silent`: replaced, because its event loop stood still. `killed`: by SIGKILL, of whoever. Empty: in good
+    order, or nobody knows. `told` says it in words, `at_ns` when, by the clock of all processes (0: nobody knows).
+    """
+
+    how: Literal["", "crashed", "memory", "silent", "killed"] = ""
+    told: str = ""
+    at_ns: int = 0
+
+
+UNKNOWN_END: Final = Ended()
+
+
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
-    """The shard that a worker is to serve, once in its life."""
+    """The shard that a worker is to serve, once in its life; `predecessor` is how the one before it ended."""
 
     shard: int
     shards: int
@@ -25,6 +41,8 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     layout: int
     address: str
     evidence_path: str
+    journal_path: str
+    predecessor: Ended
     store_url: str
     drain_s: float
 

@@ -1,7 +1,7 @@
 """The directories of a bus: its sockets, its lock, its evidence and stores. The only file that locks files.
 
 A bus owns `ipc://DIRECTORY`. What must outlive a worker lies in a state directory on RAM, found again by the next `serve` at
-the same address: one evidence file and, by default, one store for each shard.
+the same address: one evidence file, one journal and, by default, one store for each shard.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ class RunDir:
         """The file of a shard's evidence."""
         return os.path.join(self.state, f"evidence-{shard}")
 
+    def journal_path(self, shard: int) -> str:
+        """The file of a shard's journal."""
+        return os.path.join(self.state, f"journal-{shard}")
+
     def store_path(self, shard: int) -> str:
         """The file of a shard's store, where no URL was given."""
         return os.path.join(self.state, f"store-{shard}.db")
@@ -76,9 +80,9 @@ class RunDir:
         os.replace(path + ".new", path)
 
     def remove_evidence(self) -> None:
-        """Start over with what a bus of another number of shards left as evidence."""
+        """Start over with what a bus of another number of shards left as evidence, and as journals."""
         for name in os.listdir(self.state):
-            if name.startswith("evidence-"):
+            if name.startswith(("evidence-", "journal-")):
                 os.unlink(os.path.join(self.state, name))
 
     def remove_sockets(self) -> None:

@@ -22,10 +22,13 @@ from shardbus.clock import NowNs, wall_ns
 from shardbus.config import PROTOCOL, Limits
 from shardbus.dead_letters import Request, decode_request, encode_answer, page_of
 from shardbus.errors import RemoteProtocolError
-from shardbus.lanes import UNKNOWN, Delivery, Inbound, Lanes
+from shardbus.journal import Journal
+from shardbus.lanes import CRASHED, UNKNOWN, Delivery, Inbound, Lanes
 from shardbus.messages import WireKey
 from shardbus.metrics import Book, PublisherBook
+from shardbus.quarantine import Identity, Quarantine, Suspect, judge
 from shardbus.registry import Plan
+from shardbus.reports import UNKNOWN_END, Ended
 from shardbus.routing import slot_of
 from shardbus.store import (
     DeadLetter,
@@ -302,7 +305,8 @@ class _Writer:
 class Shard:
     """Sessions, lanes and store of one shard. `start`, then `receive` and `tick`; `drain`, then `close`.
 
-    It is the `LaneHost` of its lanes.
+    It is the `LaneHost` of its lanes. `journal` shows what a predecessor was running, and `predecessor` how that ended: what
+    follows from the two is concluded here, once.
     """
 
     def __init__(
@@ -314,17 +318,25 @@ class Shard:
         plans: Mapping[str, Plan],
         store: Store,
         book: Book,
+        journal: Journal,
         send: Send,
         now: NowNs,
         limits: Limits,
         broken: Callable[[BaseException], None],
         wall: NowNs = wall_ns,
         chance: Callable[[], float] = random.random,
+        predecessor: Ended = UNKNOWN_END,
     ) -> None:
         self.shard = shard
         self.epoch = epoch
         self.book = book
-        self.lanes = Lanes(plans, self, limits, now, chance)
+        suspects = judge(journal.scene(), predecessor)
+        journal.start_over(suspects)
+        self._journal = journal
+        self._predecessor = predecessor
+        self._quarantine = Quarantine(suspects, self._note_suspect, now(), chance)
+        journal.tell(len(suspects) - self._quarantine.convicted, self._quarantine.convicted)
+        self.lanes = Lanes(plans, self, limits, now, chance, journal, self._quarantine)
         self._layout = layout
         self._send = send
         self._now = now
@@ -359,6 +371,13 @@ class Shard:
         Raises:
             StoreError: the store cannot be opened.
         """
+        if self._quarantine.suspects:
+            log.warning(
+                "a worker has ended%s: of what was under way, %d messages run alone, and %d are not run any more",
+                f" ({self._predecessor.told})" if self._predecessor.told else "",
+                len(self._quarantine.suspects) - self._quarantine.convicted,
+                self._quarantine.convicted,
+            )
         await self._writer.open()
         counts = self._writer.counts
         self._adopts = counts.dead + counts.waiting > 0
@@ -432,8 +451,11 @@ class Shard:
             self._block(peer, error)
 
     def tick(self) -> None:
-        """Forget publishers that have been silent for long; call it about once a second."""
+        """Forget publishers that have been silent for long, and suspects that took long; call it about once a second."""
         self.book.write_latencies()  # of events that nobody waits for an ack of
+        if self._quarantine.suspects:
+            self._quarantine.tick(self._now())
+            self.lanes.release()
         silent_before = self._now() - int(self._limits.session_silence_s * _NS)
         for publisher, one in list(self._publishers.items()):
             if one.session.heard_ns < silent_before and not one.session.unfinished:
@@ -624,6 +646,7 @@ class Shard:
                 envelope=replace(letter.envelope, attempt=letter.envelope.attempt + 1),
                 todo=dict.fromkeys(letter.handlers, 0),
             )
+            self._quarantine.clear((letter.envelope.publisher, letter.envelope.seq))
             self._leaving.add(one.row)
             left += 1
             redriven += 1
@@ -638,6 +661,11 @@ class Shard:
         self._resting[publisher] = one.session
         if len(self._resting) > _RESTING_MAX:
             self._resting.popitem(last=False)
+
+    def _note_suspect(self, identity: Identity, suspect: Suspect | None) -> None:
+        self._journal.note(identity, suspect)
+        convicted = self._quarantine.convicted
+        self._journal.tell(len(self._quarantine.suspects) - convicted, convicted)
 
     def _refuse(self, peer: bytes, epoch: bytes, layout: int, *, greeted: bool) -> None:
         if epoch != self.epoch or self._draining:
@@ -728,6 +756,8 @@ class Shard:
         self._tell(delivery, failure)
 
         def committed() -> None:
+            if failure.reason == CRASHED:
+                self._quarantine.clear(delivery.identity)
             if delivery.session is not None:
                 delivery.session.finish_dead(delivery.seq)
                 self.touched(delivery.session)
@@ -735,11 +765,14 @@ class Shard:
         self._writer.add_dead(letter, delivery.position, committed)
 
     def _tell(self, delivery: Delivery, failure: Failure) -> None:
-        """Log a dead letter: the first of its kind, and after that one a minute, with how many there were."""
+        """Log a dead letter: the first of its kind, and after that one a minute, with how many there were.
+
+        One whose handling ends workers is always logged: those are few.
+        """
         kind = (failure.reason, failure.handlers, failure.place or delivery.name)
         last_ns, more = self._told.get(kind, (0, 0))
         now_ns = self._now()
-        if last_ns and now_ns - last_ns < _TELL_NS:
+        if last_ns and now_ns - last_ns < _TELL_NS and failure.reason != CRASHED:
             self._told[kind] = (last_ns, more + 1)
             return
         if len(self._told) >= _TOLD_MAX:

@@ -32,7 +32,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Why an event was not handled.
 
     `handlers` names those that gave up (none where the event was never decoded); `reason` is one of `failed`, `timeout`,
-    `circuit-open`, `undecodable`, `unknown-type`. `place` identifies the traceback.
+    `circuit-open`, `undecodable`, `unknown-type`, `crashed`. `place` identifies the traceback.
     """
 
     handlers: tuple[str, ...]

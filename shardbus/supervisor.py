@@ -18,14 +18,16 @@ import msgspec
 
 from shardbus.addresses import Address
 from shardbus.errors import BootError, ConfigError, RemoteProtocolError
-from shardbus.evidence import EVIDENCE_BYTES, SharedBook
-from shardbus.processes import Child, cores, on_stop_signals, reap_orphans, signal_name
+from shardbus.evidence import EVIDENCE_BYTES, SharedBook, SharedJournal
+from shardbus.processes import Child, cores, kernel_kills, on_stop_signals, reap_orphans, signal_name, was_killed
 from shardbus.reports import (
+    UNKNOWN_END,
     Assignment,
     Beat,
     Boot,
     BootFailed,
     Drained,
+    Ended,
     Ready,
     Stalled,
     decode_report,
@@ -45,6 +47,7 @@ SILENCE_S: Final = 5.0  # a worker whose loop is silent for longer is replaced
 BOOT_SILENCE_S: Final = 30.0
 _SETTLED_S: Final = 10.0  # a worker that was ready for so long has made progress
 _CHECK_S: Final = 0.5
+_NARROWING_MAX: Final = 24  # deaths in a row that count as progress because they tell who ended the worker
 _CLIENTS_MAX: Final = 4096
 _LAYOUT: Final = 1
 _encode: Final = msgspec.msgpack.Encoder().encode
@@ -65,9 +68,10 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
 class _Worker:
     """One shard's worker, over all its incarnations."""
 
-    def __init__(self, shard: int, evidence: SharedBook) -> None:
+    def __init__(self, shard: int, evidence: SharedBook, journal: SharedJournal) -> None:
         self.shard = shard
         self.evidence = evidence
+        self.journal = journal
         self.child: Child | None = None
         self.counter = 0  # incarnations started
         self.epoch = b""
@@ -77,6 +81,9 @@ class _Worker:
         self.heard_at = 0.0
         self.handled_before = 0
         self.fruitless = 0
+        self.narrowing = 0  # deaths in a row that made no progress but named somebody
+        self.replaced = False  # it was silent, so it is being ended
+        self.ended = UNKNOWN_END  # how the last one ended that may have run something
         self.given_up = False
         self.boot_error = ""
         self.last_exit = ""
@@ -116,6 +123,7 @@ class Supervisor:
         self._started_at = time.monotonic()
         self._rate: tuple[float, int, float] = (0.0, 0, 0.0)
         self._spare: _Process | None = None
+        self._kernel_kills = kernel_kills()
 
     async def run(self, on_ready: Callable[[str], None]) -> list[str]:
         """Start all workers, call `on_ready` with a line for people, serve, drain; return lines on what was not drained.
@@ -130,7 +138,7 @@ class Supervisor:
             rundir.remove_sockets()
             await self._adopt_state(rundir)
             for shard in range(self._options.workers):
-                self._workers.append(_Worker(shard, self._evidence(rundir, shard)))
+                self._workers.append(_Worker(shard, *self._mappings(rundir, shard)))
             self._router = listener.bind(self._options.address.control, self._on_frame)
             on_stop_signals(self._on_signal)
             for worker in self._workers:
@@ -148,12 +156,13 @@ class Supervisor:
             listener.close()
             for worker in self._workers:
                 worker.evidence.close()
+                worker.journal.close()
             rundir.close()
 
     @staticmethod
-    def _evidence(rundir: RunDir, shard: int) -> SharedBook:
+    def _mappings(rundir: RunDir, shard: int) -> tuple[SharedBook, SharedJournal]:
         try:
-            return SharedBook(rundir.evidence_path(shard))
+            return SharedBook(rundir.evidence_path(shard)), SharedJournal(rundir.journal_path(shard))
         except OSError as error:
             raise ConfigError(
                 f"no room for shard {shard} in {rundir.state}: {error.strerror}; a shard takes "
@@ -268,6 +277,7 @@ class Supervisor:
         worker.boot_error = ""
         worker.beat = None
         worker.stalled_in = ""
+        worker.replaced = False
         worker.heard_at = time.monotonic()
         worker.handled_before = worker.evidence.book.counters().handled
         assignment = Assignment(
@@ -277,6 +287,8 @@ class Supervisor:
             layout=_LAYOUT,
             address=worker.address,
             evidence_path=rundir.evidence_path(worker.shard),
+            journal_path=rundir.journal_path(worker.shard),
+            predecessor=worker.ended,
             store_url=self._store_url(rundir, worker.shard),
             drain_s=self._options.drain_s,
         )
@@ -343,6 +355,8 @@ class Supervisor:
         """A worker is dead and reaped: decide whether and when its successor starts."""
         was_ready, worker.ready, worker.child = worker.ready, False, None
         worker.last_exit = worker.boot_error or signal_name(code)
+        if was_ready:
+            worker.ended = self._how_it_ended(worker, code)
         rundir.remove_socket(worker.address)
         self._changed.set()
         if self._stopping or self._failure:
@@ -355,7 +369,11 @@ class Supervisor:
         handled = worker.evidence.book.counters().handled
         lived_s = time.monotonic() - worker.ready_at if was_ready else 0.0
         progressed = handled > worker.handled_before or lived_s >= _SETTLED_S
-        worker.fruitless = 0 if progressed else worker.fruitless + 1
+        # A death that names somebody brings the quarantine nearer to who it is, and so does not count; within bounds.
+        narrows = was_ready and bool(worker.ended.how) and worker.journal.journal.names_somebody()
+        worker.narrowing = 0 if progressed else worker.narrowing + narrows
+        narrows = narrows and worker.narrowing <= _NARROWING_MAX
+        worker.fruitless = 0 if progressed or narrows else worker.fruitless + 1
         match self._policy.decide(worker.fruitless):
             case RestartIn(delay_s=delay_s):
                 log.warning("shard %d ended (%s); starting it again in %g s", worker.shard, worker.last_exit, delay_s)
@@ -374,6 +392,20 @@ class Supervisor:
                 )
                 self._announce()
 
+    def _how_it_ended(self, worker: _Worker, code: int) -> Ended:
+        now_ns = time.monotonic_ns()
+        if code == 0:
+            return UNKNOWN_END
+        if worker.replaced:
+            return Ended(how="silent", told=f"{worker.last_exit}, after {SILENCE_S:g} s of silence", at_ns=now_ns)
+        if not was_killed(code):
+            return Ended(how="crashed", told=worker.last_exit, at_ns=now_ns)
+        kills = kernel_kills()
+        before, self._kernel_kills = self._kernel_kills, kills
+        if kills != before:
+            return Ended(how="memory", told=f"{worker.last_exit}, out of memory", at_ns=now_ns)
+        return Ended(how="killed", told=worker.last_exit, at_ns=now_ns)
+
     def _restart(self, worker: _Worker, rundir: RunDir) -> None:
         if not (self._stopping or self._failure):
             self._start(worker, rundir)
@@ -390,6 +422,7 @@ class Supervisor:
                     f", blocked by {worker.stalled_in}" if worker.stalled_in else "",
                 )
                 worker.heard_at = now
+                worker.replaced = True
                 worker.child.kill()
 
     # -- clients
@@ -478,6 +511,7 @@ class Supervisor:
 
     def _status_of(self, worker: _Worker) -> dict[str, Any]:
         counters = worker.evidence.book.counters()
+        suspects, convicted = worker.journal.journal.counts()
         beat = worker.beat
         state = "given-up" if worker.given_up else "up" if worker.ready else "starting" if worker.child else "down"
         return {
@@ -494,6 +528,8 @@ class Supervisor:
             "waiting": beat.waiting if beat else 0,
             "store_failing": beat.store_failing if beat else "",
             "stalled_in": worker.stalled_in,
+            "suspects": suspects,
+            "quarantined": convicted,
             "malformed": counters.malformed,
             "ignored": counters.ignored,
             "rejected": counters.rejected,
@@ -506,6 +542,7 @@ class Supervisor:
         if now - at >= 1.0:
             total = sum(one.evidence.book.counters().handled for one in self._workers)
             self._rate = (now, total, (total - handled) / (now - at) if at else 0.0)
+            self._kernel_kills = kernel_kills()
 
     def _ready_line(self) -> str:
         workers = f"{self._options.workers} worker{'s' if self._options.workers != 1 else ''}"

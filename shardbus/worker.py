@@ -24,7 +24,7 @@ from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS
 from shardbus.errors import BootError, ConfigError
 from shardbus.event_loop import run
-from shardbus.evidence import SharedBook
+from shardbus.evidence import SharedBook, SharedJournal
 from shardbus.logs import configure_logging
 from shardbus.processes import ReportPipe, die_with_parent, on_stop_signals
 from shardbus.registry import Registry, WorkerInfo
@@ -82,6 +82,7 @@ async def run_worker(boot: Boot, descriptor: int) -> int:
 
 async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: asyncio.Event) -> int:
     evidence = SharedBook(spec.evidence_path)
+    journal = SharedJournal(spec.journal_path)
     listener = ZmqListener()
     sends: list[Any] = []
     shard = Shard(
@@ -91,10 +92,12 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         plans=registry.plans(),
         store=SqlStore(spec.store_url, shards=spec.shards),
         book=evidence.book,
+        journal=journal.journal,
         send=lambda peer, frame: sends[0](peer, frame),  # noqa: PLW0108 - the list is filled once the socket is bound
         now=monotonic_ns,
         limits=DEFAULT_LIMITS,
         broken=_broken,
+        predecessor=spec.predecessor,
     )
     watchdog = Watchdog(STALL_S, shard.lanes.current, lambda stall: _stalled(stall, pipe))
     try:
@@ -125,6 +128,7 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         await shard.close()
         listener.close()
         evidence.close()
+        journal.close()
 
 
 async def _beat_on(shard: Shard, pipe: ReportPipe) -> None:

@@ -27,6 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("addresses",),
     ("messages",),
     ("routing", "restart", "reports", "retry", "breaker"),
+    ("quarantine",),
+    ("journal",),
     ("wire",),  # the package itself, which holds nothing
     ("wire.ranges",),
     ("wire.frames",),

@@ -19,9 +19,11 @@ from shardbus.client import Client
 from shardbus.config import Limits
 from shardbus.context import Context
 from shardbus.errors import CommandLost
+from shardbus.journal import Journal, journal_bytes
 from shardbus.messages import Command, Event, WireKey
 from shardbus.metrics import Book, book_bytes
 from shardbus.registry import Registry
+from shardbus.reports import Ended
 from shardbus.retry import Retry
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.shard import Shard
@@ -41,6 +43,8 @@ LIMITS = Limits(
 )
 FAULTS_END_S = 5.0
 BOOK = {"keys": 256, "publishers": 4}
+JOURNAL = {"suspended": 64, "suspects": 128}
+POISON = ("poison", "late poison")  # kinds of events that end their shard
 
 
 class _VirtualSelector(selectors.DefaultSelector):
@@ -192,6 +196,7 @@ class World:
         self.events_each = self.chance.choice([20, 60])
         self.keys = self.chance.choice([1, 3, 8])
         self.store_failures = self.chance.choice([0, 0, 3])
+        self.poisoned = self.chance.random() < 0.3
         self.limits = replace(LIMITS, store_rows_max=self.chance.choice([2000, 2000, 10]))
         self.network = Network(self)
         self.control: list[_Channel] = []
@@ -200,6 +205,10 @@ class World:
         self.rows = [MemoryRows() for _ in range(self.shards_count)]
         self.shards: list[Shard | None] = [None] * self.shards_count
         self.stores: list[MemoryStore | None] = [None] * self.shards_count
+        self.journals = [bytearray(journal_bytes(**JOURNAL)) for _ in range(self.shards_count)]
+        self.ends = [Ended() for _ in range(self.shards_count)]
+        self.starting: set[int] = set()
+        self.crashes = 0
         self.counters = [0] * self.shards_count
         self.version = 0
         self.handlings: list[Handling] = []
@@ -214,16 +223,35 @@ class World:
         self.registry.on(Note, retry=retry, timeout_s=1.0)(self._handle_too)
         self.registry.command(Sum)(self._sum)
         self.deaths: list[asyncio.Task[None]] = []
+        self.successors: set[asyncio.Task[None]] = set()
 
     # -- the application
 
     async def _handle(self, event: Note, context: Context) -> None:
+        if event.kind in POISON:
+            await self._crash(context.shard, self.counters[context.shard], late=event.kind == "late poison")
         if event.kind == "slow":
             await asyncio.sleep(0.01 + 0.01 * (event.n % 5))
         elif event.kind == "stuck":
             await asyncio.sleep(3.0)
         self.sums[event.key] += 1
         self._handled(event, context, "first", fails=event.kind == "bad")
+
+    async def _crash(self, at: int, counter: int, *, late: bool) -> None:
+        """The end of the process that runs this handler, which so never returns."""
+        if late:
+            await asyncio.sleep(0.05)
+        if self.shards[at] is not None and self.counters[at] == counter:
+            self.crashes += 1
+            self.kill_shard(at, Ended(how="crashed", told="SIGABRT", at_ns=self.now_ns()))
+            succession = asyncio.get_running_loop().create_task(self._succeed(at, self.chance.random() * 0.5))
+            self.successors.add(succession)
+            succession.add_done_callback(self.successors.discard)
+        await asyncio.Event().wait()
+
+    async def _succeed(self, at: int, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        await self.start_shard(at)
 
     async def _handle_too(self, event: Note, context: Context) -> None:
         self.calls[event.sender, event.key, event.n] += 1
@@ -290,6 +318,7 @@ class World:
 
     async def start_shard(self, at: int) -> None:
         self.counters[at] += 1
+        self.starting.add(at)
         size = book_bytes(**BOOK)
         store = self.stores[at] = WorldStore(self.rows[at], self.chance)
         shard = Shard(
@@ -299,21 +328,26 @@ class World:
             plans=self.registry.plans(),
             store=store,
             book=Book(memoryview(bytearray(size)), **BOOK),
+            journal=Journal(memoryview(self.journals[at]), **JOURNAL),
             send=self.from_shard(at, self.counters[at]),
             now=self.now_ns,
             limits=self.limits if asyncio.get_running_loop().time() < FAULTS_END_S else LIMITS,
             broken=self.broken.append,
             wall=self.now_ns,
             chance=self.chance.random,
+            predecessor=self.ends[at],
         )
         self.shards[at] = shard
         await shard.start()
+        self.starting.discard(at)
         self.announce()
 
-    def kill_shard(self, at: int) -> None:
+    def kill_shard(self, at: int, ended: Ended) -> None:
         shard, self.shards[at] = self.shards[at], None
         if shard is not None:
             self.died = True
+            self.ends[at] = ended
+            self.journals[at] = bytearray(self.journals[at])  # as it is now: the dead write no more
             self.deaths.append(asyncio.get_running_loop().create_task(shard.close()))
             self.announce()
 
@@ -321,8 +355,8 @@ class World:
         for _ in range(self.restarts):
             await asyncio.sleep(self.chance.random() * FAULTS_END_S / (self.restarts + 1))
             at = self.chance.randrange(self.shards_count)
-            if self.shards[at] is not None:
-                self.kill_shard(at)
+            if self.shards[at] is not None and at not in self.starting:
+                self.kill_shard(at, Ended(how="killed", told="SIGKILL", at_ns=self.now_ns()))
                 await asyncio.sleep(self.chance.random() * 0.5)
                 await self.start_shard(at)
 
@@ -354,7 +388,10 @@ class World:
         for _ in range(self.events_each):
             key = f"k{chance.randrange(self.keys)}"
             ordinals[key] += 1
-            kind = chance.choices(["quick", "slow", "bad", "flaky", "stuck"], [64, 18, 8, 8, 2])[0]
+            kinds, weights = ["quick", "slow", "bad", "flaky", "stuck", *POISON], [64, 18, 8, 8, 2]
+            kind = chance.choices(kinds, [*weights, 2, 2] if self.poisoned else [*weights, 0, 0])[0]
+            if kind in POISON:
+                self.poison.add((number, key, ordinals[key]))
             await client.publish(Note(key=key, n=ordinals[key], sender=number, kind=kind), ordinal=ordinals[key])
             if client.ledger().in_flight > LIMITS.outbox_events_max * self.shards_count:
                 raise AssertionError("the outboxes hold more than their bound")
@@ -368,17 +405,18 @@ class World:
         return client
 
     async def ask(self, client: Client, key: str) -> int:
-        try:
-            return await client.execute(Sum(key=key), timeout=3000.0)
-        except CommandLost:
-            # Rightly: the last death was not announced yet when it was sent. The second time nobody dies.
-            assert self.died
-            return await client.execute(Sum(key=key), timeout=3000.0)
+        while True:
+            try:
+                return await client.execute(Sum(key=key), timeout=3000.0)
+            except CommandLost:
+                # Rightly: the last death was not announced yet when it was sent, or a waiting event has brought the next.
+                assert self.died
 
     # -- a life
 
     async def run(self) -> None:
         self.ordinals: dict[int, dict[str, int]] = {}
+        self.poison: set[tuple[int, str, int]] = set()  # sender, key, number
         for at in range(self.shards_count):
             await self.start_shard(at)
         async with asyncio.TaskGroup() as group:
@@ -427,11 +465,17 @@ class World:
             assert numbers == sorted(numbers), f"sender {sender}, key {key}: out of order: {numbers}"
         for sender, ordinals in self.ordinals.items():
             for key, last in ordinals.items():
-                assert first.get((sender, key), []) == list(range(1, last + 1)), f"lost events of {key}"
+                expected = [number for number in range(1, last + 1) if (sender, key, number) not in self.poison]
+                assert first.get((sender, key), []) == expected, f"lost events of {key}"
         for one in seen.values():
             assert one.failed == (one.kind == "bad" and one.handler == "first"), f"{one} had no outcome"
         bad = {(one.sender, one.key, one.n) for one in self.handlings if one.kind == "bad"}
-        assert sum(len(rows.dead) for rows in self.rows) == len(bad)
+        letters = [letter for rows in self.rows for letter in rows.dead.values()]
+        assert len(letters) == len(bad) + len(self.poison)
+        crashed = [msgspec.msgpack.decode(one.envelope.body, type=Note) for one in letters if one.reason == "crashed"]
+        assert sorted((note.sender, note.key, note.n) for note in crashed) == sorted(self.poison)
+        assert all("SIGABRT" in one.error for one in letters if one.reason == "crashed")
+        assert self.crashes <= 4 * len(self.poison), f"{self.crashes} crashes to find {len(self.poison)}"
 
 
 def live(seed: int) -> World:

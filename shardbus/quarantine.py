@@ -1,0 +1,238 @@
+"""Who ended a worker: what is concluded from a death, and how suspects run until it is known. Pure.
+
+The journal shows what was under way when a worker died. All of that is suspected, and what finishes is cleared. Suspects
+run again alone: one a stretch, and a few at a time, so that each further death leaves an eighth of them. The one that is
+left, and is under way when it happens again, is the culprit.
+
+A death by SIGKILL says little, because anybody may send one. It accuses only what had just begun, and convicts only who was
+alone each time, several times in a row, and begun at an instant that chance had chosen: a handler that kills its process
+does so every time, and somebody outside cannot know the instant. Where the kernel says that it ran out of memory, or the
+event loop stood still, less is enough.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import msgspec
+
+from shardbus.reports import Ended
+
+Identity = tuple[bytes, int]
+"""A message: its publisher and sequence."""
+
+SUSPECTS_MAX: Final = 4096  # more are not remembered, those with the fewest deaths first
+_ALONE: Final[Mapping[str, int]] = {"crashed": 1, "memory": 2, "silent": 2, "killed": 4}
+"""How often a suspect must have been alone in a death of this kind to be convicted; once more where others had begun too."""
+_JUST_BEGUN_NS: Final = 100_000_000  # what had run for longer when a SIGKILL came did not bring it about
+_SHARE: Final = 8  # one in so many suspects is under way at once
+_HOLD_MIN_S: Final = 0.1
+_HOLD_S: Final = 1.0  # at random, above that: how long one waits that was alone in a death
+_TRIAL_NS: Final = 5_000_000_000  # a suspect that has run for so long makes room for the next; twice as long each death
+_TRIAL_NS_MAX: Final = 300_000_000_000
+_FORGET_NS: Final = 60_000_000_000  # what has not come by then had finished, or is a command, or has lost its publisher
+
+
+class Suspect(msgspec.Struct, frozen=True, kw_only=True):
+    """What is held against a message.
+
+    It was under way in some deaths (`died`: a bit for each of the last 64, by their number), and in `alone` of them it was
+    the only suspect that was. `free`: it need not wait for others, nor others for it, because another one was convicted of
+    all of them, or because it has run for long since the last. `verdict` says how it ended its worker, once it is convicted.
+    """
+
+    died: int = 0
+    alone: int = 0
+    free: bool = False
+    verdict: str = ""
+
+    @property
+    def deaths(self) -> int:
+        """How many workers have died while it was under way."""
+        return self.died.bit_count()
+
+
+class UnderWay(msgspec.Struct, frozen=True):
+    """Messages of a publisher, from `first` to below `end`, one of which was running; since `began_ns` (0: unknown)."""
+
+    publisher: bytes
+    first: int
+    end: int
+    began_ns: int
+
+    @property
+    def identities(self) -> list[Identity]:
+        """All of them."""
+        return [(self.publisher, seq) for seq in range(self.first, self.end)]
+
+
+class Scene(msgspec.Struct, frozen=True, kw_only=True):
+    """What a journal shows: the stretch that ran synchronously, handlers that were suspended, and earlier suspects.
+
+    `death` is the number of the death that left it so.
+    """
+
+    death: int
+    running: UnderWay | None
+    suspended: list[UnderWay]
+    suspects: dict[Identity, Suspect]
+
+
+def judge(scene: Scene, ended: Ended) -> dict[Identity, Suspect]:
+    """The suspects after a death, the convicted among them."""
+    suspects = dict(scene.suspects)
+    accused = _accused(scene, ended)
+    known = [one for one in accused if one in suspects and not suspects[one].verdict]
+    if len(accused) > 1:
+        known = [one for one in known if not suspects[one].free]
+    only = known[0] if len(known) == 1 else None
+    if ended.how == "killed":
+        # It happens without them, too: what was alone before was so by chance.
+        for identity, one in suspects.items():
+            if identity != only and not one.verdict and one.alone:
+                suspects[identity] = msgspec.structs.replace(one, alone=0)
+    for identity in accused:
+        before = suspects.get(identity, Suspect())
+        if not before.verdict:
+            alone = before.alone + (identity == only)
+            convicted = identity == only and alone >= _ALONE[ended.how] + (len(accused) > 1)
+            died = before.died | 1 << scene.death % 64
+            suspects[identity] = Suspect(died=died, alone=alone, verdict=ended.told if convicted else "")
+    if only is not None and (culprit := suspects[only]).verdict:
+        for identity, one in suspects.items():
+            if not (one.verdict or one.died & ~culprit.died):
+                suspects[identity] = msgspec.structs.replace(one, free=True)
+    if len(suspects) > SUSPECTS_MAX:
+        by_weight = sorted(suspects.items(), key=lambda item: (bool(item[1].verdict), item[1].deaths), reverse=True)
+        suspects = dict(by_weight[:SUSPECTS_MAX])
+    return suspects
+
+
+def _accused(scene: Scene, ended: Ended) -> list[Identity]:
+    """Who may have ended it."""
+    if not ended.how:
+        return []
+    running = [] if scene.running is None else [scene.running]
+    if ended.how in ("memory", "killed"):
+        under_way = running + scene.suspended  # memory may be anybody's, not only his who asked for the last of it
+    else:
+        under_way = running or scene.suspended  # while one runs synchronously, no other does anything
+    if ended.how == "killed":
+        since_ns = ended.at_ns - _JUST_BEGUN_NS
+        under_way = [one for one in under_way if not one.began_ns or one.began_ns >= since_ns]
+    return list(dict.fromkeys(identity for one in under_way for identity in one.identities))
+
+
+class Run(msgspec.Struct, frozen=True):
+    """It may run now; if it is a suspect, its trial has begun."""
+
+
+class Hold(msgspec.Struct, frozen=True):
+    """It runs after `delay_s` seconds."""
+
+    delay_s: float
+
+
+class Crowded(msgspec.Struct, frozen=True):
+    """It runs when another suspect makes room; of those that wait, the one with most deaths comes first."""
+
+    deaths: int
+
+
+class Convicted(msgspec.Struct, frozen=True):
+    """It never runs: `deaths` workers have died of it, the last one by `verdict`."""
+
+    verdict: str
+    deaths: int
+
+
+class Quarantine:
+    """The suspects of one worker's life: who of them may run when. Bounded by `SUSPECTS_MAX`; with none it costs a look.
+
+    Args:
+        suspects: what was concluded from the predecessor's death.
+        note: called with each change: a suspect as it is now, or None where it is cleared.
+        now_ns: the time.
+        chance: random numbers from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        suspects: Mapping[Identity, Suspect],
+        note: Callable[[Identity, Suspect | None], None],
+        now_ns: int,
+        chance: Callable[[], float],
+    ) -> None:
+        self.suspects = dict(suspects)
+        self.convicted = sum(1 for one in suspects.values() if one.verdict)  # to become dead letters
+        self._note = note
+        self._chance = chance
+        self._since_ns = now_ns
+        self._by_publisher: dict[bytes, set[int]] = {}
+        for publisher, seq in suspects:
+            self._by_publisher.setdefault(publisher, set()).add(seq)
+        self._met: set[Identity] = set()
+        self._held: set[Identity] = set()
+        self._trials: dict[Identity, int] = {}  # under way, and since when
+        self._group = Counter(one.deaths for one in suspects.values() if not (one.verdict or one.free))
+        self._left = Counter(self._group)  # of each group, those that are neither cleared nor free
+
+    def touches(self, publisher: bytes, first: int, end: int) -> bool:
+        """Whether a batch has a suspect in it."""
+        return any(first <= seq < end for seq in self._by_publisher.get(publisher, ()))
+
+    def room(self) -> int:
+        """How many more may be under way now: an eighth of those that most deaths speak against, at least one."""
+        worst = max((deaths for deaths, left in self._left.items() if left), default=0)
+        return max(1, self._group[worst] // _SHARE) - len(self._trials)
+
+    def admit(self, identity: Identity, now_ns: int) -> Run | Hold | Crowded | Convicted:
+        """Whether a message whose turn it is may run."""
+        suspect = self.suspects.get(identity)
+        if suspect is None:
+            return Run()
+        self._met.add(identity)
+        if suspect.free:
+            return Run()
+        if suspect.verdict:
+            return Convicted(suspect.verdict, suspect.deaths)
+        if suspect.alone and identity not in self._held:
+            self._held.add(identity)
+            return Hold(_HOLD_MIN_S + self._chance() * _HOLD_S)
+        if self.room() <= 0:
+            return Crowded(suspect.deaths)
+        self._trials[identity] = now_ns
+        return Run()
+
+    def clear(self, identity: Identity) -> None:
+        """It has reached an outcome, or it starts over."""
+        suspect = self.suspects.pop(identity, None)
+        if suspect is None:
+            return
+        publisher, seq = identity
+        of_publisher = self._by_publisher[publisher]
+        of_publisher.discard(seq)
+        if not of_publisher:
+            del self._by_publisher[publisher]
+        self._trials.pop(identity, None)
+        if suspect.verdict:
+            self.convicted -= 1
+        elif not suspect.free:
+            self._left[suspect.deaths] -= 1
+        self._note(identity, None)
+
+    def tick(self, now_ns: int) -> None:
+        """Free those that have run for long, and forget those that do not come."""
+        for identity, began_ns in list(self._trials.items()):
+            suspect = self.suspects[identity]
+            if now_ns - began_ns >= min(_TRIAL_NS_MAX, _TRIAL_NS << min(suspect.deaths - 1, 16)):
+                del self._trials[identity]
+                self._left[suspect.deaths] -= 1
+                freed = self.suspects[identity] = msgspec.structs.replace(suspect, free=True)
+                self._note(identity, freed)
+        if now_ns - self._since_ns >= _FORGET_NS:
+            self._since_ns = now_ns
+            for identity in self.suspects.keys() - self._met:
+                self.clear(identity)
