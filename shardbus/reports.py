@@ -69,11 +69,20 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
 
 
 class Drained(msgspec.Struct, frozen=True, tag="drained"):
-    """The worker ends. `left` says of up to 20 keys what was not drained, of `keys` in all; `backlog` messages in all."""
+    """The worker ends. `left` says of up to 20 keys what was not drained, of `keys` in all; `backlog` messages in all.
+
+    `rows` dead letters and waiting events are in its store.
+    """
 
     left: list[str]
     keys: int
     backlog: int
+    rows: int
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the shard leaves nothing behind."""
+        return not (self.left or self.backlog or self.rows)
 
 
 class Stalled(msgspec.Struct, frozen=True, tag="stalled"):

@@ -35,22 +35,33 @@ class RunDir:
         place = f"ipc://{os.path.realpath(address.directory)}" if isinstance(address, IpcAddress) else address.url
         digest = hashlib.sha256(place.encode()).hexdigest()[:16]
         self.state = os.path.join(base, f"shardbus-{os.getuid()}-{digest}")
-        _make_private(self.state)
         if isinstance(address, IpcAddress):
             _check_ours(address.directory)
             _make_private(address.directory)
-        self._lock = os.open(os.path.join(self.state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            pid = os.pread(self._lock, 32, 0).decode().strip() or "?"
-            os.close(self._lock)
-            raise BootError(
-                f"a bus runs at {address.url} already (supervisor {pid}); stop it with `shardbus drain`, or give this one "
-                "another address with --bind"
-            ) from None
+        self._lock = self._take_lock()
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    def _take_lock(self) -> int:
+        path = os.path.join(self.state, "lock")
+        while True:
+            _make_private(self.state)
+            try:
+                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:
+                continue  # a bus that ended has removed its state just now
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                pid = os.pread(lock, 32, 0).decode().strip() or "?"
+                os.close(lock)
+                raise BootError(
+                    f"a bus runs at {self._address.url} already (supervisor {pid}); stop it with `shardbus drain`, or give "
+                    "this one another address with --bind"
+                ) from None
+            if _is_file_at(path, lock):
+                return lock
+            os.close(lock)  # likewise
 
     def evidence_path(self, shard: int) -> str:
         """The file of a shard's evidence."""
@@ -99,10 +110,24 @@ class RunDir:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(address.removeprefix("ipc://"))
 
-    def close(self) -> None:
-        """Remove the sockets and give the lock back; state stays for the next."""
+    def close(self, *, forget: bool) -> None:
+        """Remove the sockets and give the lock back. State stays for the next, unless it is to be forgotten."""
         self.remove_sockets()
+        if forget:
+            # The lock goes last, and with it the directory: whoever waits for it makes a new one.
+            for name in sorted(os.listdir(self.state), key=lambda name: name == "lock"):
+                os.unlink(os.path.join(self.state, name))
+            with contextlib.suppress(OSError):  # somebody has made its lock again
+                os.rmdir(self.state)
         os.close(self._lock)
+
+
+def _is_file_at(path: str, descriptor: int) -> bool:
+    try:
+        there, ours = os.stat(path), os.fstat(descriptor)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
 
 def _check_ours(directory: str) -> None:

@@ -157,7 +157,9 @@ class Supervisor:
             for worker in self._workers:
                 worker.evidence.close()
                 worker.journal.close()
-            rundir.close()
+            # What nobody will ask for again does not stay on RAM for ever.
+            spent = bool(self._workers) and all(one.drained and one.drained.is_clean for one in self._workers)
+            rundir.close(forget=spent)
 
     @staticmethod
     def _mappings(rundir: RunDir, shard: int) -> tuple[SharedBook, SharedJournal]:

@@ -121,7 +121,8 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         beats = asyncio.get_running_loop().create_task(_beat_on(shard, pipe))
         left = await shard.drain(spec.drain_s)
         beats.cancel()
-        pipe.send(encode_report(Drained(left[:20], len(left), shard.backlog)))
+        rows = shard.counts.dead + shard.counts.waiting
+        pipe.send(encode_report(Drained(left[:20], len(left), shard.backlog, rows)))
         return 0
     finally:
         watchdog.close()

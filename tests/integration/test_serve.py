@@ -14,6 +14,8 @@ import zmq
 from buses import APPLICATION, RunningBus, is_alive, wait_until
 
 import shardbus
+from shardbus.addresses import parse_address
+from shardbus.rundir import RunDir
 
 MakeBus = Callable[..., RunningBus]
 
@@ -42,6 +44,14 @@ async def assert_nothing_lost(client: shardbus.Client, published: int) -> None:
     assert sum(one.repeats for one in evidence) == sum(one.announced for one in evidence)
 
 
+def left_on_ram(address: str) -> set[str]:
+    """What a bus that does not run keeps for its next supervisor."""
+    rundir = RunDir(parse_address(address))
+    names = set(os.listdir(rundir.state)) - {"lock"}  # which is ours
+    rundir.close(forget=not names)
+    return names
+
+
 async def test_events_reach_their_handlers_and_commands_their_callers(make_bus: MakeBus) -> None:
     bus = make_bus("--workers", "2")
     assert bus.wait_ready().startswith("ready: 2 workers of accounts:bus at ipc://")
@@ -54,6 +64,7 @@ async def test_events_reach_their_handlers_and_commands_their_callers(make_bus: 
     code, errors = bus.end()
     assert code == 0, errors
     assert not os.listdir(bus.directory / "bus"), "sockets were left behind"
+    assert not left_on_ram(bus.address), "a bus that leaves nothing undone leaves nothing on RAM"
 
 
 async def test_nothing_is_lost_while_workers_are_killed(make_bus: MakeBus) -> None:
