@@ -174,6 +174,7 @@ def drain(address: str | None, timeout: float) -> None:
 # -- dead letters
 
 
+_KEYS_SHOWN: Final = 5
 _AGO: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -279,6 +280,9 @@ def list_(
         click.echo(f"{len(letters):>8,} × {name}: {why}{where_to}")
         click.echo(f"           {first_line}")
         click.echo(f"           last {last.last_at.astimezone():%Y-%m-%d %H:%M:%S}, key {last.key!r}, id {last.id}")
+        if parked := [letter.key for letter in letters if letter.parked]:
+            more = f" and {len(parked) - _KEYS_SHOWN:,} more" if len(parked) > _KEYS_SHOWN else ""
+            click.echo(f"           parked: {', '.join(map(repr, parked[:_KEYS_SHOWN]))}{more}")
     more = f"; there may be more, see --limit {limit:,}" if len(found) == limit else ""
     click.echo(f"{len(found):,} dead letter{'' if len(found) == 1 else 's'}{more}")
 
@@ -306,6 +310,7 @@ def show(id_: str, address: str | None, as_json: bool) -> None:
         ("reason", letter.reason),
         ("handlers", ", ".join(letter.handlers) or "none ran"),
         ("attempts", letter.attempts),
+        ("parked", "yes: later events of its key wait until it is redriven or purged" if letter.parked else "no"),
         ("first", f"{letter.first_at.astimezone():%Y-%m-%d %H:%M:%S}"),
         ("last", f"{letter.last_at.astimezone():%Y-%m-%d %H:%M:%S}"),
         ("error", f"{letter.error_type}: {letter.error}" if letter.error_type else letter.error),
@@ -333,7 +338,8 @@ def redrive(
     rate: float | None,
     dry_run: bool,
 ) -> None:
-    """Have dead letters handled again, by the handlers that gave up; each joins the end of its key's lane.
+    """Have dead letters handled again, by the handlers that gave up; each joins the end of its key's lane, or runs first
+    where it has parked that.
 
     Name them by ID or by what they are, or say --all.
     """
@@ -357,7 +363,7 @@ def purge(
     everything: bool,
     dry_run: bool,
 ) -> None:
-    """Remove dead letters for good. Name them by ID or by what they are, or say --all."""
+    """Remove dead letters for good; keys that they parked go on. Name them by ID or by what they are, or say --all."""
     where = _chosen(_filter_of(type_, key, reason, handler, since, ids), everything)
     _dispose("purged", address, where, lambda client: client.purge(where), dry_run)
 

@@ -731,7 +731,8 @@ class Client:
     async def redrive(self, where: DeadLetterFilter | None = None, *, rate: float | None = None) -> int:
         """Have dead letters handled again, by the handlers that gave up; return how many.
 
-        Each joins the end of its key's lane, with its attempts counted on. It leaves the dead letters in the same
+        Each joins the end of its key's lane, with its attempts counted on; one that parked its key (see
+        `Bus.on(on_dead_letter="park")`) runs before all that wait behind it. It leaves the dead letters in the same
         transaction that makes it a waiting event, so a crash in the middle loses none.
 
         Args:
@@ -744,7 +745,7 @@ class Client:
         return await self._dispose("redrive", where, rate)
 
     async def purge(self, where: DeadLetterFilter | None = None) -> int:
-        """Remove dead letters for good; return how many. Default: all.
+        """Remove dead letters for good; return how many. Default: all. A key that one of them parked goes on.
 
         Raises:
             BusUnreachable: a shard's worker did not answer in time. Some may have been removed.

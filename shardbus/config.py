@@ -6,7 +6,7 @@ its comment. Relations between limits are asserted.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -43,7 +43,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     lane_events_max: int = 1024  # events waiting behind one key in memory; more go to the store
     lane_wait_s_max: float = 1.0  # a lane that has to wait for longer goes to the store
     queued_events_max: int = 8192  # events waiting behind all busy keys; above it, each longer lane goes to the store
-    store_rows_max: int = 2_000_000  # dead letters and waiting events; when full, nothing more is acked as stored
+    store_rows_max: int = 2_000_000  # dead letters and waiting events of a shard; when full, see `store_full`
+    store_bytes_max: int = 1024 * 1024 * 1024  # of their bodies, and 512 a row; likewise
+    # "stop": nothing more is acked as stored, so publishers wait. "drop-oldest": the oldest dead letters make room, and are
+    # counted as dropped; waiting events and what parks its key never do.
+    store_full: Literal["stop", "drop-oldest"] = "stop"
     blocked_peers_max: int = 4096  # peers that sent garbage and are ignored; the oldest is forgotten
 
     # -- time, in seconds
@@ -57,6 +61,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         assert self.session_credit_events_max >= 2 * self.batch_events_max
         # One unfinished event must not keep the next full batch from leaving, however many publishers share the credit.
         assert self.credit_events_max >= self.sessions_max * 2 * self.batch_events_max
+        assert self.event_bytes_max + 1024 <= self.store_bytes_max  # one row of the largest fits
         assert self.ping_interval_s * 3 <= self.session_silence_s
 
     def credit_share(self, sessions: int) -> tuple[int, int]:

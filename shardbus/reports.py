@@ -6,6 +6,8 @@ from typing import Final
 
 import msgspec
 
+from shardbus.store import StoreCounts
+
 
 class Boot(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker process is told when it starts, before it is known which shard it will serve."""
@@ -45,8 +47,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
     backlog: int
     busy_keys: int
     publishers: int
-    dead: int
-    waiting: int
+    store: StoreCounts
     store_failing: str
 
 

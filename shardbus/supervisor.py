@@ -36,6 +36,7 @@ from shardbus.restart import GiveUp, RestartIn, RestartPolicy
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.rundir import RunDir
 from shardbus.sql_store import MEMORY_URL, SqlStore, files_there, shard_url, sqlite_file_url
+from shardbus.store import NOTHING_STORED, store_ledger, total_ledger
 from shardbus.wire.frames import Answer, TableChanged, decode_to_supervisor, encode_frame
 from shardbus.zmq_transport import Router, ZmqListener
 
@@ -81,6 +82,7 @@ class _Worker:
         self.boot_error = ""
         self.last_exit = ""
         self.beat: Beat | None = None
+        self.stored = NOTHING_STORED  # what its store held when it was last heard of: that outlives a worker
         self.stalled_in = ""  # what blocks its event loop, as far as is known
         self.drained: Drained | None = None
 
@@ -332,6 +334,7 @@ class Supervisor:
                 worker.boot_error = error
             case Beat() as beat:
                 worker.beat = beat
+                worker.stored = beat.store
                 worker.stalled_in = ""
             case Stalled(what=what):
                 worker.stalled_in = what
@@ -470,8 +473,7 @@ class Supervisor:
             "healthy": not self._stopping and all(one["state"] == "up" and not one["store_failing"] for one in workers),
             "draining": self._stopping,
             "workers": workers,
-            "dead_letters": sum(one["dead_letters"] for one in workers),
-            "waiting": sum(one["waiting"] for one in workers),
+            **total_ledger(workers),
             "handled": sum(one["handled"] for one in workers),
             "handled_per_s": round(self._rate[2], 1),
         }
@@ -490,8 +492,7 @@ class Supervisor:
             "backlog": beat.backlog if beat else 0,
             "busy_keys": beat.busy_keys if beat else 0,
             "publishers": beat.publishers if beat else 0,
-            "dead_letters": beat.dead if beat else 0,
-            "waiting": beat.waiting if beat else 0,
+            **store_ledger(worker.stored),
             "store_failing": beat.store_failing if beat else "",
             "stalled_in": worker.stalled_in,
             "malformed": counters.malformed,

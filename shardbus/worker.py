@@ -134,13 +134,11 @@ async def _beat_on(shard: Shard, pipe: ReportPipe) -> None:
 
 
 def _beat(shard: Shard) -> Beat:
-    counts = shard.counts
     return Beat(
         backlog=shard.backlog,
         busy_keys=shard.lanes.busy_keys,
         publishers=shard.publishers,
-        dead=counts.dead,
-        waiting=counts.waiting,
+        store=shard.counts,
         store_failing=shard.store_failing,
     )
 
