@@ -13,8 +13,15 @@ import msgspec
 SLOTS: Final = 1024
 """Number of routing slots. Never changes: rows in stores belong to their slot."""
 
+STORE_BYTES_LEAST: Final = 2 * 1024 * 1024
+"""The least that `store_bytes_max` may be set to: a row of the largest event fits."""
+
 PROTOCOL: Final = 1
 """Version of the wire protocol; a peer with another one is rejected with both numbers."""
+
+
+StoreFull = Literal["stop", "drop-oldest"]
+"""What a store does when it is full; see `Limits.store_full`."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +54,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     store_bytes_max: int = 1024 * 1024 * 1024  # of their bodies, and 512 a row; likewise
     # "stop": nothing more is acked as stored, so publishers wait. "drop-oldest": the oldest dead letters make room, and are
     # counted as dropped; waiting events and what parks its key never do.
-    store_full: Literal["stop", "drop-oldest"] = "stop"
+    store_full: StoreFull = "stop"
     blocked_peers_max: int = 4096  # peers that sent garbage and are ignored; the oldest is forgotten
 
     # -- time, in seconds

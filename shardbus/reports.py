@@ -6,6 +6,7 @@ from typing import Final
 
 import msgspec
 
+from shardbus.config import StoreFull
 from shardbus.store import StoreCounts
 
 
@@ -19,7 +20,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
-    """The shard that a worker is to serve, once in its life."""
+    """The shard that a worker is to serve, once in its life; `waits_for_store`: for as long as that cannot be opened."""
 
     shard: int
     shards: int
@@ -28,6 +29,10 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     evidence_path: str
     store_url: str
+    store_rows_max: int
+    store_bytes_max: int
+    store_full: StoreFull
+    waits_for_store: bool
     drain_s: float
 
 

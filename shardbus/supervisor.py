@@ -17,6 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from shardbus.addresses import Address
+from shardbus.config import StoreFull
 from shardbus.errors import BootError, ConfigError, RemoteProtocolError
 from shardbus.evidence import EVIDENCE_BYTES, SharedBook
 from shardbus.processes import Child, cores, on_stop_signals, reap_orphans, signal_name
@@ -58,6 +59,9 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     workers: int
     address: Address
     dead_letters: str | None
+    store_rows_max: int
+    store_bytes_max: int
+    store_full: StoreFull
     drain_s: float
     log_level: str
     log_format: str
@@ -280,6 +284,10 @@ class Supervisor:
             address=worker.address,
             evidence_path=rundir.evidence_path(worker.shard),
             store_url=self._store_url(rundir, worker.shard),
+            store_rows_max=self._options.store_rows_max,
+            store_bytes_max=self._options.store_bytes_max,
+            store_full=self._options.store_full,
+            waits_for_store=worker.counter > 1,
             drain_s=self._options.drain_s,
         )
         process, self._spare = self._spare or self._spawn(rundir), None
@@ -334,7 +342,8 @@ class Supervisor:
                 worker.boot_error = error
             case Beat() as beat:
                 worker.beat = beat
-                worker.stored = beat.store
+                if worker.ready:  # else it waits for its store
+                    worker.stored = beat.store
                 worker.stalled_in = ""
             case Stalled(what=what):
                 worker.stalled_in = what
