@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from typing import get_args
+
+from msgspec.structs import replace
 
 from shardbus.client import Client, OnFull
+from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.errors import ConfigError
 from shardbus.local import run_local
 from shardbus.registry import Registry
@@ -25,6 +29,9 @@ class Bus(Registry):
         *,
         shards: int = 1,
         dead_letters: str | None = None,
+        dead_letters_max_rows: int = DEFAULT_LIMITS.store_rows_max,
+        dead_letters_max_bytes: int = DEFAULT_LIMITS.store_bytes_max,
+        dead_letters_full: StoreFull = DEFAULT_LIMITS.store_full,
         close_timeout: float = 30.0,
         on_full: OnFull = "wait",
         on_pressure: Callable[[bool], object] | None = None,
@@ -34,20 +41,37 @@ class Bus(Registry):
         Args:
             shards: how many shards, all in this process.
             dead_letters: URL of the store, as for `shardbus serve --dead-letters`; default: in memory.
+            dead_letters_max_rows: how many dead letters and waiting events a shard may hold.
+            dead_letters_max_bytes: likewise, bytes of their bodies and 512 for each.
+            dead_letters_full: what happens then. `"stop"`: nothing more is acked as stored, so publishers wait.
+                `"drop-oldest"`: the oldest dead letters are dropped, and counted; never one that parks its key.
             close_timeout: seconds that leaving the block waits for what is unfinished.
             on_full: as for `shardbus.connect`.
             on_pressure: likewise.
 
         Raises:
             NotDelivered: on leaving, if events were left when the time was up.
-            ConfigError: a number of shards out of range, or a store that cannot be opened.
+            ConfigError: a number of shards or a bound out of range, or a store that cannot be opened.
         """
         if not 1 <= shards <= _SHARDS_MAX:
             raise ConfigError(f"shards={shards}: take 1 to {_SHARDS_MAX}")
+        if dead_letters_max_rows < 1 or dead_letters_max_bytes < STORE_BYTES_LEAST:
+            raise ConfigError(
+                f"dead_letters_max_rows={dead_letters_max_rows}, dead_letters_max_bytes={dead_letters_max_bytes}: take at "
+                f"least 1 and {STORE_BYTES_LEAST:,}"
+            )
+        if dead_letters_full not in get_args(StoreFull):
+            raise ConfigError(f"dead_letters_full={dead_letters_full!r}: say 'stop' or 'drop-oldest'")
         return run_local(
             self,
             shards=shards,
             dead_letters=dead_letters,
+            limits=replace(
+                DEFAULT_LIMITS,
+                store_rows_max=dead_letters_max_rows,
+                store_bytes_max=dead_letters_max_bytes,
+                store_full=dead_letters_full,
+            ),
             close_timeout_s=close_timeout,
             on_full=on_full,
             on_pressure=on_pressure,

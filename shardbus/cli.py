@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar, get_args
 from uuid import UUID
 
 import click
@@ -17,7 +17,8 @@ import msgspec
 from shardbus.addresses import check_ports, default_address, parse_address
 from shardbus.application import DEMO, load_application
 from shardbus.client import Client
-from shardbus.connecting import connect
+from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
+from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import ShardbusError, UsageError
 from shardbus.logs import FORMATS, LEVELS, configure_logging
@@ -31,6 +32,16 @@ ResultT = TypeVar("ResultT")
 _WORKERS_MAX: Final = 256
 _UNHEALTHY: Final = 1
 _CONNECT_S: Final = 3.0  # a bus that runs answers in milliseconds
+
+# What `status` says of the stores, and how: every event that ever died is among the first, redriven, purged or dropped.
+_LEDGER: Final = {
+    "dead_letters": "dead letters",
+    "redriven": "redriven",
+    "purged": "purged",
+    "dropped": "dropped",
+    "waiting": "waiting",
+    "parked": "parked keys",
+}
 
 _connect_option = click.option(
     "--connect", "address", metavar="URL", help="The bus: ipc://DIRECTORY or tcp://HOST:PORT. [env: SHARDBUS_URL]"
@@ -76,6 +87,27 @@ def cli() -> None:
     help="Where dead letters and waiting events are kept, for instance sqlite+aiosqlite:///dead.db (one file a shard). "
     "Default: in memory; they outlive a worker, not the machine.",
 )
+@click.option(
+    "--dead-letters-max-rows",
+    type=click.IntRange(min=1),
+    default=DEFAULT_LIMITS.store_rows_max,
+    show_default=True,
+    help="Dead letters and waiting events of a shard.",
+)
+@click.option(
+    "--dead-letters-max-bytes",
+    type=click.IntRange(min=STORE_BYTES_LEAST),
+    default=DEFAULT_LIMITS.store_bytes_max,
+    show_default=True,
+    help="Bytes of their bodies, and 512 for each.",
+)
+@click.option(
+    "--dead-letters-full",
+    type=click.Choice(get_args(StoreFull)),
+    default=DEFAULT_LIMITS.store_full,
+    show_default=True,
+    help="Then nothing more is acked as stored, so publishers wait; or the oldest dead letters are dropped, and counted.",
+)
 @click.option("--drain-timeout", type=click.FloatRange(0, 3600), default=30.0, show_default=True, help="Seconds.")
 @click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
 @click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True)
@@ -84,6 +116,9 @@ def serve(
     workers: int,
     bind: str | None,
     dead_letters: str | None,
+    dead_letters_max_rows: int,
+    dead_letters_max_bytes: int,
+    dead_letters_full: StoreFull,
     drain_timeout: float,
     log_level: str,
     log_format: str,
@@ -106,6 +141,9 @@ def serve(
             workers=workers,
             address=where,
             dead_letters=dead_letters,
+            store_rows_max=dead_letters_max_rows,
+            store_bytes_max=dead_letters_max_bytes,
+            store_full=dead_letters_full,
             drain_s=drain_timeout,
             log_level=log_level,
             log_format=log_format,
@@ -123,8 +161,8 @@ async def _serve(options: ServeOptions) -> list[str]:
 
 
 async def _ask(address: str | None, timeout_s: float, what: str) -> Any:
-    async with connect(address, timeout=min(timeout_s, _CONNECT_S)) as client:
-        return msgspec.msgpack.decode(await client.ask(what, b"", timeout=timeout_s))
+    answer = await ask_bus(address, what, connect_timeout=min(timeout_s, _CONNECT_S), timeout=timeout_s)
+    return msgspec.msgpack.decode(answer)
 
 
 @cli.command()
@@ -134,7 +172,7 @@ async def _ask(address: str | None, timeout_s: float, what: str) -> Any:
     "--timeout", type=click.FloatRange(0.1, 600), default=3.0, show_default=True, help="Seconds to wait for an answer."
 )
 def status(address: str | None, as_json: bool, timeout: float) -> None:
-    """Show workers, rates, dead letters and waiting events. Exit code 0: healthy."""
+    """Show workers, rates, and what the shards' stores hold. Exit code 0: healthy."""
     found = _run(_ask(address, timeout, "status"))
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -143,6 +181,7 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
             f"{found['bus']} at {found['address']}: {'healthy' if found['healthy'] else 'UNHEALTHY'}"
             f"{', draining' if found['draining'] else ''}, up {found['uptime_s']:g} s, "
             f"{found['handled_per_s']:,.0f} events/s, {found['dead_letters']:,} dead letters, {found['waiting']:,} waiting"
+            f"{', {:,} parked keys'.format(found['parked']) if found['parked'] else ''}"
         )
         click.echo("shard     state      pid restarts         handled  backlog     dead     MB  last exit")
         for one in found["workers"]:
@@ -156,6 +195,10 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
                 click.echo(f"      its event loop stands still in {one['stalled_in']}")
             if one["suspects"] or one["quarantined"]:
                 click.echo(f"      after a crash: {one['suspects']:,} events run alone, {one['quarantined']:,} never again")
+        if any(found[name] for name in _LEDGER):
+            click.echo("shard" + "".join(f"{name:>13}" for name in _LEDGER.values()))
+            for title, one in [*((f"{worker['shard']:>5}", worker) for worker in found["workers"]), ("total", found)]:
+                click.echo(title + "".join(f"{one[name]:>13,}" for name in _LEDGER))
     sys.exit(0 if found["healthy"] else _UNHEALTHY)
 
 
@@ -176,6 +219,7 @@ def drain(address: str | None, timeout: float) -> None:
 # -- dead letters
 
 
+_KEYS_SHOWN: Final = 5
 _AGO: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -281,6 +325,9 @@ def list_(
         click.echo(f"{len(letters):>8,} × {name}: {why}{where_to}")
         click.echo(f"           {first_line}")
         click.echo(f"           last {last.last_at.astimezone():%Y-%m-%d %H:%M:%S}, key {last.key!r}, id {last.id}")
+        if parked := [letter.key for letter in letters if letter.parked]:
+            more = f" and {len(parked) - _KEYS_SHOWN:,} more" if len(parked) > _KEYS_SHOWN else ""
+            click.echo(f"           parked: {', '.join(map(repr, parked[:_KEYS_SHOWN]))}{more}")
     more = f"; there may be more, see --limit {limit:,}" if len(found) == limit else ""
     click.echo(f"{len(found):,} dead letter{'' if len(found) == 1 else 's'}{more}")
 
@@ -308,6 +355,7 @@ def show(id_: str, address: str | None, as_json: bool) -> None:
         ("reason", letter.reason),
         ("handlers", ", ".join(letter.handlers) or "none ran"),
         ("attempts", letter.attempts),
+        ("parked", "yes: later events of its key wait until it is redriven or purged" if letter.parked else "no"),
         ("first", f"{letter.first_at.astimezone():%Y-%m-%d %H:%M:%S}"),
         ("last", f"{letter.last_at.astimezone():%Y-%m-%d %H:%M:%S}"),
         ("error", f"{letter.error_type}: {letter.error}" if letter.error_type else letter.error),
@@ -335,7 +383,8 @@ def redrive(
     rate: float | None,
     dry_run: bool,
 ) -> None:
-    """Have dead letters handled again, by the handlers that gave up; each joins the end of its key's lane.
+    """Have dead letters handled again, by the handlers that gave up; each joins the end of its key's lane, or runs first
+    where it has parked that.
 
     Name them by ID or by what they are, or say --all.
     """
@@ -359,7 +408,7 @@ def purge(
     everything: bool,
     dry_run: bool,
 ) -> None:
-    """Remove dead letters for good. Name them by ID or by what they are, or say --all."""
+    """Remove dead letters for good; keys that they parked go on. Name them by ID or by what they are, or say --all."""
     where = _chosen(_filter_of(type_, key, reason, handler, since, ids), everything)
     _dispose("purged", address, where, lambda client: client.purge(where), dry_run)
 

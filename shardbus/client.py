@@ -72,6 +72,7 @@ _HEADER_BYTES_MAX: Final = 4096
 _HIGH_WATER: Final = 0.75  # of an outbox's bound
 _LOW_WATER: Final = 0.25
 _PAGE_ROWS: Final = 256
+_ASK_AGAIN_S: Final = 1.0  # a question is lost with the worker that it was put to
 _DEAD_LETTERS_S: Final = 30.0  # a worker that is being replaced answers late
 _TIMEOUT_S_MAX: Final = 10_000_000  # 115 days
 _MALFORMED_MAX: Final = 3  # a worker that calls our frames unsound more often than that is not one of ours
@@ -289,8 +290,8 @@ class Client:
 
     # -- life
 
-    async def start(self, timeout_s: float) -> None:
-        """Find the bus.
+    async def start(self, timeout_s: float, *, workers: bool = True) -> None:
+        """Find the bus, and at least one worker of it; not `workers`: its supervisor will do.
 
         Raises:
             BusUnreachable: nobody answered in time.
@@ -300,7 +301,7 @@ class Client:
         self._ticker = asyncio.get_running_loop().create_task(self._tick_for_ever(), name="shardbus-client-ticker")
         try:
             async with asyncio.timeout(timeout_s):
-                while self._table is None or not any(shard.epoch for shard in self._table.shards):
+                while self._table is None or (workers and not any(shard.epoch for shard in self._table.shards)):
                     await self._wait_for_progress()
         except TimeoutError:
             await self.abort()
@@ -696,7 +697,7 @@ class Client:
             async with asyncio.timeout(timeout):
                 while True:
                     send(frame)
-                    done, _ = await asyncio.wait([future], timeout=max(0.5, timeout / 4))
+                    done, _ = await asyncio.wait([future], timeout=min(max(0.5, timeout / 4), _ASK_AGAIN_S))
                     if done:
                         return future.result()
         except TimeoutError:
@@ -730,7 +731,8 @@ class Client:
     async def redrive(self, where: DeadLetterFilter | None = None, *, rate: float | None = None) -> int:
         """Have dead letters handled again, by the handlers that gave up; return how many.
 
-        Each joins the end of its key's lane, with its attempts counted on. It leaves the dead letters in the same
+        Each joins the end of its key's lane, with its attempts counted on; one that parked its key (see
+        `Bus.on(on_dead_letter="park")`) runs before all that wait behind it. It leaves the dead letters in the same
         transaction that makes it a waiting event, so a crash in the middle loses none.
 
         Args:
@@ -743,7 +745,7 @@ class Client:
         return await self._dispose("redrive", where, rate)
 
     async def purge(self, where: DeadLetterFilter | None = None) -> int:
-        """Remove dead letters for good; return how many. Default: all.
+        """Remove dead letters for good; return how many. Default: all. A key that one of them parked goes on.
 
         Raises:
             BusUnreachable: a shard's worker did not answer in time. Some may have been removed.

@@ -6,15 +6,22 @@ its comment. Relations between limits are asserted.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
 SLOTS: Final = 1024
 """Number of routing slots. Never changes: rows in stores belong to their slot."""
 
+STORE_BYTES_LEAST: Final = 2 * 1024 * 1024
+"""The least that `store_bytes_max` may be set to: a row of the largest event fits."""
+
 PROTOCOL: Final = 1
 """Version of the wire protocol; a peer with another one is rejected with both numbers."""
+
+
+StoreFull = Literal["stop", "drop-oldest"]
+"""What a store does when it is full; see `Limits.store_full`."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +50,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     lane_events_max: int = 1024  # events waiting behind one key in memory; more go to the store
     lane_wait_s_max: float = 1.0  # a lane that has to wait for longer goes to the store
     queued_events_max: int = 8192  # events waiting behind all busy keys; above it, each longer lane goes to the store
-    store_rows_max: int = 2_000_000  # dead letters and waiting events; when full, nothing more is acked as stored
+    store_rows_max: int = 2_000_000  # dead letters and waiting events of a shard; when full, see `store_full`
+    store_bytes_max: int = 1024 * 1024 * 1024  # of their bodies, and 512 a row; likewise
+    # "stop": nothing more is acked as stored, so publishers wait. "drop-oldest": the oldest dead letters make room, and are
+    # counted as dropped; waiting events and what parks its key never do.
+    store_full: StoreFull = "stop"
     blocked_peers_max: int = 4096  # peers that sent garbage and are ignored; the oldest is forgotten
 
     # -- time, in seconds
@@ -59,6 +70,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         # One unfinished event must not keep the next full batch from leaving, however many publishers share the credit.
         assert self.credit_events_max >= self.sessions_max * 2 * self.batch_events_max
         assert self.ack_delay_s * 10 <= self.ping_interval_s
+        assert self.event_bytes_max + 1024 <= self.store_bytes_max  # one row of the largest fits
         assert self.ping_interval_s * 3 <= self.session_silence_s
 
     def credit_share(self, sessions: int) -> tuple[int, int]:

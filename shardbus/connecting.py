@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
-from shardbus.addresses import default_address, parse_address
+from shardbus.addresses import Address, default_address, parse_address
 from shardbus.client import Client, OnFull, open_client
 from shardbus.zmq_transport import ZmqConnector
 
@@ -35,6 +35,27 @@ def connect(
         ConfigError: the address is none.
         NotDelivered: on leaving, if events were left when the time was up.
     """
-    parsed = parse_address(default_address(os.environ) if address is None else address)
+    parsed = _parsed(address)
     client = Client(parsed.url, ZmqConnector(), parsed.control, on_full=on_full, on_pressure=on_pressure)
     return open_client(client, timeout_s=timeout, close_timeout_s=close_timeout)
+
+
+async def ask_bus(address: str | None, what: str, *, connect_timeout: float, timeout: float) -> bytes:
+    """Put a question to a bus, for instance `status`, which is answered also while no worker is up.
+
+    Raises:
+        BusUnreachable: no bus answered in time.
+        BusRejected: it does not know the question.
+        ConfigError: the address is none.
+    """
+    parsed = _parsed(address)
+    client = Client(parsed.url, ZmqConnector(), parsed.control)
+    await client.start(connect_timeout, workers=False)
+    try:
+        return await client.ask(what, b"", timeout=timeout)
+    finally:
+        await client.abort()
+
+
+def _parsed(address: str | None) -> Address:
+    return parse_address(default_address(os.environ) if address is None else address)

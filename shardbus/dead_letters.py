@@ -36,7 +36,8 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     """An event that will not be handled unless it is redriven.
 
     `id` is the event's `context.message_id`. `handlers` are those that gave up, and that a redrive runs. `body` is the
-    event as it travelled; `event` shows it as plain data, where it decodes. Times are UTC.
+    event as it travelled; `event` shows it as plain data, where it decodes. Times are UTC. `parked`: later events of its key
+    wait until it is redriven or purged.
     """
 
     id: str
@@ -53,6 +54,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     attempts: int
     first_at: datetime
     last_at: datetime
+    parked: bool = False
 
     @property
     def event(self) -> Any:
@@ -236,6 +238,7 @@ def _shown(letter: dict[str, Any], shard: int) -> DeadLetter:
         attempts=envelope["attempt"],
         first_at=datetime.fromtimestamp(letter["first_ns"] / 1e9, UTC),
         last_at=datetime.fromtimestamp(letter["last_ns"] / 1e9, UTC),
+        parked=letter["position"] > 0,
     )
 
 

@@ -16,6 +16,10 @@ empty.
 What is about to run is written into the journal first, once a stride, so that a successor finds the handler that ended the
 process. There, batches with a suspect in them are run one message a stride, and suspects when the quarantine lets them.
 
+A lane is *parked* behind a dead letter whose handler asks for it: nothing of it runs, and it lies in the store, until that
+dead letter is redriven, and then runs first, or purged. It goes there only once the dead letter is committed: otherwise a
+successor would find the end of the lane without what parks it.
+
 Owns: which handler runs when, and what became of each message. Knows nothing of sockets, databases or processes; those are
 behind `LaneHost`.
 """
@@ -29,7 +33,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import compress, islice, repeat
 from operator import length_hint
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -166,11 +170,11 @@ class LaneHost(Protocol):
     def reply(self, delivery: Delivery, status: str, body: bytes) -> None:
         """Send a command's outcome."""
 
-    def bury(self, delivery: Delivery, failure: Failure) -> None:
-        """Make it a dead letter; when that is committed, finish it."""
+    def bury(self, delivery: Delivery, failure: Failure, *, parks: bool = False) -> None:
+        """Make it a dead letter; when that is committed, finish it. Where it parks its key, call `parked` then."""
 
-    def can_keep(self, count: int) -> bool:
-        """Whether the store has room for so many waiting events."""
+    def can_keep(self, deliveries: Sequence[Delivery]) -> bool:
+        """Whether the store has room for them as waiting events."""
 
     def keep(self, deliveries: Sequence[Delivery]) -> None:
         """Give each a position and write it to the store as waiting; when that is committed, finish it as waiting."""
@@ -197,19 +201,21 @@ class _Lane:
     A message without a key that has to wait has a lane of its own, which no other message joins.
     """
 
-    __slots__ = ("key", "queue", "running", "stored", "timer")
+    __slots__ = ("key", "parked", "parking", "queue", "running", "stored", "timer")
 
     def __init__(self, key: WireKey, running: Delivery | None) -> None:
         self.key = key
         self.running = running
         self.queue: deque[Delivery | _Stored] = deque()
         self.stored = False
+        self.parked = False
+        self.parking = False  # what parks it is not committed yet
         self.timer: asyncio.TimerHandle | None = None  # armed while the head is not due
 
     @property
     def asleep(self) -> bool:
-        """Whether it waits for its time, and the store has all of it."""
-        if self.timer is None or not self.stored:
+        """Whether it waits for its time or is parked, and the store has all of it."""
+        if not self.stored or (not self.parked and self.timer is None):
             return False
         return all(isinstance(one, _Stored) or one.position for one in self.queue)  # a command is in memory only
 
@@ -402,13 +408,14 @@ class Lanes:
     ) -> None:
         self.plans = plans
         self.queued = 0  # messages in memory behind busy keys
+        self.parked_keys = 0
         self._host = host
         self._limits = limits
         self._now = now
         self._chance = chance
         self._journal = journal
         self._quarantine = quarantine
-        self._parked: dict[int, deque[_Lane]] = {}  # by its head's deaths: a suspect that waits for others
+        self._crowded: dict[int, deque[_Lane]] = {}  # by its head's deaths: a suspect that waits for others
         self._clean = contextvars.copy_context()
         self._inbox: deque[Inbound] = deque()  # bounded by credit
         self._cursor: Inbound | None = None
@@ -423,7 +430,7 @@ class Lanes:
         self._running: Delivery | None = None
         self._keyless: dict[object | None, Delivery] = {}  # of overtaken leaders whose message has no lane
         self._loose: set[_Lane] = set()  # lanes of messages without a key that wait
-        self._places: dict[tuple[Any, ...], tuple[str, str]] = {}
+        self._places: dict[tuple[Any, ...], tuple[str, str, list[CodeType]]] = {}
 
     # -- what the shard calls
 
@@ -433,10 +440,12 @@ class Lanes:
         if not self._armed:
             self._turn()
 
-    def adopt(self, key: WireKey, count: int, due_ns: int = 0, *, after: int = 0, last: int = 0) -> None:
+    def adopt(
+        self, key: WireKey, count: int, due_ns: int = 0, *, after: int = 0, last: int = 0, parked: bool = False
+    ) -> None:
         """Make a lane of `count` waiting events that the store has, behind position `after`, the first due at `due_ns`.
 
-        `last` is the position of the last one where it may not be written yet.
+        `last` is the position of the last one where it may not be written yet; `parked`: a dead letter parks it.
         """
         lane = _Lane(key, None)
         if key is None:
@@ -444,7 +453,34 @@ class Lanes:
         else:
             self._busy[key] = lane
         lane.stored = True
-        lane.queue.append(_Stored(after, count, last, due_ns))
+        if count:
+            lane.queue.append(_Stored(after, count, last, due_ns))
+        if parked:
+            lane.parked = True
+            self.parked_keys += 1
+        else:
+            self._continue(lane)
+
+    def parked(self, key: WireKey) -> None:
+        """The dead letter that parks a key is committed: its lane may go to the store."""
+        lane = self._busy[key]
+        lane.parking = False
+        self._lay_down(lane)
+
+    def unpark(self, key: WireKey, position: int = 0) -> None:
+        """The dead letter that parked a key is gone; `position`: it waits there, in the store, and runs first."""
+        lane = self._busy[key]
+        lane.parked = False
+        self.parked_keys -= 1
+        if lane.timer is not None:
+            lane.timer.cancel()
+        if position:
+            head = lane.queue[0] if lane.queue else None
+            if isinstance(head, _Stored):
+                head.after = position - 1
+                head.count += 1
+            else:
+                lane.queue.appendleft(_Stored(position - 1, 1, position))
         self._continue(lane)
 
     def can_rejoin(self, key: WireKey) -> bool:
@@ -641,7 +677,9 @@ class Lanes:
                     self._fast_failed(cursor, token, key, error)
                     if self._leader is not token:
                         return
-                    break
+                    if context != clean:
+                        break
+                    continue
                 if self._leader is not token:
                     self._settle(self._overtaken(token, key), None)
                     return
@@ -762,18 +800,18 @@ class Lanes:
             case Crowded(deaths=deaths):
                 lane.queue.appendleft(head)
                 self.queued += 1
-                self._parked.setdefault(deaths, deque()).append(lane)
+                self._crowded.setdefault(deaths, deque()).append(lane)
                 return False
         return True
 
     def release(self) -> None:
         """Let suspects run that there is room for now."""
         room = self._quarantine.room()
-        while room > 0 and self._parked:
-            worst = max(self._parked)
-            self._continue(self._parked[worst].popleft())
-            if not self._parked[worst]:
-                del self._parked[worst]
+        while room > 0 and self._crowded:
+            worst = max(self._crowded)
+            self._continue(self._crowded[worst].popleft())
+            if not self._crowded[worst]:
+                del self._crowded[worst]
             room -= 1
 
     # -- handlers
@@ -932,6 +970,7 @@ class Lanes:
         if isinstance(outcome, Later):
             self._postpone(delivery, outcome)
             return
+        parks = outcome is not None and delivery.key is not None and delivery.plan.parks(outcome.handlers)
         self._host.handled(1)
         book = delivery.book
         if book is not None and delivery.is_event:
@@ -942,17 +981,59 @@ class Lanes:
             if outcome is not None:
                 book.note_dead()
         if outcome is not None:
-            self._host.bury(delivery, outcome)
+            self._host.bury(delivery, outcome, parks=parks)
         else:
             if delivery.position:
                 self._host.forget(delivery.position)
             if delivery.session is not None:
                 delivery.session.finish(delivery.seq)
                 self._host.touched(delivery.session)
+        if parks:
+            self._park(delivery.key)
+            return
         lane = None if delivery.key is None else self._busy.get(delivery.key)
         if lane is not None:
             lane.running = None
             self._continue(lane)
+
+    def _park(self, key: WireKey) -> None:
+        """Let nothing of a lane run until what its event became is redriven or purged. Commands, which live in memory only,
+        fail; the rest goes to the store once that is committed."""
+        lane = self._busy.get(key)
+        if lane is None:
+            lane = self._busy[key] = _Lane(key, None)
+        lane.running = None
+        lane.parked = lane.parking = True
+        self.parked_keys += 1
+        commands = [one for one in lane.queue if isinstance(one, Delivery) and not one.is_event]
+        if commands:
+            lane.queue = deque(one for one in lane.queue if isinstance(one, _Stored) or one.is_event)
+            self.queued -= len(commands)
+            for command in commands:
+                self._refuse(command)
+
+    def _refuse(self, command: Delivery) -> None:
+        """A command to a parked key fails at once: it might wait for days, and must not overtake what waits there."""
+        told = f"key {command.key!r} is parked behind a dead letter; redrive or purge that, and try again"
+        self._host.reply(command, REPLY_FAILED, msgspec.msgpack.encode(("KeyParked", told, "")))
+        self._host.handled(1)
+        if command.session is not None:
+            command.session.finish(command.seq)
+            self._host.touched(command.session)
+
+    def _lay_down(self, lane: _Lane) -> None:
+        """Let the store alone hold a parked lane; where that has no room, it stays in memory, not acked, and tries again."""
+        lane.timer = None
+        if any(isinstance(one, Delivery) and not one.position for one in lane.queue) and not self._spill(lane):
+            if not self._closing:
+                loop = asyncio.get_running_loop()
+                lane.timer = loop.call_later(
+                    self._limits.lane_wait_s_max, self._lay_down, lane, context=self._clean
+                )
+            return
+        lane.stored = True
+        if lane.queue:
+            self._unload(lane, 0)
 
     def _postpone(self, delivery: Delivery, later: Later) -> None:
         """Put a message back at the head of its lane, until its time. A long wait is the store's."""
@@ -1005,7 +1086,7 @@ class Lanes:
                 loop = asyncio.get_running_loop()
                 lane.timer = loop.call_later(wait_ns / 1e9, self._continue, lane, context=self._clean)
         elif isinstance(head, _Stored):
-            share = (self._limits.queued_events_max - self.queued) // (len(self._busy) + 1)
+            share = (self._limits.queued_events_max - self.queued) // (len(self._busy) - self.parked_keys + 1)
             limit = max(1, min(_LOAD_ROWS, share))
             self._host.load(lane.key, head.after, head.last, limit, lambda rows: self._loaded(lane, rows))
         else:
@@ -1043,20 +1124,28 @@ class Lanes:
 
     def _append(self, lane: _Lane, delivery: Delivery) -> None:
         """Queue a message behind a busy key: in memory, or in the store where its lane has gone there."""
-        if lane.stored and delivery.is_event and not self._host.can_keep(1):
+        if lane.parked and not delivery.is_event:
+            self._refuse(delivery)
+            return
+        if lane.stored and delivery.is_event and not self._host.can_keep((delivery,)):
             # In memory only. Nothing behind it may be kept before it is, or a successor would run that first.
             lane.stored = False
         if lane.stored and delivery.is_event:
             self._host.keep((delivery,))
-            behind = bool(lane.queue) and isinstance(lane.queue[-1], _Stored)
+            behind = lane.parked or (bool(lane.queue) and isinstance(lane.queue[-1], _Stored))
             if behind or len(lane.queue) >= _LOAD_ROWS or self.queued > self._limits.queued_events_max:
                 self._stretch(lane, delivery.position)
             else:
                 self._queue(lane, delivery)
             return
         self._queue(lane, delivery)
+        if lane.parked:
+            if not lane.parking and lane.timer is None:
+                self._lay_down(lane)
+            return
         length = len(lane.queue)
-        crowded = self.queued > self._limits.queued_events_max and length * (len(self._busy) + 1) > self.queued
+        awake = len(self._busy) - self.parked_keys
+        crowded = self.queued > self._limits.queued_events_max and length * (awake + 1) > self.queued
         if not lane.stored and (length > self._limits.lane_events_max or crowded):
             self._spill(lane)
 
@@ -1068,14 +1157,14 @@ class Lanes:
         """Give a whole lane to the store, with the message that runs: a successor must find its beginning there too.
 
         What it acks makes room for more, so only the lane's beginning stays in memory as well. False where the store has no
-        room for all of it.
+        room for all of it, or what parks the lane is not there yet.
         """
         events = [
             delivery
             for delivery in (lane.running, *lane.queue)
             if isinstance(delivery, Delivery) and not delivery.position and delivery.is_event
         ]
-        if not self._host.can_keep(len(events)):
+        if lane.parking or not self._host.can_keep(events):
             return False
         lane.stored = True
         self._host.keep(events)
@@ -1110,17 +1199,21 @@ class Lanes:
     def _place_of(self, error: BaseException) -> tuple[str, str]:
         """The identity of where an error was raised, and its stack as text, formatted once for each distinct place.
 
-        Formatting takes 37 µs, finding the place 1: with it, a shard writes 50,000 dead letters a second.
+        Formatting takes 37 µs, finding the place 1: with it, a shard writes 50,000 dead letters a second. Code is known by
+        its id, because its hash is that of all its constants; what is remembered holds the code, so that no other gets it.
         """
         own = _type_name(error)
         identity: list[Any] = [own]
+        code: list[CodeType] = []
         step: TracebackType | None = error.__traceback__
         while step is not None:
-            identity += (step.tb_frame.f_code, step.tb_lineno)
+            code.append(step.tb_frame.f_code)
+            identity += (id(code[-1]), step.tb_lineno)
             step = step.tb_next
         cause = error.__cause__ or error.__context__
         if cause is not None and cause.__traceback__ is not None:
-            identity += (type(cause).__name__, cause.__traceback__.tb_frame.f_code, cause.__traceback__.tb_lineno)
+            code.append(cause.__traceback__.tb_frame.f_code)
+            identity += (type(cause).__name__, id(code[-1]), cause.__traceback__.tb_lineno)
         known = self._places.get(tuple(identity))
         if known is None:
             if len(self._places) >= _PLACES_MAX:
@@ -1132,8 +1225,9 @@ class Lanes:
             if len(text) > _TRACEBACK_CHARS_MAX:  # with a cause, it has whole error texts in it
                 half = _TRACEBACK_CHARS_MAX // 2
                 text = f"{text[:half]}\n… {len(text) - 2 * half:,} characters …\n{text[-half:]}"
-            known = self._places[tuple(identity)] = (xxhash.xxh3_128_hexdigest(text.encode("utf-8", "replace")), text)
-        return known
+            place = xxhash.xxh3_128_hexdigest(text.encode("utf-8", "replace"))
+            known = self._places[tuple(identity)] = (place, text, code)
+        return known[:2]
 
 
 class _HandlerTimeout(TimeoutError):
@@ -1190,4 +1284,4 @@ def _text_of(error: BaseException) -> str:
 
 def _sound(text: str) -> str:
     """Text that can be encoded: half of a surrogate pair cannot."""
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()

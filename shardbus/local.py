@@ -25,7 +25,7 @@ from shardbus.registry import Registry, WorkerInfo
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.shard import Shard
 from shardbus.sql_store import MEMORY_URL, SqlStore, shard_url
-from shardbus.store import Store
+from shardbus.store import Store, store_ledger, total_ledger
 from shardbus.wire.frames import Answer, decode_to_supervisor, encode_frame
 
 log = logging.getLogger("shardbus.local")
@@ -109,6 +109,7 @@ class _LocalBus:
             back.send(encode_frame(Answer(ask.request, "", _encode(body()))))
 
     def _status(self) -> dict[str, Any]:
+        ledgers = [store_ledger(shard.counts) for shard in self.shards]
         return {
             "bus": self._name,
             "healthy": True,
@@ -121,11 +122,12 @@ class _LocalBus:
                     "handled": shard.book.counters().handled,
                     "backlog": shard.backlog,
                     "rss_bytes": 0,
+                    "store_failing": shard.store_failing,
+                    **ledger,
                 }
-                for shard in self.shards
+                for shard, ledger in zip(self.shards, ledgers, strict=True)
             ],
-            "dead_letters": sum(shard.counts.dead for shard in self.shards),
-            "waiting": sum(shard.counts.waiting for shard in self.shards),
+            **total_ledger(ledgers),
         }
 
 

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
-
-from shardbus.reports import Ended
 
 Identity = tuple[bytes, int]
 """A message: its publisher and sequence."""
@@ -33,6 +31,22 @@ _HOLD_S: Final = 1.0  # at random, above that: how long one waits that was alone
 _TRIAL_NS: Final = 5_000_000_000  # a suspect that has run for so long makes room for the next; twice as long each death
 _TRIAL_NS_MAX: Final = 300_000_000_000
 _FORGET_NS: Final = 60_000_000_000  # what has not come by then had finished, or is a command, or has lost its publisher
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
+    """How a worker ended, as its supervisor saw it.
+
+    `crashed`: by a signal that processes bring upon themselves, or an exit code. `memory`: by SIGKILL, while the kernel was
+    out of memory. `silent`: replaced, because its event loop stood still. `killed`: by SIGKILL, of whoever. Empty: in good
+    order, or nobody knows. `told` says it in words, `at_ns` when, by the clock of all processes (0: nobody knows).
+    """
+
+    how: Literal["", "crashed", "memory", "silent", "killed"] = ""
+    told: str = ""
+    at_ns: int = 0
+
+
+UNKNOWN_END: Final = Ended()
 
 
 class Suspect(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -21,6 +21,9 @@ from shardbus.retry import Retry
 Handler = Callable[..., Any]
 HandlerT = TypeVar("HandlerT", bound=Handler)
 Lifespan = Callable[["WorkerInfo"], AsyncIterator[None]]
+OnDeadLetter = Literal["continue", "park"]
+"""What a key's later events do when one of them became a dead letter: go on, or wait until that is disposed of."""
+
 LifespanT = TypeVar("LifespanT", bound=Callable[..., AsyncIterator[None]])
 
 _ENCODE_REPLY: Final = msgspec.msgpack.Encoder().encode
@@ -47,6 +50,7 @@ class Registered(msgspec.Struct, frozen=True, kw_only=True):
     retry: Retry
     timeout_s: float | None
     breaker: Breaker | None
+    on_dead_letter: OnDeadLetter = "continue"
 
 
 class Plan:
@@ -57,7 +61,17 @@ class Plan:
     `circuits` has one for each handler that asked for a breaker; they are this worker's.
     """
 
-    __slots__ = ("circuits", "decode", "encode_reply", "handlers", "is_command", "message_type", "name", "simple")
+    __slots__ = (
+        "_parking",
+        "circuits",
+        "decode",
+        "encode_reply",
+        "handlers",
+        "is_command",
+        "message_type",
+        "name",
+        "simple",
+    )
 
     def __init__(self, message_type: type[Message], handlers: tuple[Registered, ...]) -> None:
         self.name = wire_name(message_type)
@@ -67,9 +81,14 @@ class Plan:
         self.handlers = handlers
         self.circuits = {one.name: Circuit(one.breaker) for one in handlers if one.breaker is not None}
         self.is_command = issubclass(message_type, Command)
+        self._parking = frozenset(one.name for one in handlers if one.on_dead_letter == "park")
         only = handlers[0] if len(handlers) == 1 and not self.is_command else None
         is_plain = only is not None and not (only.wants_context or only.timeout_s or only.breaker) and only.is_async
         self.simple: Callable[[Any], Awaitable[None]] | None = only.call if only is not None and is_plain else None
+
+    def parks(self, gave_up: tuple[str, ...]) -> bool:
+        """Whether a dead letter parks its key: a handler that gave up asks for it, or any does, where none could run."""
+        return bool(self._parking) and (not gave_up or not self._parking.isdisjoint(gave_up))
 
 
 class Registry:
@@ -90,6 +109,7 @@ class Registry:
         retry: Retry | None = None,
         timeout_s: float | None = None,
         breaker: Breaker | None = None,
+        on_dead_letter: OnDeadLetter = "continue",
     ) -> Callable[[HandlerT], HandlerT]:
         """Register an event handler: `@bus.on(OrderPlaced)`.
 
@@ -102,6 +122,11 @@ class Registry:
             retry: how often it is called for one event, and after which waits. Default: `Retry()`, three times.
             timeout_s: seconds after which the handler is cancelled and has failed; only for `async def`. Default: none.
             breaker: when to stop calling a handler that keeps failing. Default: never.
+            on_dead_letter: what becomes of the key when this handler gives one of its events up. `"continue"`: its later
+                events go on. `"park"`: they wait in the store until that dead letter is redriven, and then runs first, or
+                purged; commands to the key fail at once meanwhile. Of several handlers, those that gave up decide, and
+                one that parks is enough; an event that does not decode parks where any of its handlers would. An event
+                without a key has no later ones: it never parks anything.
 
         Raises:
             RegistrationError: not an event type, a key that cannot be one, a name that another type has, a signature
@@ -109,7 +134,9 @@ class Registry:
         """
         if not (isinstance(event_type, type) and issubclass(event_type, Event) and event_type is not Event):
             raise RegistrationError(f"@bus.on takes a subclass of Event, not {_shown(event_type)}")
-        return self._registrar(event_type, retry or Retry(), timeout_s, breaker)
+        if on_dead_letter not in get_args(OnDeadLetter):
+            raise RegistrationError(f"on_dead_letter={on_dead_letter!r}: say 'continue' or 'park'")
+        return self._registrar(event_type, retry or Retry(), timeout_s, breaker, on_dead_letter)
 
     def command(
         self, command_type: type[Command[Any]], *, timeout_s: float | None = None
@@ -125,7 +152,7 @@ class Registry:
         """
         if not (isinstance(command_type, type) and issubclass(command_type, Command) and command_type is not Command):
             raise RegistrationError(f"@bus.command takes a subclass of Command, not {_shown(command_type)}")
-        return self._registrar(command_type, Retry(attempts=1), timeout_s, None)
+        return self._registrar(command_type, Retry(attempts=1), timeout_s, None, "continue")
 
     def lifespan(self, function: LifespanT) -> LifespanT:
         """Register what opens before a worker's first message and closes after its last: an async generator function.
@@ -155,7 +182,12 @@ class Registry:
         return {wire_name(kind): Plan(kind, tuple(handlers)) for kind, handlers in self._handlers.items()}
 
     def _registrar(
-        self, message_type: type[Message], retry: Retry, timeout_s: float | None, breaker: Breaker | None
+        self,
+        message_type: type[Message],
+        retry: Retry,
+        timeout_s: float | None,
+        breaker: Breaker | None,
+        on_dead_letter: OnDeadLetter,
     ) -> Callable[[HandlerT], HandlerT]:
         check_key_type(message_type)
         name = wire_name(message_type)
@@ -184,6 +216,7 @@ class Registry:
                 retry=retry,
                 timeout_s=timeout_s,
                 breaker=breaker,
+                on_dead_letter=on_dead_letter,
             )
             if issubclass(message_type, Command):
                 _check_reply(message_type)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
+
+from shardbus.config import StoreFull
+from shardbus.quarantine import Ended
+from shardbus.store import StoreCounts
 
 
 class Boot(msgspec.Struct, frozen=True, kw_only=True):
@@ -16,24 +20,11 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     parent: int
 
 
-class Ended(msgspec.Struct, frozen=True, kw_only=True):
-    """How a worker ended, as its supervisor saw it.
-
-    `crashed`: by a signal that processes bring upon themselves, or an exit code. `memory`: by SIGKILL, while the kernel was
-    out of memory. `silent`: replaced, because its event loop stood still. `killed`: by SIGKILL, of whoever. Empty: in good
-    order, or nobody knows. `told` says it in words, `at_ns` when, by the clock of all processes (0: nobody knows).
-    """
-
-    how: Literal["", "crashed", "memory", "silent", "killed"] = ""
-    told: str = ""
-    at_ns: int = 0
-
-
-UNKNOWN_END: Final = Ended()
-
-
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
-    """The shard that a worker is to serve, once in its life; `predecessor` is how the one before it ended."""
+    """The shard that a worker is to serve, once in its life.
+
+    `predecessor` is how the worker before it ended; `waits_for_store`: for as long as that cannot be opened.
+    """
 
     shard: int
     shards: int
@@ -44,6 +35,10 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     journal_path: str
     predecessor: Ended
     store_url: str
+    store_rows_max: int
+    store_bytes_max: int
+    store_full: StoreFull
+    waits_for_store: bool
     drain_s: float
 
 
@@ -63,8 +58,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
     backlog: int
     busy_keys: int
     publishers: int
-    dead: int
-    waiting: int
+    store: StoreCounts
     store_failing: str
 
 

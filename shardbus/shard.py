@@ -26,11 +26,11 @@ from shardbus.journal import Journal
 from shardbus.lanes import CRASHED, UNKNOWN, Delivery, Inbound, Lanes
 from shardbus.messages import WireKey
 from shardbus.metrics import Book, PublisherBook
-from shardbus.quarantine import Identity, Quarantine, Suspect, judge
+from shardbus.quarantine import UNKNOWN_END, Ended, Identity, Quarantine, Suspect, judge
 from shardbus.registry import Plan
-from shardbus.reports import UNKNOWN_END, Ended
 from shardbus.routing import slot_of
 from shardbus.store import (
+    ROW_OVERHEAD_BYTES,
     DeadLetter,
     Envelope,
     Failure,
@@ -39,6 +39,7 @@ from shardbus.store import (
     StoredDeadLetter,
     StoreError,
     WaitingEvent,
+    row_bytes,
 )
 from shardbus.wire.codec import Extra, decode_batch
 from shardbus.wire.frames import Answer, Ask, Data, Hello, Ping, Reject, Reply, decode_to_worker, encode_frame
@@ -83,7 +84,7 @@ class _Burial(NamedTuple):
 
 
 class _Keeping(NamedTuple):
-    """A waiting event to write, and the row of the dead letter that it was (0: none)."""
+    """A waiting event to write, and the row of the dead letter that it was (0: none), which makes room for it."""
 
     event: WaitingEvent
     redriven: int
@@ -105,18 +106,22 @@ class _Writer:
     never wait for room: what they bring back is what makes it.
     """
 
-    def __init__(self, store: Store, rows_max: int, broken: Callable[[BaseException], None]) -> None:
+    def __init__(self, store: Store, limits: Limits, now: NowNs, broken: Callable[[BaseException], None]) -> None:
         self.counts = StoreCounts(dead=0, waiting=0, position_max=0)
         self.failing = ""
         self._store = store
         self._broken = broken
-        self._rows_max = rows_max
-        self._rows = 0
+        self._limits = limits
+        self._now = now
+        self._told_ns = 0  # when it was last told that dead letters are dropped
         self._taken = 0  # waiting rows up to this position are in, or in the transaction that is under way
         self._committed = 0  # waiting rows up to this position are in, or are not wanted any more
         self._dropped: set[int] = set()  # waiting rows that reached their outcome before they were written
         self._dead: deque[_Burial] = deque()
         self._waiting: deque[_Keeping] = deque()  # by position
+        self._revived: deque[_Keeping] = deque()  # what parked its key, at the position that it had
+        self._dead_bytes = 0  # of rows in these queues
+        self._waiting_bytes = 0
         self._changed: dict[int, WaitingEvent] = {}  # by position: the last change is the one that counts
         self._done: deque[int] = deque()
         self._reads: deque[_Read] = deque()
@@ -125,7 +130,7 @@ class _Writer:
 
     async def open(self) -> None:
         await self._store.open()
-        self._count()
+        self.counts = self._store.counts()
         self._taken = self._committed = self.counts.position_max
 
     def start(self) -> None:
@@ -146,22 +151,35 @@ class _Writer:
         return not (self._writes_left() or self._reads or self._wanted.is_set())
 
     def _writes_left(self) -> bool:
-        return bool(self._dead or self._waiting or self._changed or self._done)
+        return bool(self._dead or self._waiting or self._revived or self._changed or self._done)
 
-    def has_room(self, rows: int) -> bool:
+    def has_room(self, rows: int, size: int) -> bool:
         """Whether so many more waiting rows fit; then they are written before any dead letter that takes a new row."""
-        return self._rows + len(self._dead) + len(self._waiting) + rows <= self._rows_max and not self.failing
+        counts, limits = self.counts, self._limits
+        rows += counts.dead + counts.waiting + len(self._dead) + len(self._waiting)
+        size += counts.bytes + self._dead_bytes + self._waiting_bytes
+        if limits.store_full == "drop-oldest":
+            rows -= counts.dead - counts.parked
+            size -= counts.droppable_bytes
+        return rows <= limits.store_rows_max and size <= limits.store_bytes_max and not self.failing
 
     def add_dead(self, letter: DeadLetter, position: int, then: Callable[[], None]) -> None:
-        if position > self._taken:
+        if position > self._taken and not letter.position:  # what parks is never missing: its row goes when it is dead
             self._dropped.add(position)
             position = 0
         self._dead.append(_Burial(letter, position, then))
+        self._dead_bytes += row_bytes(letter.envelope)
         self._wanted.set()
 
     def add_waiting(self, row: WaitingEvent, then: Callable[[], None], redriven: int = 0) -> None:
         """`redriven` is the row of the dead letter that it was: that goes in the same transaction."""
         self._waiting.append(_Keeping(row, redriven, then))
+        self._waiting_bytes += row_bytes(row.envelope)
+        self._wanted.set()
+
+    def add_revived(self, row: WaitingEvent, then: Callable[[], None], redriven: int) -> None:
+        """As `add_waiting`, of what parked its key and waits again at the position that it had."""
+        self._revived.append(_Keeping(row, redriven, then))
         self._wanted.set()
 
     def add_changed(self, row: WaitingEvent) -> None:
@@ -192,7 +210,7 @@ class _Writer:
                 self._wanted.set()
                 continue
             if not moved and self._writes_left():
-                self._fails(f"it is full ({self._rows:,} rows)")
+                self._fails(f"it is full ({self.counts.dead + self.counts.waiting:,} rows, {self.counts.bytes:,} bytes)")
                 await asyncio.sleep(_RETRY_S)
             elif self.failing:
                 log.warning("the store writes again")
@@ -207,17 +225,16 @@ class _Writer:
 
     async def _write(self) -> bool:
         """One transaction of what there is room for; whether there was anything."""
+        if self._limits.store_full == "drop-oldest":
+            await self._make_room()
         done = self._take_done()
-        room = self._rows_max - self._rows + len(done)
-        waiting, last = self._take_waiting(min(max(0, room), _WRITE_ROWS_MAX))
-        room -= len(self._waiting)  # those that come later were promised theirs
-        dead: list[_Burial] = []
-        for burial in islice(self._dead, _WRITE_ROWS_MAX):
-            replaces = 0 < burial.position <= self._committed
-            if room + replaces <= 0 or burial.position > self._committed:
-                break
-            room += replaces - 1
-            dead.append(burial)
+        rows = self._limits.store_rows_max - self.counts.dead - self.counts.waiting + len(done)
+        size = self._limits.store_bytes_max - self.counts.bytes
+        kept, last = self._take_waiting(rows, size)
+        revived, last = self._take_revived(last)
+        waiting = [*revived, *kept]
+        # Waiting events that come later were promised their room.
+        dead = self._take_dead(rows - len(self._waiting), size - self._waiting_bytes)
         changed = [row for row in self._changed.values() if row.position <= last]
         if not (dead or waiting or changed or done):
             return False
@@ -238,18 +255,20 @@ class _Writer:
             raise
         self._committed = last
         for _ in dead:
-            self._dead.popleft()
-        for _ in waiting:
-            self._waiting.popleft()
+            self._dead_bytes -= row_bytes(self._dead.popleft().letter.envelope)
+        for _ in kept:
+            self._waiting_bytes -= row_bytes(self._waiting.popleft().event.envelope)
+        for _ in revived:
+            self._revived.popleft()
         for row in changed:
             if self._changed.get(row.position) is row:
                 del self._changed[row.position]
         if self._dropped:
             # Handled before they were written, and behind others that had to be: now they are rows to remove.
-            written_now = [keeping.event.position for keeping in waiting]
+            written_now = [keeping.event.position for keeping in kept]
             self._done.extend(position for position in written_now if position in self._dropped)
             self._dropped.difference_update(written_now)
-        self._count()
+        self.counts = self._store.counts()
         for burial in dead:
             burial.then()
         for keeping in waiting:
@@ -262,31 +281,77 @@ class _Writer:
         self._done.extend(position for position in taken if position > self._committed)
         return [position for position in taken if position <= self._committed]
 
-    def _take_waiting(self, limit: int) -> tuple[list[_Keeping], int]:
-        """Up to `limit` rows to write, and the last position decided with them; forgets what is not wanted any more."""
+    def _take_dead(self, rows: int, size: int) -> list[_Burial]:
+        """Dead letters to write for which there is room."""
+        dead: list[_Burial] = []
+        for burial in islice(self._dead, _WRITE_ROWS_MAX):
+            if burial.position > self._committed:
+                break  # the row that it takes the place of comes first
+            if not burial.position:
+                rows -= 1
+                size -= row_bytes(burial.letter.envelope)
+                if rows < 0 or size < 0:
+                    break
+            dead.append(burial)
+        return dead
+
+    def _take_waiting(self, rows: int, size: int) -> tuple[list[_Keeping], int]:
+        """Waiting events to write for which there is room, and the last position decided with them; forgets what is not
+        wanted any more."""
         if self._dropped:
             while self._waiting and self._waiting[0].event.position in self._dropped:
-                position = self._waiting.popleft().event.position
+                event = self._waiting.popleft().event
+                position = event.position
+                self._waiting_bytes -= row_bytes(event.envelope)
                 self._dropped.discard(position)
                 self._changed.pop(position, None)
                 self._committed = position
-        rows: list[_Keeping] = []
+        waiting: list[_Keeping] = []
         for keeping in islice(self._waiting, _WRITE_ROWS_MAX):
-            if limit <= 0 and not keeping.redriven:
+            if not keeping.redriven:  # what was dead makes room for itself
+                rows -= 1
+                size -= row_bytes(keeping.event.envelope)
+                if rows < 0 or size < 0:
+                    break
+            waiting.append(keeping)
+        return waiting, waiting[-1].event.position if waiting else self._committed
+
+    def _take_revived(self, last: int) -> tuple[list[_Keeping], int]:
+        """What takes its old position again, once all rows below that are decided; and the last position with these."""
+        revived: list[_Keeping] = []
+        for keeping in islice(self._revived, _WRITE_ROWS_MAX):
+            if self._waiting and self._waiting[0].event.position < keeping.event.position:
                 break
-            limit -= not keeping.redriven  # what was dead makes room for itself
-            rows.append(keeping)
-        return rows, rows[-1].event.position if rows else self._committed
+            last = max(last, keeping.event.position)
+            revived.append(keeping)
+        return revived, last
+
+    async def _make_room(self) -> None:
+        """Drop as many of the oldest dead letters as there is no room for what is to be written."""
+        counts = self.counts
+        rows = counts.dead + counts.waiting - self._limits.store_rows_max + len(self._waiting)
+        size = counts.bytes - self._limits.store_bytes_max + self._waiting_bytes
+        if (rows + len(self._dead) <= 0 and size + self._dead_bytes <= 0) or counts.dead == counts.parked:
+            return
+        for burial in islice(self._dead, _WRITE_ROWS_MAX):
+            if not burial.position:
+                rows += 1
+                size += row_bytes(burial.letter.envelope)
+        if rows <= 0 and size <= 0:
+            return
+        leaving = {keeping.redriven for keeping in self._waiting if keeping.redriven}
+        dropped = await self._store.drop_oldest(rows=max(0, rows), size=max(0, size), keep=leaving)
+        self.counts = self._store.counts()
+        now_ns = self._now()
+        if dropped and (not self._told_ns or now_ns - self._told_ns >= _TELL_NS):
+            self._told_ns = now_ns
+            log.warning("the store is full: its oldest dead letters are dropped, %s so far", f"{self.counts.dropped:,}")
 
     async def purge(self, rows: Sequence[int]) -> int:
         """To be called from a read only: the writer itself is the one caller of the store."""
         purged = await self._store.purge(rows)
-        self._count()
-        return purged
-
-    def _count(self) -> None:
         self.counts = self._store.counts()
-        self._rows = self.counts.dead + self.counts.waiting
+        return purged
 
     async def _read(self) -> bool:
         """Answer some of the reads that were asked for by now and whose rows are in; whether there was one."""
@@ -343,7 +408,7 @@ class Shard:
         self._wall = wall
         self._limits = limits
         self._broken = broken
-        self._writer = _Writer(store, limits.store_rows_max, broken)
+        self._writer = _Writer(store, limits, now, broken)
         self._store = store
         self._position = 0
         self._adopted_position = 0  # rows up to here were written by a predecessor, and may have run
@@ -383,10 +448,15 @@ class Shard:
         self._adopts = counts.dead + counts.waiting > 0
         self._position = self._adopted_position = counts.position_max
         lanes = await self._store.waiting_lanes() if counts.waiting else []
+        parked = set(await self._store.parked_keys()) if counts.parked else set()
         self._writer.start()
         for lane in lanes:
             # Those without a key have no order, so none waits for the first.
-            self.lanes.adopt(lane.key, lane.count, 0 if lane.key is None else self._by_our_clock(lane.due_ns))
+            due_ns = 0 if lane.key is None else self._by_our_clock(lane.due_ns)
+            self.lanes.adopt(lane.key, lane.count, due_ns, parked=lane.key in parked)
+            parked.discard(lane.key)
+        for key in parked:
+            self.lanes.adopt(key, 0, parked=True)
 
     async def drain(self, deadline_s: float) -> list[str]:
         """Take nothing new, and wait until everything accepted is finished; return what was not, in words."""
@@ -617,6 +687,9 @@ class Shard:
             found = [one for one in found if one.row not in self._leaving]
             if what == "purge":
                 purged = await self._writer.purge([one.row for one in found])
+                for one in found:
+                    if one.letter.position:
+                        self.lanes.unpark(one.letter.envelope.key)
                 self._answer(asked, Answer(asked[1], "", encode_answer((purged, last))))
                 return
         except StoreError as error:
@@ -625,24 +698,27 @@ class Shard:
         self._redrive(found, lambda count: self._answer(asked, Answer(asked[1], "", encode_answer((count, last)))))
 
     def _redrive(self, found: Sequence[StoredDeadLetter], answer: Callable[[int], None]) -> None:
-        """Put dead letters back at the end of their lanes, and answer once that is committed."""
+        """Put dead letters back at the end of their lanes, and what parked its lane at the head of that; answer once all is
+        committed."""
         left = 0
         redriven = 0
 
-        def committed(row: int) -> None:
+        def committed(one: StoredDeadLetter) -> None:
             nonlocal left
-            self._leaving.discard(row)
+            self._leaving.discard(one.row)
+            if one.letter.position:
+                self.lanes.unpark(one.letter.envelope.key, one.letter.position)
             left -= 1
             if not left:
                 answer(redriven)
 
         for one in found:
             letter = one.letter
-            if not self.lanes.can_rejoin(letter.envelope.key):
+            if not letter.position and not self.lanes.can_rejoin(letter.envelope.key):
                 continue  # its lane cannot go to the store now; it stays dead
-            self._position += 1
+            self._position += not letter.position
             event = WaitingEvent(
-                position=self._position,
+                position=letter.position or self._position,
                 envelope=replace(letter.envelope, attempt=letter.envelope.attempt + 1),
                 todo=dict.fromkeys(letter.handlers, 0),
             )
@@ -650,8 +726,11 @@ class Shard:
             self._leaving.add(one.row)
             left += 1
             redriven += 1
-            self._writer.add_waiting(event, partial(committed, one.row), one.row)
-            self.lanes.rejoin(letter.envelope.key, self._position)
+            if letter.position:
+                self._writer.add_revived(event, partial(committed, one), one.row)
+            else:
+                self._writer.add_waiting(event, partial(committed, one), one.row)
+                self.lanes.rejoin(letter.envelope.key, event.position)
         if not redriven:
             answer(0)
 
@@ -737,9 +816,13 @@ class Shard:
         """Pass a defect on to the worker."""
         self._broken(error)
 
-    def bury(self, delivery: Delivery, failure: Failure) -> None:
-        """Write a dead letter; finish its event once that is committed."""
+    def bury(self, delivery: Delivery, failure: Failure, *, parks: bool = False) -> None:
+        """Write a dead letter; finish its event, and tell its parked lane, once that is committed."""
         now_ns = self._wall()
+        place = 0
+        if parks:
+            self._position += not delivery.position
+            place = delivery.position or self._position
         letter = DeadLetter(
             envelope=_envelope(delivery),
             handlers=failure.handlers,
@@ -751,6 +834,7 @@ class Shard:
             first_ns=now_ns,
             last_ns=now_ns,
             epoch=self.epoch,
+            position=place,
         )
         self.book.count("dead")
         self._tell(delivery, failure)
@@ -761,6 +845,8 @@ class Shard:
             if delivery.session is not None:
                 delivery.session.finish_dead(delivery.seq)
                 self.touched(delivery.session)
+            if parks:
+                self.lanes.parked(delivery.key)
 
         self._writer.add_dead(letter, delivery.position, committed)
 
@@ -789,9 +875,10 @@ class Shard:
             f" (and {more:,} more of the kind since the last such line)" if more else "",
         )
 
-    def can_keep(self, count: int) -> bool:
-        """Whether the store has room for so many, and works."""
-        return self._writer.has_room(count)
+    def can_keep(self, deliveries: Sequence[Delivery]) -> bool:
+        """Whether the store has room for them, and works."""
+        size = sum([len(delivery.body) for delivery in deliveries]) + ROW_OVERHEAD_BYTES * len(deliveries)
+        return self._writer.has_room(len(deliveries), size)
 
     def keep(self, deliveries: Sequence[Delivery]) -> None:
         """Write events as waiting, in order; finish each once that is committed."""

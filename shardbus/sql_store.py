@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -30,6 +30,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     bindparam,
+    case,
     func,
     insert,
     inspect,
@@ -45,6 +46,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from shardbus.errors import ConfigError
 from shardbus.messages import WireKey
 from shardbus.store import (
+    ROW_OVERHEAD_BYTES,
     DeadFilter,
     DeadLetter,
     Envelope,
@@ -54,13 +56,14 @@ from shardbus.store import (
     StoreError,
     WaitingEvent,
     WaitingLane,
+    row_bytes,
 )
 
 MEMORY_URL: Final = "sqlite+aiosqlite:///:memory:"
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 """Raise it with every change of the tables below; a store of another version is refused unless it is empty."""
 
-_ROWS_MAX: Final = 512  # rows of one statement: 18 columns of them stay far below SQLite's 32,766 parameters
+_ROWS_MAX: Final = 512  # rows of one statement: 19 columns of them stay far below SQLite's 32,766 parameters
 _PLACES_MAX: Final = 1024  # places whose traceback is known to be stored; when full, it starts over
 _BUSY_TIMEOUT_S: Final = 0.3  # how long SQLite waits for another's lock before it says `database is locked`
 
@@ -105,8 +108,10 @@ _dead: Final = Table(
     Column("first_ns", BigInteger, nullable=False),
     Column("last_ns", BigInteger, nullable=False),
     Column("epoch", LargeBinary, nullable=False),
+    Column("position", BigInteger, nullable=False),  # above 0: its key is parked, and this is its place in the lane
     Column("id", _RowNumber, primary_key=True),  # given by the database: the order in which they died
     UniqueConstraint("publisher", "seq"),
+    Index("dead_letters_parked", "position", sqlite_where=text("position > 0"), postgresql_where=text("position > 0")),
     sqlite_autoincrement=True,  # a number is never given twice: what was asked about one row must not hit another
 )
 
@@ -150,10 +155,30 @@ _select_dead: Final = (
     .join(_tracebacks, _tracebacks.c.place == _dead.c.place, isouter=True)
     .order_by(_dead.c.id)
 )
+_body_bytes: Final = func.length(_dead.c.body)
+_select_oldest: Final = select(_dead.c.id, _body_bytes).where(_dead.c.position == 0).order_by(_dead.c.id)
+_measure_dead: Final = select(
+    func.count(),
+    func.coalesce(func.sum(_body_bytes), 0),
+    func.count(func.nullif(_dead.c.position, 0)),
+    func.coalesce(func.sum(case((_dead.c.position > 0, _body_bytes))), 0),
+    func.coalesce(func.max(_dead.c.position), 0),
+)
+_measure_waiting: Final = select(
+    func.count(),
+    func.coalesce(func.sum(func.length(_waiting.c.body)), 0),
+    func.coalesce(func.max(_waiting.c.position), 0),
+)
 _change_waiting: Final = (
     update(_waiting)
     .where(_waiting.c.position == bindparam("at"))
     .values({name: bindparam(f"new_{name}") for name in _CHANGING})
+)
+# Sums over some rows; joined from literals, so nothing of them comes from outside.
+_SUM_WAITING: Final = "SELECT count(*), coalesce(sum(length(body)), 0) FROM waiting"
+_SUM_DEAD: Final = (
+    "SELECT count(*), coalesce(sum(length(body)), 0), count(nullif(position, 0)), "
+    "coalesce(sum(CASE WHEN position > 0 THEN length(body) END), 0) FROM dead_letters"
 )
 _heads: Final = (
     select(_waiting.c.key, func.count().label("count"), func.min(_waiting.c.position).label("first"))
@@ -209,6 +234,8 @@ class SqlStore:
         )
         self._delete_waiting = _Statement(placeholder, "DELETE FROM waiting WHERE position IN (", 1, ")")
         self._delete_dead = _Statement(placeholder, "DELETE FROM dead_letters WHERE id IN (", 1, ")")
+        self._sum_waiting = _Statement(placeholder, f"{_SUM_WAITING} WHERE position IN (", 1, ")")
+        self._sum_dead = _Statement(placeholder, f"{_SUM_DEAD} WHERE id IN (", 1, ")")
         self._shards = shards
         self._connection: AsyncConnection | None = None
         self._opened = False
@@ -231,20 +258,14 @@ class SqlStore:
                 await self._check_version(connection)
                 await connection.run_sync(_metadata.create_all)
                 await self._set_meta(connection, "schema_version", str(SCHEMA_VERSION))
-                dead = await connection.scalar(select(func.count()).select_from(_dead))
-                waiting, position_max = (
-                    await connection.execute(select(func.count(), func.coalesce(func.max(_waiting.c.position), 0)))
-                ).one()
-                left = {name: await self._counter(connection, name) for name in ("redriven", "purged")}
+                counts = await self._measure(connection)
                 if self._shards is not None:
-                    await self._check_shards(connection, self._shards, holds_rows=bool(dead or waiting))
+                    await self._check_shards(connection, self._shards, holds_rows=bool(counts.dead or counts.waiting))
         except BaseException:
             await self.close()
             raise
-        self._counts = StoreCounts(
-            dead=dead or 0, waiting=waiting, position_max=position_max, redriven=left["redriven"], purged=left["purged"]
-        )
-        return self._counts
+        self._counts = counts
+        return counts
 
     async def close(self) -> None:
         """Release everything. Rows stay. May be called at any time, and again."""
@@ -301,18 +322,33 @@ class SqlStore:
                         for event in changed
                     ],
                 )
-            removed = await self._delete_waiting.run(connection, [(position,) for position in done])
-            revived = await self._remove_dead(connection, redriven, "redriven") if redriven else 0
+            removed = [(position,) for position in done]
+            removed_rows, removed_bodies = await self._sum_waiting.totals(connection, removed, 2)
+            await self._delete_waiting.run(connection, removed)
+            revived = await self._remove_dead(connection, redriven, "redriven") if redriven else _NOTHING
+            recounted = await self._measure(connection) if added < len(dead_rows) else None
         # Only now is it committed, and true.
         if len(self._known_places) + len(places) > _PLACES_MAX:
             self._known_places.clear()
         self._known_places.update(places)
-        self._counts = StoreCounts(
-            dead=self._counts.dead + added - revived,
-            waiting=self._counts.waiting + len(waiting_rows) - removed,
-            position_max=max([self._counts.position_max, *(event.position for event in waiting)]),
-            redriven=self._counts.redriven + revived,
-            purged=self._counts.purged,
+        if recounted is not None:
+            self._counts = recounted
+            return
+        counts = revived.taken_from(self._counts)
+        dead_bytes = sum(row_bytes(letter.envelope) for letter in dead)
+        parked_bytes = sum(row_bytes(letter.envelope) for letter in dead if letter.position)
+        waiting_bytes = sum(row_bytes(event.envelope) for event in waiting)
+        removed_bytes = removed_bodies + ROW_OVERHEAD_BYTES * removed_rows
+        positions = [row.position for rows in (waiting, dead) for row in rows]
+        self._counts = replace(
+            counts,
+            dead=counts.dead + added,
+            waiting=counts.waiting + len(waiting_rows) - removed_rows,
+            parked=counts.parked + sum(letter.position > 0 for letter in dead),
+            position_max=max(counts.position_max, *positions, 0),
+            redriven=counts.redriven + revived.rows,
+            bytes=counts.bytes + dead_bytes + waiting_bytes - removed_bytes,
+            droppable_bytes=counts.droppable_bytes + dead_bytes - parked_bytes,
         )
 
     async def waiting_lanes(self) -> list[WaitingLane]:
@@ -324,6 +360,16 @@ class SqlStore:
         async with self._transaction() as connection:
             rows = (await connection.execute(_select_lanes)).all()
         return [WaitingLane(key=_unpack_key(key), count=count, due_ns=due_ns) for key, count, due_ns in rows]
+
+    async def parked_keys(self) -> list[WireKey]:
+        """The keys that a dead letter parks.
+
+        Raises:
+            StoreError: the database could not say.
+        """
+        async with self._transaction() as connection:
+            keys = (await connection.scalars(select(_dead.c.key).where(_dead.c.position > 0))).all()
+        return [_unpack_key(key) for key in keys]
 
     async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
         """Up to `limit` waiting events of a key with a position above `after`, in order.
@@ -392,15 +438,57 @@ class SqlStore:
             StoreError: nothing was removed.
         """
         async with self._transaction() as connection:
-            purged = await self._remove_dead(connection, rows, "purged")
-        counts = self._counts
-        self._counts = replace(counts, dead=counts.dead - purged, purged=counts.purged + purged)
-        return purged
+            removed = await self._remove_dead(connection, rows, "purged")
+        counts = removed.taken_from(self._counts)
+        self._counts = replace(counts, purged=counts.purged + removed.rows)
+        return removed.rows
 
-    async def _remove_dead(self, connection: AsyncConnection, rows: Sequence[int], counter: str) -> int:
-        removed = await self._delete_dead.run(connection, [(row,) for row in rows])
-        await self._set_meta(connection, counter, str(await self._counter(connection, counter) + removed))
-        return removed
+    async def drop_oldest(self, *, rows: int, size: int, keep: Collection[int] = ()) -> int:
+        """See `Store.drop_oldest`.
+
+        Raises:
+            StoreError: nothing was removed.
+        """
+        async with self._transaction() as connection:
+            oldest: list[int] = []
+            while len(oldest) < rows or size > 0:
+                statement = _select_oldest.where(_dead.c.id > (oldest[-1] if oldest else 0)).limit(_ROWS_MAX + len(keep))
+                found = (await connection.execute(statement)).all()
+                for row, body_bytes in found:
+                    if row not in keep and (len(oldest) < rows or size > 0):
+                        oldest.append(row)
+                        size -= body_bytes + ROW_OVERHEAD_BYTES
+                if len(found) < _ROWS_MAX + len(keep):
+                    break
+            removed = await self._remove_dead(connection, oldest, "dropped")
+        counts = removed.taken_from(self._counts)
+        self._counts = replace(counts, dropped=counts.dropped + removed.rows)
+        return removed.rows
+
+    async def _remove_dead(self, connection: AsyncConnection, rows: Sequence[int], counter: str) -> _Removed:
+        """Remove dead letters and count them as `counter`."""
+        removed = [(row,) for row in rows]
+        count, bodies, parked, parked_bodies = await self._sum_dead.totals(connection, removed, 4)
+        await self._delete_dead.run(connection, removed)
+        await self._set_meta(connection, counter, str(await self._counter(connection, counter) + count))
+        size = bodies + ROW_OVERHEAD_BYTES * count
+        return _Removed(count, parked, size, size - parked_bodies - ROW_OVERHEAD_BYTES * parked)
+
+    async def _measure(self, connection: AsyncConnection) -> StoreCounts:
+        """Count everything: it reads all rows."""
+        dead, bodies, parked, parked_bodies, parked_at = (await connection.execute(_measure_dead)).one()
+        waiting, waiting_bodies, position_max = (await connection.execute(_measure_waiting)).one()
+        droppable_bytes = bodies - parked_bodies + ROW_OVERHEAD_BYTES * (dead - parked)
+        counters = {name: await self._counter(connection, name) for name in ("redriven", "purged", "dropped")}
+        return StoreCounts(
+            dead=dead,
+            waiting=waiting,
+            parked=parked,
+            position_max=max(position_max, parked_at),
+            bytes=bodies + waiting_bodies + ROW_OVERHEAD_BYTES * (dead + waiting),
+            droppable_bytes=droppable_bytes,
+            **counters,
+        )
 
     @staticmethod
     async def _counter(connection: AsyncConnection, name: str) -> int:
@@ -517,6 +605,27 @@ def _unpack_key(packed: bytes) -> WireKey:
     return (key[0],) if isinstance(key, list) else key
 
 
+class _Removed(NamedTuple):
+    """What dead letters that were removed had counted for."""
+
+    rows: int
+    parked: int
+    bytes: int
+    droppable_bytes: int
+
+    def taken_from(self, counts: StoreCounts) -> StoreCounts:
+        return replace(
+            counts,
+            dead=counts.dead - self.rows,
+            parked=counts.parked - self.parked,
+            bytes=counts.bytes - self.bytes,
+            droppable_bytes=counts.droppable_bytes - self.droppable_bytes,
+        )
+
+
+_NOTHING: Final = _Removed(0, 0, 0, 0)
+
+
 class _Statement:
     """SQL that takes a list of rows, run in as few statements as powers of two allow."""
 
@@ -534,6 +643,15 @@ class _Statement:
             values = tuple([value for row in rows[start : start + count] for value in row])
             changed += (await connection.exec_driver_sql(self._text(count), values)).rowcount
         return changed
+
+    async def totals(self, connection: AsyncConnection, rows: Sequence[tuple[Any, ...]], width: int) -> list[int]:
+        """Run it, a SELECT of `width` numbers, over all rows; returns their sums."""
+        totals = [0] * width
+        for start, count in _stretches(len(rows)):
+            values = tuple([value for row in rows[start : start + count] for value in row])
+            found = (await connection.exec_driver_sql(self._text(count), values)).one()
+            totals = [total + number for total, number in zip(totals, found, strict=True)]
+        return totals
 
     def _text(self, count: int) -> str:
         text = self._texts.get(count)
@@ -586,6 +704,7 @@ def _dead_row(letter: DeadLetter) -> tuple[Any, ...]:
         letter.first_ns,
         letter.last_ns,
         letter.epoch,
+        letter.position,
     )
 
 
@@ -614,7 +733,7 @@ def _to_envelope(row: Sequence[Any]) -> Envelope:
 
 
 def _to_dead(row: Sequence[Any]) -> DeadLetter:
-    handlers, reason, error_type, error, place, first_ns, last_ns, epoch, traceback = row[_ENVELOPE_WIDTH:]
+    handlers, reason, error_type, error, place, first_ns, last_ns, epoch, position, traceback = row[_ENVELOPE_WIDTH:]
     return DeadLetter(
         envelope=_to_envelope(row[:_ENVELOPE_WIDTH]),
         handlers=tuple(handlers.split("\n")[1::2]),
@@ -626,6 +745,7 @@ def _to_dead(row: Sequence[Any]) -> DeadLetter:
         first_ns=first_ns,
         last_ns=last_ns,
         epoch=epoch,
+        position=position,
     )
 
 

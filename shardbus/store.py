@@ -5,12 +5,15 @@ Rows are dead letters and waiting events. They belong to their slot, not to thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol
 
 import msgspec
 
 from shardbus.messages import WireKey
+
+ROW_OVERHEAD_BYTES: Final = 512
+"""What a row is taken to need beside its event's body: key, headers, error, indices."""
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -26,6 +29,11 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     ordinal: int
     intended_ns: int
     attempt: int
+
+
+def row_bytes(envelope: Envelope) -> int:
+    """What a row of this event counts for in a store's bytes."""
+    return len(envelope.body) + ROW_OVERHEAD_BYTES
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -47,7 +55,8 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An event that will not be handled: what it was, and why.
 
     The fields of its `Failure`, whose `traceback` is stored once for each distinct `place`, and the times in nanoseconds
-    since 1970.
+    since 1970. `position` is that of its place in its lane, where its key is parked behind it, so that it can take that
+    place again; 0: it parks nothing.
     """
 
     envelope: Envelope
@@ -60,6 +69,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     first_ns: int
     last_ns: int
     epoch: bytes
+    position: int = 0
 
 
 class DeadFilter(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,14 +119,42 @@ class WaitingLane(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class StoreCounts(msgspec.Struct, frozen=True, kw_only=True):
     """What a store holds, and what became of dead letters that it holds no more.
 
-    Every event that ever died here is among `dead`, `redriven` or `purged`.
+    Every event that ever died here is among `dead`, `redriven`, `purged` or `dropped`. `parked` of the `dead` park their
+    key. `position_max` is over waiting events and those that park. `bytes` are those of all rows, by `row_bytes`;
+    `droppable_bytes` those of dead letters that park nothing.
     """
 
     dead: int
     waiting: int
     position_max: int
+    parked: int = 0
     redriven: int = 0
     purged: int = 0
+    dropped: int = 0
+    bytes: int = 0
+    droppable_bytes: int = 0
+
+
+NOTHING_STORED: Final = StoreCounts(dead=0, waiting=0, position_max=0)
+
+
+def store_ledger(counts: StoreCounts) -> dict[str, int]:
+    """What `status` says of a shard's store: what is in it, and what became of dead letters that are not."""
+    return {
+        "dead_letters": counts.dead,
+        "waiting": counts.waiting,
+        "parked": counts.parked,
+        "redriven": counts.redriven,
+        "purged": counts.purged,
+        "dropped": counts.dropped,
+        "store_bytes": counts.bytes,
+    }
+
+
+def total_ledger(shards: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """The sums of several shards' `store_ledger`, whatever else their mappings have."""
+    shards = list(shards)
+    return {name: sum(one[name] for one in shards) for name in store_ledger(NOTHING_STORED)}
 
 
 class Store(Protocol):
@@ -146,13 +184,17 @@ class Store(Protocol):
         """In one transaction: add dead letters and waiting events, change waiting events, remove those at positions `done`,
         and remove the dead letters of the rows `redriven`, which wait again.
 
-        A dead letter of an event that is dead already replaces it and keeps its first time. A changed event takes over
+        A dead letter of an event that is dead already replaces it and keeps its first time. One that parks has a position
+        of its own or that of the waiting event in `done` that it was. A changed event takes over
         attempt, `todo`, `gave_up` and `due_ns` at its position. A position that is not there is no error. Within one call,
         additions come first and removals last.
         """
 
     async def waiting_lanes(self) -> list[WaitingLane]:
         """The keys that have waiting events, by their lowest position."""
+
+    async def parked_keys(self) -> list[WireKey]:
+        """The keys that a dead letter parks."""
 
     async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
         """Up to `limit` waiting events of a key with a position above `after`, in order."""
@@ -165,6 +207,13 @@ class Store(Protocol):
 
     async def purge(self, rows: Sequence[int]) -> int:
         """Remove the dead letters of these rows; return how many there were."""
+
+    async def drop_oldest(self, *, rows: int, size: int, keep: Collection[int] = ()) -> int:
+        """Remove the oldest dead letters that park nothing, count them as dropped, and return how many there were.
+
+        So many that at least `rows` rows and `size` bytes are free that were not, or all there are. Those of the rows
+        `keep` stay.
+        """
 
 
 class StoreError(Exception):

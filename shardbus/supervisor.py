@@ -17,17 +17,17 @@ from typing import Any, Final
 import msgspec
 
 from shardbus.addresses import Address
+from shardbus.config import StoreFull
 from shardbus.errors import BootError, ConfigError, RemoteProtocolError
 from shardbus.evidence import EVIDENCE_BYTES, SharedBook, SharedJournal
 from shardbus.processes import Child, cores, kernel_kills, on_stop_signals, reap_orphans, signal_name, was_killed
+from shardbus.quarantine import UNKNOWN_END, Ended
 from shardbus.reports import (
-    UNKNOWN_END,
     Assignment,
     Beat,
     Boot,
     BootFailed,
     Drained,
-    Ended,
     Ready,
     Stalled,
     decode_report,
@@ -38,6 +38,7 @@ from shardbus.restart import GiveUp, RestartIn, RestartPolicy
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.rundir import RunDir
 from shardbus.sql_store import MEMORY_URL, SqlStore, files_there, shard_url, sqlite_file_url
+from shardbus.store import NOTHING_STORED, store_ledger, total_ledger
 from shardbus.wire.frames import Answer, TableChanged, decode_to_supervisor, encode_frame
 from shardbus.zmq_transport import Router, ZmqListener
 
@@ -60,6 +61,9 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     workers: int
     address: Address
     dead_letters: str | None
+    store_rows_max: int
+    store_bytes_max: int
+    store_full: StoreFull
     drain_s: float
     log_level: str
     log_format: str
@@ -88,6 +92,7 @@ class _Worker:
         self.boot_error = ""
         self.last_exit = ""
         self.beat: Beat | None = None
+        self.stored = NOTHING_STORED  # what its store held when it was last heard of: that outlives a worker
         self.stalled_in = ""  # what blocks its event loop, as far as is known
         self.drained: Drained | None = None
 
@@ -292,6 +297,10 @@ class Supervisor:
             journal_path=rundir.journal_path(worker.shard),
             predecessor=worker.ended,
             store_url=self._store_url(rundir, worker.shard),
+            store_rows_max=self._options.store_rows_max,
+            store_bytes_max=self._options.store_bytes_max,
+            store_full=self._options.store_full,
+            waits_for_store=worker.counter > 1,
             drain_s=self._options.drain_s,
         )
         process, self._spare = self._spare or self._spawn(rundir), None
@@ -346,6 +355,8 @@ class Supervisor:
                 worker.boot_error = error
             case Beat() as beat:
                 worker.beat = beat
+                if worker.ready:  # else it waits for its store
+                    worker.stored = beat.store
                 worker.stalled_in = ""
             case Stalled(what=what):
                 worker.stalled_in = what
@@ -505,8 +516,7 @@ class Supervisor:
             "healthy": not self._stopping and all(one["state"] == "up" and not one["store_failing"] for one in workers),
             "draining": self._stopping,
             "workers": workers,
-            "dead_letters": sum(one["dead_letters"] for one in workers),
-            "waiting": sum(one["waiting"] for one in workers),
+            **total_ledger(workers),
             "handled": sum(one["handled"] for one in workers),
             "handled_per_s": round(self._rate[2], 1),
         }
@@ -526,8 +536,7 @@ class Supervisor:
             "backlog": beat.backlog if beat else 0,
             "busy_keys": beat.busy_keys if beat else 0,
             "publishers": beat.publishers if beat else 0,
-            "dead_letters": beat.dead if beat else 0,
-            "waiting": beat.waiting if beat else 0,
+            **store_ledger(worker.stored),
             "store_failing": beat.store_failing if beat else "",
             "stalled_in": worker.stalled_in,
             "suspects": suspects,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from msgspec.structs import replace
 
@@ -18,6 +18,7 @@ from shardbus.store import (
     StoreError,
     WaitingEvent,
     WaitingLane,
+    row_bytes,
 )
 
 
@@ -31,6 +32,7 @@ class MemoryRows:
         self.row_max = 0
         self.redriven = 0
         self.purged = 0
+        self.dropped = 0
 
 
 class MemoryStore:
@@ -52,12 +54,18 @@ class MemoryStore:
     def counts(self) -> StoreCounts:
         """See `Store.counts`."""
         rows = self.rows
+        dead = rows.dead.values()
+        dead_bytes = sum(row_bytes(letter.envelope) for letter in dead)
         return StoreCounts(
             dead=len(rows.dead),
             waiting=len(rows.waiting),
-            position_max=max(rows.waiting, default=0),
+            position_max=max([*rows.waiting, *(letter.position for letter in dead)], default=0),
+            parked=sum(letter.position > 0 for letter in dead),
             redriven=rows.redriven,
             purged=rows.purged,
+            dropped=rows.dropped,
+            bytes=dead_bytes + sum(row_bytes(row.envelope) for row in rows.waiting.values()),
+            droppable_bytes=sum(row_bytes(letter.envelope) for letter in dead if not letter.position),
         )
 
     async def close(self) -> None:
@@ -105,6 +113,10 @@ class MemoryStore:
             lanes[key] = replace(lane, count=lane.count + 1)
         return list(lanes.values())
 
+    async def parked_keys(self) -> list[WireKey]:
+        """See `Store.parked_keys`."""
+        return [letter.envelope.key for letter in self.rows.dead.values() if letter.position]
+
     async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
         """See `Store.load_waiting`."""
         positions = sorted(
@@ -138,6 +150,21 @@ class MemoryStore:
         purged = self._remove_dead(rows)
         self.rows.purged += purged
         return purged
+
+    async def drop_oldest(self, *, rows: int, size: int, keep: Collection[int] = ()) -> int:
+        """See `Store.drop_oldest`."""
+        if self.failing:
+            raise StoreError(self.failing)
+        oldest: list[int] = []
+        for identity, row in sorted(self.rows.rows.items(), key=lambda item: item[1]):
+            if len(oldest) >= rows and size <= 0:
+                break
+            if not self.rows.dead[identity].position and row not in keep:
+                oldest.append(row)
+                size -= row_bytes(self.rows.dead[identity].envelope)
+        dropped = self._remove_dead(oldest)
+        self.rows.dropped += dropped
+        return dropped
 
     def _remove_dead(self, rows: Sequence[int]) -> int:
         wanted = set(rows)

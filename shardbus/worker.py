@@ -18,6 +18,7 @@ import traceback
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from shardbus.application import load_application
 from shardbus.clock import monotonic_ns
@@ -50,6 +51,7 @@ log = logging.getLogger("shardbus.worker")
 
 BEAT_S: Final = 1.0
 STALL_S: Final = 1.0  # an event loop that stands still for longer is reported
+_STORE_RETRY_S: Final = 0.5
 _EXIT_BOOT: Final = 3
 _EXIT_BROKEN: Final = 70  # EX_SOFTWARE
 # Young objects of a batch die young; a collection every 700 allocations costs a tenth of the throughput.
@@ -95,13 +97,18 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         journal=journal.journal,
         send=lambda peer, frame: sends[0](peer, frame),  # noqa: PLW0108 - the list is filled once the socket is bound
         now=monotonic_ns,
-        limits=DEFAULT_LIMITS,
+        limits=replace(
+            DEFAULT_LIMITS,
+            store_rows_max=spec.store_rows_max,
+            store_bytes_max=spec.store_bytes_max,
+            store_full=spec.store_full,
+        ),
         broken=_broken,
         predecessor=spec.predecessor,
     )
     watchdog = Watchdog(STALL_S, shard.lanes.current, lambda stall: _stalled(stall, pipe))
     try:
-        await shard.start()
+        await _start(shard, spec, pipe)
         # Bound last: what waits in the store is in its lanes before anything new can come.
         sends.append(listener.bind(spec.address, shard.receive).send)
         on_stop_signals(stop.set)
@@ -132,6 +139,28 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         journal.close()
 
 
+async def _start(shard: Shard, spec: Assignment, pipe: ReportPipe) -> None:
+    """Open the store. A successor's has been in use: where it cannot be opened now (another has locked it, the disk is
+    full), wait and say so instead of dying again and again, until the shard would be given up.
+
+    Raises:
+        StoreError: the shard's first worker cannot open it.
+    """
+    failing = ""
+    while True:
+        try:
+            await shard.start()
+            return
+        except StoreError as error:
+            if not spec.waits_for_store:
+                raise
+            if not failing:
+                log.error("the store cannot be opened: %s; publishers wait until it can", error)
+            failing = str(error)
+        pipe.send(encode_report(replace(_beat(shard), store_failing=failing)))
+        await asyncio.sleep(_STORE_RETRY_S)
+
+
 async def _beat_on(shard: Shard, pipe: ReportPipe) -> None:
     while True:
         pipe.send(encode_report(_beat(shard)))
@@ -139,13 +168,11 @@ async def _beat_on(shard: Shard, pipe: ReportPipe) -> None:
 
 
 def _beat(shard: Shard) -> Beat:
-    counts = shard.counts
     return Beat(
         backlog=shard.backlog,
         busy_keys=shard.lanes.busy_keys,
         publishers=shard.publishers,
-        dead=counts.dead,
-        waiting=counts.waiting,
+        store=shard.counts,
         store_failing=shard.store_failing,
     )
 

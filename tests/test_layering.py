@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("clock",),
     ("addresses",),
     ("messages",),
-    ("routing", "restart", "reports", "retry", "breaker"),
+    ("routing", "restart", "retry", "breaker"),
     ("quarantine",),
     ("journal",),
     ("wire",),  # the package itself, which holds nothing
@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("context",),
     ("registry",),
     ("store",),
-    ("dead_letters",),
+    ("dead_letters", "reports"),
     ("metrics",),
     ("lanes",),
     # adapters: one effect each

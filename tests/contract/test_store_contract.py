@@ -30,6 +30,7 @@ from shardbus.store import (
     StoreError,
     WaitingEvent,
     WaitingLane,
+    row_bytes,
 )
 from shardbus.testing import MemoryRows, MemoryStore
 
@@ -108,6 +109,10 @@ def waiting_event(
 
 async def dead_in(store: Store, limit: int, **where: Any) -> list[DeadLetter]:
     return [found.letter for found in await store.dead_letters(DeadFilter(**where), 0, limit)]
+
+
+def held(counts: StoreCounts) -> tuple[int, int, int]:
+    return counts.dead, counts.waiting, counts.position_max
 
 
 async def positions(store: Store, key: WireKey = "order-1", after: int = 0, limit: int = 100) -> list[int]:
@@ -343,17 +348,105 @@ async def test_what_died_is_present_redriven_or_purged(store):
     assert await positions(store) == [1]
 
 
-async def test_the_counts_of_what_was_redriven_and_purged_outlive_a_close(path):
+async def test_the_ledger_and_what_is_parked_outlive_a_close(path):
     store = SqlStore(sqlite_file_url(path))
     await store.open()
     await store.write(dead=[dead_letter(seq) for seq in range(1, 7)])
     rows = [found.row for found in await store.dead_letters(DeadFilter(), 0, 10)]
     await store.purge(rows[:1])
-    await store.write(redriven=rows[1:3])
+    await store.write(redriven=rows[1:3], dead=[replace(dead_letter(9), position=3)])
+    await store.drop_oldest(rows=1, size=0)
     counts = store.counts()
     await store.close()
-    assert counts == await store.open() == StoreCounts(dead=3, waiting=0, position_max=0, redriven=2, purged=1)
+    assert counts == await store.open()
+    assert (counts.dead, counts.parked, counts.redriven, counts.purged, counts.dropped) == (3, 1, 2, 1, 1)
+    assert await store.parked_keys() == ["order-1"]
     await store.close()
+
+
+async def parked(store: Store) -> set[WireKey]:
+    keys = await store.parked_keys()
+    assert len(keys) == len(set(keys)) == store.counts().parked
+    return set(keys)
+
+
+async def test_a_dead_letter_that_parks_says_so_until_it_is_gone(store):
+    parking = [replace(dead_letter(seq, key=key), position=seq) for seq, key in enumerate(KEYS[:-1], 1)]
+    await store.write(dead=[*parking, dead_letter(99, key="another")])
+    assert await parked(store) == set(KEYS[:-1])
+    assert [letter.position for letter in await dead_in(store, 99)] == [*range(1, len(KEYS)), 0]
+    first, second = await store.dead_letters(DeadFilter(), 0, 2)
+    await store.write(waiting=[waiting_event(first.letter.position)], redriven=[first.row])
+    await store.purge([second.row])
+    assert await parked(store) == set(KEYS[2:-1])
+
+
+async def test_no_position_is_given_twice_while_a_dead_letter_may_take_its_place_again(store):
+    await store.write(waiting=[waiting_event(7), waiting_event(8)])
+    await store.write(dead=[replace(dead_letter(7), position=7)], done=[7, 8])
+    await store.write(dead=[replace(dead_letter(12), position=12)])
+    assert held(store.counts()) == (2, 0, 12)
+
+
+async def test_a_parked_event_that_fails_again_takes_its_place_among_the_dead_letters_again(store):
+    letter = replace(dead_letter(1), position=4)
+    await store.write(dead=[letter], waiting=[waiting_event(5, seq=2)])
+    (found,) = await store.dead_letters(DeadFilter(), 0, 9)
+    await store.write(waiting=[waiting_event(4, seq=1)], redriven=[found.row])
+    assert await positions(store) == [4, 5]
+    await store.write(dead=[letter], done=[4])
+    assert await positions(store) == [5]
+    assert await parked(store) == {"order-1"}
+
+
+def sized(seq: int, size: int, **fields: Any) -> DeadLetter:
+    letter = dead_letter(seq, **fields)
+    return replace(letter, envelope=replace(letter.envelope, body=bytes(size)))
+
+
+async def test_the_bytes_of_a_store_are_those_of_its_rows_whatever_became_of_others(store):
+    def weighed(letters: list[DeadLetter]) -> int:
+        return sum(row_bytes(letter.envelope) for letter in letters)
+
+    letters = [sized(seq, 1000 * seq) for seq in range(1, 6)]
+    parking = replace(sized(6, 77), position=9)
+    events = [waiting_event(1), waiting_event(2)]
+    one_event = row_bytes(events[0].envelope)
+    await store.write(dead=[*letters, parking], waiting=events)
+    assert store.counts().bytes == weighed([*letters, parking]) + 2 * one_event
+    assert store.counts().droppable_bytes == weighed(letters)
+    rows = [found.row for found in await store.dead_letters(DeadFilter(), 0, 10)]
+    await store.purge(rows[:1])
+    await store.write(done=[2, 2, 99], redriven=rows[1:2])
+    assert store.counts().bytes == weighed([*letters[2:], parking]) + one_event
+    again = sized(4, 1)
+    await store.write(dead=[again, again])  # it is dead already
+    assert store.counts().bytes == weighed([letters[2], again, letters[4], parking]) + one_event
+    assert await store.drop_oldest(rows=2, size=0) == 2
+    await store.purge([rows[5]])
+    assert store.counts().bytes == weighed([letters[4]]) + one_event
+    assert (store.counts().droppable_bytes, store.counts().parked) == (weighed([letters[4]]), 0)
+
+
+async def test_the_oldest_dead_letters_are_dropped_and_counted_and_nothing_else_is(store):
+    letters = [dead_letter(1), replace(dead_letter(2), position=5), *(dead_letter(seq) for seq in range(3, 9))]
+    await store.write(dead=letters, waiting=[waiting_event(6)])
+    rows = [found.row for found in await store.dead_letters(DeadFilter(), 0, 10)]
+    assert await store.drop_oldest(rows=3, size=0, keep=[rows[2]]) == 3
+    assert [letter.envelope.seq for letter in await dead_in(store, 10)] == [2, 3, 6, 7, 8]
+    assert await store.drop_oldest(rows=0, size=1) == 1
+    assert await store.drop_oldest(rows=1000, size=1000) == 3
+    assert await store.drop_oldest(rows=1, size=1) == 0
+    assert [letter.envelope.seq for letter in await dead_in(store, 10)] == [2]
+    assert await positions(store) == [6]
+    counts = store.counts()
+    assert (counts.dead, counts.redriven, counts.purged, counts.dropped) == (1, 0, 0, 7)
+
+
+async def test_many_are_dropped_at_once(store):
+    await store.write(dead=[dead_letter(seq) for seq in range(1, 2001)])
+    assert await store.drop_oldest(rows=1500, size=1800 * row_bytes(envelope())) == 1800
+    assert [letter.envelope.seq for letter in await dead_in(store, 300)] == list(range(1801, 2001))
 
 
 async def test_outcomes_are_those_of_one_publisher_from_a_sequence_on(store):
@@ -426,7 +519,7 @@ async def test_a_successor_adopts_what_its_predecessor_left(make_store):
     await first.write(dead=[dead_letter(1), dead_letter(2)], waiting=[waiting_event(at) for at in (4, 5, 6)], done=[4])
     await first.close()
     second = make_store()
-    assert await second.open() == StoreCounts(dead=2, waiting=2, position_max=6)
+    assert held(await second.open()) == (2, 2, 6)
     assert await dead_in(second, 10) == [dead_letter(1), dead_letter(2)]
     assert await second.load_waiting("order-1", 0, 10) == [waiting_event(5), waiting_event(6)]
     # The place is known to the rows, though not to this store.
@@ -511,7 +604,7 @@ async def test_what_was_committed_survives_a_kill_and_its_lock_does_not(path):
             writer.send_signal(signal.SIGKILL)
         await writer.communicate()
     assert writer.returncode == -signal.SIGKILL
-    assert await store.open() == StoreCounts(dead=2000, waiting=2000, position_max=2000)
+    assert held(await store.open()) == (2000, 2000, 2000)
     assert await store.outcomes(bytes(16), 0) == (list(range(2000)), list(range(2000)))
     assert (await dead_in(store, 1))[0].traceback == "t"
     await store.close()
@@ -567,12 +660,12 @@ async def test_a_store_of_another_schema_is_refused_untouched_with_what_to_do(pa
     await store.close()
     with closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE meta SET value = value + 1")
-    with pytest.raises(StoreError, match=r"schema.* version 5.*--dead-letters"):
+    with pytest.raises(StoreError, match=r"schema.* version 6.*--dead-letters"):
         await store.open()
     with closing(sqlite3.connect(path)) as database, database:
         assert database.execute("SELECT count(*) FROM dead_letters").fetchone() == (1,)
         database.execute("UPDATE meta SET value = value - 1")
-    assert await store.open() == StoreCounts(dead=1, waiting=0, position_max=0)
+    assert held(await store.open()) == (1, 0, 0)
     await store.close()
 
 

@@ -80,6 +80,43 @@ def die(command: Die) -> None:
     os._exit(9)
 """
 
+PAYMENTS = r"""
+import os
+
+from shardbus import Bus, Context, Event, Retry
+
+
+class Paid(Event, key="account"):
+    account: str
+    n: int
+
+
+class Charged(Event, key="account"):
+    account: str
+    n: int
+
+
+bus = Bus("payments")
+
+
+def _take(event: Paid | Charged, context: Context) -> None:
+    if not os.path.exists("mended"):
+        raise ConnectionError("no bank")
+    with open(f"taken-{os.getpid()}.txt", "a") as file:
+        file.write(f"{event.account} {event.n} {int(context.redelivered)}\n")
+
+
+@bus.on(Paid, retry=Retry(attempts=1))
+def pay(event: Paid, context: Context) -> None:
+    _take(event, context)
+
+
+@bus.on(Charged, retry=Retry(attempts=1), on_dead_letter="park")
+def charge(event: Charged, context: Context) -> None:
+    _take(event, context)
+"""
+"""Handlers that fail until there is a file named `mended`, and write down what they take."""
+
 
 class RunningBus:
     """A `shardbus serve` that a test started."""
@@ -88,6 +125,7 @@ class RunningBus:
         self.directory = directory
         self.address = f"ipc://{directory}/bus"
         (directory / "accounts.py").write_text(APPLICATION)
+        (directory / "payments.py").write_text(PAYMENTS)
         self._command = [sys.executable, "-m", "shardbus", "serve"]
         if application is not None:
             self._command.append(application)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from buses import APPLICATION, RunningBus
+from buses import APPLICATION, PAYMENTS, RunningBus, wait_until
 
 import shardbus
 
@@ -17,6 +17,8 @@ MakeBus = Callable[..., RunningBus]
 _space: dict[str, object] = {}
 exec(compile(APPLICATION, "accounts.py", "exec"), _space)  # noqa: S102 - the same message types as the served application
 Stumbled = _space["Stumbled"]
+exec(compile(PAYMENTS, "payments.py", "exec"), _space)  # noqa: S102 - likewise
+Charged = _space["Charged"]
 
 
 async def stumble(bus: RunningBus, count: int) -> None:
@@ -64,6 +66,45 @@ async def test_dead_letters_are_listed_shown_exported_redriven_and_purged(make_b
     assert {letter["attempts"] for letter in again} == {6}
     assert run("purge", "--all") == "18 purged\n"
     assert "no dead letter has the id" in run("show", letters[0]["id"], code=1)
+
+
+async def test_what_a_full_store_drops_is_counted_in_status(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1", "--dead-letters-max-rows", "10", "--dead-letters-full", "drop-oldest")
+    bus.wait_ready()
+    await stumble(bus, 30)
+    first, *_ = json.loads(bus.shardbus("dead-letters", "list", "--json").stdout)
+    assert bus.shardbus("dead-letters", "purge", first["id"]).stdout == "1 purged\n"
+    wait_until(lambda: bus.status()["purged"] == 1)
+    status = bus.status()
+    ledger = ("dead_letters", "redriven", "purged", "dropped", "waiting", "parked")
+    assert [status[name] for name in ledger] == [9, 0, 1, 20, 0, 0]
+    assert [status["workers"][0][name] for name in ledger] == [9, 0, 1, 20, 0, 0]
+    table = [line.split() for line in bus.shardbus("status").stdout.splitlines()[-2:]]
+    assert table == [["0", "9", "0", "1", "20", "0", "0"], ["total", "9", "0", "1", "20", "0", "0"]]
+
+
+async def test_parked_keys_are_marked_counted_and_survive_the_bus(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "2", application="payments:bus")
+    bus.wait_ready()
+    async with shardbus.connect(bus.address) as client:
+        for number in range(14):
+            await client.publish(Charged(account=f"a{number % 7}", n=number))
+        ledger = await client.flush(60)
+        assert (ledger.dead, ledger.waiting) == (7, 7)
+    wait_until(lambda: bus.status()["parked"] == 7)
+    assert "7 parked keys" in bus.shardbus("status").stdout
+    assert "parked: 'a" in bus.shardbus("dead-letters", "list").stdout
+    letters = json.loads(bus.shardbus("dead-letters", "list", "--json").stdout)
+    assert all(letter["parked"] for letter in letters)
+    assert "parked  yes" in bus.shardbus("dead-letters", "show", letters[0]["id"]).stdout
+    assert bus.end()[0] == 0
+    bus.start()
+    bus.wait_ready()
+    wait_until(lambda: bus.status()["parked"] == 7)
+    assert bus.shardbus("dead-letters", "purge", "--key", "a1").stdout == "1 purged\n"
+    wait_until(lambda: bus.status()["purged"] == 1)
+    status = bus.status()
+    assert (status["dead_letters"], status["waiting"], status["parked"]) == (7, 6, 7)  # the next one of its key parks it
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,12 @@ from shardbus.breaker import Breaker
 from shardbus.client import Client
 from shardbus.config import Limits
 from shardbus.context import Context
-from shardbus.errors import CommandLost
+from shardbus.errors import BusUnreachable, CommandLost
 from shardbus.journal import Journal, journal_bytes
 from shardbus.messages import Command, Event, WireKey
 from shardbus.metrics import Book, book_bytes
-from shardbus.registry import Registry
-from shardbus.reports import Ended
+from shardbus.quarantine import Ended
+from shardbus.registry import OnDeadLetter, Registry
 from shardbus.retry import Retry
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.shard import Shard
@@ -176,6 +176,10 @@ class WorldStore(MemoryStore):
         async with self._call():
             return await super().load_waiting(key, after, limit)
 
+    async def drop_oldest(self, **what: Any) -> int:
+        async with self._call():
+            return await super().drop_oldest(**what)
+
     async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
         async with self._call():
             return await super().outcomes(publisher, first)
@@ -196,8 +200,14 @@ class World:
         self.events_each = self.chance.choice([20, 60])
         self.keys = self.chance.choice([1, 3, 8])
         self.store_failures = self.chance.choice([0, 0, 3])
-        self.poisoned = self.chance.random() < 0.3
-        self.limits = replace(LIMITS, store_rows_max=self.chance.choice([2000, 2000, 10]))
+        self.limits = replace(
+            LIMITS,
+            store_rows_max=self.chance.choice([2000, 2000, 10]),
+            store_full=self.chance.choice(["stop", "stop", "drop-oldest"]),
+            lane_wait_s_max=0.5,
+        )
+        self.parks = self.chance.random() < 0.4  # bad events park their keys, and end well after some redrives
+        self.poisoned = not self.parks and self.chance.random() < 0.4  # what is redriven would crash for ever
         self.network = Network(self)
         self.control: list[_Channel] = []
         self.peers = 0
@@ -215,11 +225,14 @@ class World:
         self.sums: dict[str, int] = defaultdict(int)
         self.broken: list[BaseException] = []
         self.died = False
+        self.clients: list[Client] = []
         self.registry = Registry("world")
         self.calls: dict[tuple[int, str, int], int] = defaultdict(int)
+        self.bad_calls: dict[tuple[int, str, int], int] = defaultdict(int)
         retry = Retry(attempts=3, base_s=self.chance.choice([0.01, 0.5, 4.0]))
         breaker = Breaker(failures=3, open_s=2.0) if self.chance.random() < 0.3 else None
-        self.registry.on(Note, retry=retry, breaker=breaker)(self._handle)
+        on_dead_letter: OnDeadLetter = "park" if self.parks else "continue"
+        self.registry.on(Note, retry=retry, breaker=breaker, on_dead_letter=on_dead_letter)(self._handle)
         self.registry.on(Note, retry=retry, timeout_s=1.0)(self._handle_too)
         self.registry.command(Sum)(self._sum)
         self.deaths: list[asyncio.Task[None]] = []
@@ -235,7 +248,11 @@ class World:
         elif event.kind == "stuck":
             await asyncio.sleep(3.0)
         self.sums[event.key] += 1
-        self._handled(event, context, "first", fails=event.kind == "bad")
+        fails = event.kind == "bad"
+        if fails and self.parks:
+            self.bad_calls[event.sender, event.key, event.n] += 1
+            fails = self.bad_calls[event.sender, event.key, event.n] <= 3 * (1 + event.n % 3)
+        self._handled(event, context, "first", fails=fails)
 
     async def _crash(self, at: int, counter: int, *, late: bool) -> None:
         """The end of the process that runs this handler, which so never returns."""
@@ -374,7 +391,7 @@ class World:
         await asyncio.sleep(FAULTS_END_S + 1.0)
         for shard in self.shards:
             if shard is not None:
-                shard._writer._rows_max = LIMITS.store_rows_max
+                shard._writer._limits = LIMITS
 
     # -- the publishers
 
@@ -383,6 +400,7 @@ class World:
             "world", _Connector(self), "control", limits=LIMITS, now=self.now_ns, publisher=b"%016d" % number
         )
         await client.start(60.0)
+        self.clients.append(client)
         chance = random.Random(f"{self.seed}/{number}")
         ordinals: dict[str, int] = defaultdict(int)
         for _ in range(self.events_each):
@@ -404,6 +422,26 @@ class World:
         self.ordinals[number] = dict(ordinals)
         return client
 
+    async def redrives(self) -> None:
+        """Somebody has parked keys go on, now and then and in the middle of faults."""
+        while self.parks and asyncio.get_running_loop().time() < FAULTS_END_S:
+            await asyncio.sleep(self.chance.random())
+            async with asyncio.TaskGroup() as group:
+                for client in self.clients:
+                    group.create_task(self.redrive(client))
+
+    @staticmethod
+    async def redrive(client: Client) -> None:
+        try:
+            await client.redrive()
+        except BusUnreachable:
+            pass  # its worker died, or the network took the answer
+
+    async def asked(self, client: Client) -> None:
+        if self.loss == 0 and self.chance.random() < 0.5:
+            for key in {key for ordinals in self.ordinals.values() for key in ordinals}:
+                assert await self.ask(client, key) == self.sums[key]
+
     async def ask(self, client: Client, key: str) -> int:
         while True:
             try:
@@ -423,16 +461,24 @@ class World:
             group.create_task(self.faults())
             group.create_task(self.failing_stores())
             group.create_task(self.purged())
+            group.create_task(self.redrives())
             senders = [group.create_task(self.sender(number)) for number in range(self.senders)]
         clients = [task.result() for task in senders]
         ledgers = [await client.flush(600.0) for client in clients]
-        if self.loss == 0 and self.chance.random() < 0.5:
-            for key in {key for ordinals in self.ordinals.values() for key in ordinals}:
-                assert await self.ask(clients[0], key) == self.sums[key]
-        # What the stores took over is handled too, when faults have ended.
-        while any(rows.waiting for rows in self.rows) or not all(one and one.lanes.idle() for one in self.shards):
+        if not self.parks:
+            await self.asked(clients[0])
+        # What the stores took over is handled too, when faults have ended, and what is parked when that is redriven.
+        while (
+            any(rows.waiting or (self.parks and rows.dead) for rows in self.rows)
+            or not all(one and one.lanes.idle() for one in self.shards)
+        ):
             await asyncio.sleep(0.5)
+            if self.parks:
+                await self.redrive(clients[0])
             assert asyncio.get_running_loop().time() < 3600, "waiting events never end"
+        if self.parks:
+            assert all(one is not None and not one.lanes.busy_keys and not one.lanes.parked_keys for one in self.shards)
+            await self.asked(clients[0])
         for client in clients:
             await client.abort()
         for shard in self.shards:
@@ -468,14 +514,27 @@ class World:
                 expected = [number for number in range(1, last + 1) if (sender, key, number) not in self.poison]
                 assert first.get((sender, key), []) == expected, f"lost events of {key}"
         for one in seen.values():
-            assert one.failed == (one.kind == "bad" and one.handler == "first"), f"{one} had no outcome"
+            assert one.failed == (not self.parks and one.kind == "bad" and one.handler == "first"), f"{one} had no outcome"
         bad = {(one.sender, one.key, one.n) for one in self.handlings if one.kind == "bad"}
+        for rows in self.rows:
+            assert rows.row_max == len(rows.dead) + rows.redriven + rows.purged + rows.dropped, "the store's ledger"
         letters = [letter for rows in self.rows for letter in rows.dead.values()]
-        assert len(letters) == len(bad) + len(self.poison)
+        dropped = sum(rows.dropped for rows in self.rows)
         crashed = [msgspec.msgpack.decode(one.envelope.body, type=Note) for one in letters if one.reason == "crashed"]
-        assert sorted((note.sender, note.key, note.n) for note in crashed) == sorted(self.poison)
+        convicted = {(note.sender, note.key, note.n) for note in crashed}
         assert all("SIGABRT" in one.error for one in letters if one.reason == "crashed")
         assert self.crashes <= 4 * len(self.poison), f"{self.crashes} crashes to find {len(self.poison)}"
+        doomed = len(bad) + len(self.poison)
+        if self.parks:
+            assert not letters
+            assert not dropped
+        elif dropped:
+            # A dead letter that was dropped before its publisher heard of it is sent and dies again.
+            assert len(letters) + dropped >= doomed if self.died else len(letters) + dropped == doomed
+            assert convicted <= self.poison
+        else:
+            assert len(letters) == doomed
+            assert convicted == self.poison
 
 
 def live(seed: int) -> World:

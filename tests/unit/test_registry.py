@@ -370,3 +370,21 @@ async def test_a_lifespan_that_never_yields_is_an_error(bus: Registry):
     with pytest.raises(RuntimeError, match="didn't yield"):
         async with bus.running(WORKER):
             pass
+
+
+# -- what becomes of a key
+
+
+def test_a_policy_for_dead_letters_that_is_none_is_refused_with_those_that_are() -> None:
+    with pytest.raises(RegistrationError, match="on_dead_letter='stop': say 'continue' or 'park'"):
+        Registry("shop").on(Placed, on_dead_letter="stop")  # type: ignore[arg-type]
+
+
+def test_a_plan_says_which_handlers_park_a_key() -> None:
+    registry = Registry("shop")
+    registry.on(Placed)(plain)
+    registry.on(Placed, on_dead_letter="park")(takes_event)
+    goes_on, parks = (handler.name for handler in registry.plans()["Placed"].handlers)
+    plan = registry.plans()["Placed"]
+    assert (plan.parks((parks,)), plan.parks((goes_on, parks)), plan.parks((goes_on,))) == (True, True, False)
+    assert plan.parks(())  # none of them could run

@@ -1,0 +1,366 @@
+"""A key that a dead letter parks: what waits behind it, what it takes to go on, and what outlives a worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardbus import (
+    Bus,
+    Client,
+    Command,
+    CommandFailed,
+    Context,
+    DeadLetterFilter,
+    Event,
+    NotDelivered,
+    Retry,
+)
+from shardbus.config import Limits
+from shardbus.local import run_local
+from shardbus.sql_store import SqlStore, sqlite_file_url
+from shardbus.store import Store
+from shardbus.testing import MemoryRows, MemoryStore
+
+ONCE = Retry(attempts=1)
+
+
+class Step(Event, key="key"):
+    key: str
+    n: int = 0
+
+
+class Loose(Event):
+    n: int = 0
+
+
+class Ask(Command[int], key="key"):
+    key: str
+
+
+class Application:
+    """A handler that parks keys while it is broken for some numbers, and a record of what it did."""
+
+    def __init__(self) -> None:
+        self.bad: set[int] = set()
+        self.ran: list[tuple[str, int]] = []
+        self.again: list[int] = []
+        self.bus = Bus("parking")
+        self.bus.on(Step, retry=ONCE, on_dead_letter="park")(self.take)
+        self.bus.command(Ask)(self.answer)
+
+    async def take(self, event: Step, context: Context) -> None:
+        if context.redelivered:
+            self.again.append(event.n)
+        if event.n in self.bad:
+            raise ValueError(f"step {event.n}")
+        self.ran.append((event.key, event.n))
+
+    def answer(self, command: Ask) -> int:
+        return len(self.ran)
+
+    def of(self, key: str) -> list[int]:
+        return [n for name, n in self.ran if name == key]
+
+
+Run = Callable[..., AbstractAsyncContextManager[Client]]
+
+
+@pytest.fixture
+def application() -> Application:
+    return Application()
+
+
+@pytest.fixture(params=["memory", "sqlite file"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
+    """Runs a bus in this process, again and again over the same rows."""
+    rows = MemoryRows()
+
+    def store() -> Store:
+        return MemoryStore(rows) if request.param == "memory" else SqlStore(sqlite_file_url(str(tmp_path / "store.db")))
+
+    @asynccontextmanager
+    async def running(bus: Bus, **options: Any) -> AsyncIterator[Client]:
+        async with run_local(bus, stores=[store()], **options) as client:
+            yield client
+
+    return running
+
+
+async def steps(client: Client, key: str, *numbers: int) -> None:
+    await client.publish_many([Step(key=key, n=n) for n in numbers])
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110 - the test ends by its time-out
+        await asyncio.sleep(0.001)
+
+
+async def stored(client: Client) -> tuple[int, int, int]:
+    """Dead, waiting, parked."""
+    status = await client.status()
+    return status["dead_letters"], status["waiting"], status["parked"]
+
+
+async def test_later_events_of_a_parked_key_wait_in_the_store_and_other_keys_go_on(application: Application, run: Run):
+    application.bad = {1}
+    async with run(application.bus) as client:
+        await steps(client, "a", 0, 1, 2, 3)
+        await steps(client, "b", 10, 11)
+        await steps(client, "a", 4)
+        ledger = await client.flush(10)
+        assert (ledger.handled, ledger.dead, ledger.waiting) == (3, 1, 3)
+        assert await stored(client) == (1, 3, 1)
+        (letter,) = await client.dead_letters()
+        assert letter.parked
+    assert application.ran == [("a", 0), ("b", 10), ("b", 11)]
+
+
+async def test_a_redriven_event_runs_before_all_that_waited_behind_it(application: Application, run: Run):
+    application.bad = {1}
+    async with run(application.bus) as client:
+        await steps(client, "a", *range(300))
+        await client.flush(10)
+        application.bad = set()
+        assert await client.redrive() == 1
+        await steps(client, "a", 300, 301)
+        await until(lambda: len(application.ran) == 302)
+        await client.flush(10)
+        while await stored(client) != (0, 0, 0):  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+    assert application.of("a") == list(range(302))
+    assert application.again == [1]
+
+
+async def test_a_purge_lets_the_key_go_on_without_its_event(application: Application, run: Run):
+    application.bad = {1}
+    async with run(application.bus) as client:
+        await steps(client, "a", 0, 1, 2)
+        await steps(client, "b", 1)
+        await client.flush(10)
+        assert await client.purge() == 2
+        await steps(client, "b", 2)
+        await steps(client, "a", 3)
+        await until(lambda: len(application.ran) == 4)
+    assert application.of("a") == [0, 2, 3]
+    assert application.of("b") == [2]
+
+
+async def test_what_fails_again_parks_again_in_its_old_place(application: Application, run: Run):
+    application.bad = {1, 3}
+    async with run(application.bus) as client:
+        await steps(client, "a", 0, 1, 2, 3, 4)
+        await client.flush(10)
+        for _ in range(3):
+            assert await client.redrive() == 1
+            await until(lambda: application.again)
+            application.again.clear()
+            while (await stored(client))[2] == 0:  # noqa: ASYNC110 - the test ends by its time-out
+                await asyncio.sleep(0.001)
+            assert await stored(client) == (1, 3, 1)
+        application.bad = {3}
+        await client.redrive()
+        await until(lambda: len(application.ran) == 3)
+        await client.flush(10)
+        application.bad = set()
+        while not await client.redrive():  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+        await until(lambda: len(application.ran) == 5)
+    assert application.of("a") == [0, 1, 2, 3, 4]
+
+
+async def test_a_key_stays_parked_when_its_worker_dies(application: Application, run: Run):
+    application.bad = {1}
+    async with run(application.bus) as client:
+        await steps(client, "a", 0, 1, 2, 3)
+        await steps(client, "b", 1)
+        await client.flush(10)
+    for number in (4, 5):
+        async with run(application.bus) as client:
+            await steps(client, "a", number)
+            await steps(client, "b", number)
+            await client.flush(10)
+            assert await stored(client) == (2, 2 + 2 * (number - 3), 2)
+    assert application.ran == [("a", 0)]
+    application.bad = set()
+    async with run(application.bus) as client:
+        assert await client.redrive() == 2
+        await until(lambda: len(application.ran) == 9)
+    assert application.of("a") == [0, 1, 2, 3, 4, 5]
+    assert application.of("b") == [1, 4, 5]
+
+
+async def test_what_was_redriven_before_a_crash_is_first_after_it(application: Application, run: Run):
+    application.bad = {1}
+    async with run(application.bus) as client:
+        await steps(client, "a", 0, 1, 2, 3)
+        await client.flush(10)
+        application.bad = set()
+        await client.redrive()
+        await client.abort()  # whatever it had not finished is in the store
+    async with run(application.bus) as client:
+        await steps(client, "a", 4)
+        await until(lambda: 4 in application.of("a"))
+    assert list(dict.fromkeys(application.of("a"))) == [0, 1, 2, 3, 4]
+
+
+async def test_commands_to_a_parked_key_fail_at_once_and_say_why(application: Application, run: Run):
+    application.bad = {1}
+    gate = asyncio.Event()
+
+    async def stand(event: Step) -> None:
+        await gate.wait()
+
+    application.bus.on(Step)(stand)
+    async with run(application.bus) as client:
+        await steps(client, "a", 0, 1, 2)
+        behind = asyncio.create_task(client.execute(Ask(key="a"), timeout=60.0))  # waits in the lane already
+        await asyncio.sleep(0.05)
+        assert not behind.done()
+        gate.set()
+        with pytest.raises(CommandFailed, match="KeyParked: key 'a' is parked behind a dead letter") as raised:
+            await behind
+        assert raised.value.error_type == "KeyParked"
+        with pytest.raises(CommandFailed, match="KeyParked"):
+            await client.execute(Ask(key="a"), timeout=60.0)
+        assert await client.execute(Ask(key="b")) == 1
+        await client.flush(10)
+        await client.purge()
+        await until(lambda: len(application.ran) == 2)
+        assert await client.execute(Ask(key="a")) == 2
+
+
+async def test_what_redrives_without_having_parked_joins_the_end_also_of_a_parked_lane(run: Run):
+    bus = Bus("both")
+    bad = {1, 2}
+    ran: list[int] = []
+
+    def take(event: Step) -> None:
+        if event.n in bad:
+            raise ValueError
+        ran.append(event.n)
+
+    async with run(bus_of(bus, take, "continue")) as client:
+        await steps(client, "a", 1)
+        await client.flush(10)
+    async with run(bus_of(Bus("both"), take, "park")) as client:
+        await steps(client, "a", 2, 3)
+        await client.flush(10)
+        assert await stored(client) == (2, 1, 1)
+        bad.clear()
+        assert await client.redrive(DeadLetterFilter(ids=((await client.dead_letters())[0].id,))) == 1
+        assert await stored(client) == (1, 2, 1)
+        assert await client.redrive() == 1
+        await until(lambda: len(ran) == 3)
+    assert ran == [2, 3, 1]
+
+
+def bus_of(bus: Bus, handler: Callable[[Step], None], on_dead_letter: Any) -> Bus:
+    bus.on(Step, retry=ONCE, on_dead_letter=on_dead_letter)(handler)
+    return bus
+
+
+@pytest.mark.parametrize(("bad", "parks"), [("first", False), ("second", True), ("both", True)])
+async def test_of_several_handlers_those_that_gave_up_decide(run: Run, bad: str, parks: bool):
+    bus = Bus("several")
+
+    @bus.on(Step, retry=ONCE)
+    def first(event: Step) -> None:
+        if bad != "second":
+            raise ValueError
+
+    @bus.on(Step, retry=Retry(attempts=2, base_s=0.001), on_dead_letter="park")
+    def second(event: Step) -> None:
+        if bad != "first":
+            raise ValueError
+
+    async with run(bus) as client:
+        await steps(client, "a", 1)
+        await client.flush(10)
+        (letter,) = await client.dead_letters()
+        assert letter.parked is parks
+        assert len(letter.handlers) == (2 if bad == "both" else 1)
+
+
+async def test_an_event_without_a_key_parks_nothing(run: Run):
+    bus = Bus("loose")
+
+    @bus.on(Loose, retry=ONCE, on_dead_letter="park")
+    def fail(event: Loose) -> None:
+        raise ValueError
+
+    async with run(bus) as client:
+        await client.publish_many([Loose(n=n) for n in range(20)])
+        assert (await client.flush(10)).dead == 20
+        assert await stored(client) == (20, 0, 0)
+        assert not any(letter.parked for letter in await client.dead_letters())
+
+
+async def test_an_event_that_does_not_decode_parks_where_a_handler_would(application: Application, run: Run):
+    async with run(application.bus) as client:
+        await client.publish(Step(key="a", n="no number"))  # type: ignore[arg-type]
+        await steps(client, "a", 1)
+        ledger = await client.flush(10)
+        assert (ledger.dead, ledger.waiting) == (1, 1)
+        (letter,) = await client.dead_letters()
+        assert (letter.reason, letter.parked) == ("undecodable", True)
+        await client.purge()
+        await until(lambda: application.ran)
+
+
+async def test_where_the_store_has_no_room_for_a_parked_lane_publishers_wait_until_it_has(
+    application: Application, run: Run
+):
+    application.bad = {0}
+    limits = Limits(store_rows_max=6, lane_wait_s_max=0.05)
+    async with run(application.bus, limits=limits) as client:
+        for key in "abc":
+            await steps(client, key, 0)
+        await client.flush(10)
+        await steps(client, "a", *range(1, 9))
+        with pytest.raises(NotDelivered):
+            await client.flush(0.3)
+        assert client.ledger().in_flight > 0
+        assert (await stored(client))[0] == 3
+        assert application.ran == []
+        application.bad = set()
+        assert await client.redrive(DeadLetterFilter(key=("a",))) == 1
+        await client.flush(10)
+        await until(lambda: len(application.of("a")) == 9)
+    assert application.of("a") == list(range(9))
+
+
+async def test_a_parked_lane_goes_to_the_store_once_that_works_again(application: Application):
+    application.bad = {1}
+    store = MemoryStore()
+    async with run_local(application.bus, stores=[store], limits=Limits(lane_wait_s_max=0.05)) as client:
+        store.failing = "locked"
+        await steps(client, "a", 0, 1, 2, 3)
+        with pytest.raises(NotDelivered):
+            await client.flush(0.3)
+        assert "locked" in (await client.status())["workers"][0]["store_failing"]
+        assert not store.rows.waiting
+        store.failing = ""
+        ledger = await client.flush(10)
+        assert (ledger.handled, ledger.dead, ledger.waiting) == (1, 1, 2)
+
+
+async def test_many_keys_may_be_parked_at_once_and_all_come_back_in_order(application: Application, run: Run):
+    application.bad = {1}
+    keys = [f"k{at}" for at in range(200)]
+    async with run(application.bus) as client:
+        for number in range(5):
+            for key in keys:
+                await client.publish(Step(key=key, n=number))
+        await client.flush(30)
+        assert await stored(client) == (200, 600, 200)
+    application.bad = set()
+    async with run(application.bus) as client:
+        assert await client.redrive() == 200
+        await until(lambda: len(application.ran) == 1000)
+    assert all(application.of(key) == [0, 1, 2, 3, 4] for key in keys)
