@@ -13,7 +13,7 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Final, NamedTuple
 
 from msgspec.structs import replace
@@ -51,7 +51,6 @@ Send = Callable[[bytes, bytes], bool]
 """Send a frame to a peer; False where it could not be taken, and the protocol has to mend it."""
 
 _RETRY_S: Final = 0.25  # how long a failing store is left alone
-_WRITE_ROWS_MAX: Final = 1024  # more rows in a transaction gain little and hold the others up
 _RESTING_MAX: Final = 4096  # sessions of silent publishers that are remembered
 _NS: Final = 1_000_000_000
 _TELL_NS: Final = 60 * _NS
@@ -117,7 +116,8 @@ class _Writer:
         self._taken = 0  # waiting rows up to this position are in, or in the transaction that is under way
         self._committed = 0  # waiting rows up to this position are in, or are not wanted any more
         self._dropped: set[int] = set()  # waiting rows that reached their outcome before they were written
-        self._dead: deque[_Burial] = deque()
+        self._dead: deque[_Burial] = deque()  # need a row
+        self._replacing: deque[_Burial] = deque()  # take the place of their waiting row, and so need no room
         self._waiting: deque[_Keeping] = deque()  # by position
         self._revived: deque[_Keeping] = deque()  # what parked its key, at the position that it had
         self._dead_bytes = 0  # of rows in these queues
@@ -151,7 +151,7 @@ class _Writer:
         return not (self._writes_left() or self._reads or self._wanted.is_set())
 
     def _writes_left(self) -> bool:
-        return bool(self._dead or self._waiting or self._revived or self._changed or self._done)
+        return bool(self._dead or self._replacing or self._waiting or self._revived or self._changed or self._done)
 
     def has_room(self, rows: int, size: int) -> bool:
         """Whether so many more waiting rows fit; then they are written before any dead letter that takes a new row."""
@@ -167,8 +167,11 @@ class _Writer:
         if position > self._taken and not letter.position:  # what parks is never missing: its row goes when it is dead
             self._dropped.add(position)
             position = 0
-        self._dead.append(_Burial(letter, position, then))
-        self._dead_bytes += row_bytes(letter.envelope)
+        if position:
+            self._replacing.append(_Burial(letter, position, then))
+        else:
+            self._dead.append(_Burial(letter, 0, then))
+            self._dead_bytes += row_bytes(letter.envelope)
         self._wanted.set()
 
     def add_waiting(self, row: WaitingEvent, then: Callable[[], None], redriven: int = 0) -> None:
@@ -234,11 +237,13 @@ class _Writer:
         revived, last = self._take_revived(last)
         waiting = [*revived, *kept]
         # Waiting events that come later were promised their room.
-        dead = self._take_dead(rows - len(self._waiting), size - self._waiting_bytes)
+        new = self._take_dead(rows - len(self._waiting), size - self._waiting_bytes)
+        replacing = self._take_replacing()
+        dead = [*new, *replacing]
         changed = [row for row in self._changed.values() if row.position <= last]
         if not (dead or waiting or changed or done):
             return False
-        replaced = [burial.position for burial in dead if burial.position]
+        replaced = [burial.position for burial in replacing]
         redriven = [keeping.redriven for keeping in waiting if keeping.redriven]
         self._taken = last
         try:
@@ -254,7 +259,9 @@ class _Writer:
             self._done.extend(done)
             raise
         self._committed = last
-        for _ in dead:
+        for _ in replacing:
+            self._replacing.popleft()
+        for _ in new:
             self._dead_bytes -= row_bytes(self._dead.popleft().letter.envelope)
         for _ in kept:
             self._waiting_bytes -= row_bytes(self._waiting.popleft().event.envelope)
@@ -277,23 +284,25 @@ class _Writer:
 
     def _take_done(self) -> list[int]:
         """Positions to remove whose rows are in."""
-        taken = [self._done.popleft() for _ in range(min(len(self._done), _WRITE_ROWS_MAX))]
+        taken = [self._done.popleft() for _ in range(min(len(self._done), self._limits.store_write_rows_max))]
         self._done.extend(position for position in taken if position > self._committed)
         return [position for position in taken if position <= self._committed]
 
     def _take_dead(self, rows: int, size: int) -> list[_Burial]:
         """Dead letters to write for which there is room."""
         dead: list[_Burial] = []
-        for burial in islice(self._dead, _WRITE_ROWS_MAX):
-            if burial.position > self._committed:
-                break  # the row that it takes the place of comes first
-            if not burial.position:
-                rows -= 1
-                size -= row_bytes(burial.letter.envelope)
-                if rows < 0 or size < 0:
-                    break
+        for burial in islice(self._dead, self._limits.store_write_rows_max):
+            rows -= 1
+            size -= row_bytes(burial.letter.envelope)
+            if rows < 0 or size < 0:
+                break
             dead.append(burial)
         return dead
+
+    def _take_replacing(self) -> list[_Burial]:
+        """Dead letters to write whose waiting rows are in."""
+        first = islice(self._replacing, self._limits.store_write_rows_max)
+        return list(takewhile(lambda burial: burial.position <= self._committed, first))
 
     def _take_waiting(self, rows: int, size: int) -> tuple[list[_Keeping], int]:
         """Waiting events to write for which there is room, and the last position decided with them; forgets what is not
@@ -307,7 +316,7 @@ class _Writer:
                 self._changed.pop(position, None)
                 self._committed = position
         waiting: list[_Keeping] = []
-        for keeping in islice(self._waiting, _WRITE_ROWS_MAX):
+        for keeping in islice(self._waiting, self._limits.store_write_rows_max):
             if not keeping.redriven:  # what was dead makes room for itself
                 rows -= 1
                 size -= row_bytes(keeping.event.envelope)
@@ -319,7 +328,7 @@ class _Writer:
     def _take_revived(self, last: int) -> tuple[list[_Keeping], int]:
         """What takes its old position again, once all rows below that are decided; and the last position with these."""
         revived: list[_Keeping] = []
-        for keeping in islice(self._revived, _WRITE_ROWS_MAX):
+        for keeping in islice(self._revived, self._limits.store_write_rows_max):
             if self._waiting and self._waiting[0].event.position < keeping.event.position:
                 break
             last = max(last, keeping.event.position)
@@ -333,10 +342,9 @@ class _Writer:
         size = counts.bytes - self._limits.store_bytes_max + self._waiting_bytes
         if (rows + len(self._dead) <= 0 and size + self._dead_bytes <= 0) or counts.dead == counts.parked:
             return
-        for burial in islice(self._dead, _WRITE_ROWS_MAX):
-            if not burial.position:
-                rows += 1
-                size += row_bytes(burial.letter.envelope)
+        for burial in islice(self._dead, self._limits.store_write_rows_max):
+            rows += 1
+            size += row_bytes(burial.letter.envelope)
         if rows <= 0 and size <= 0:
             return
         leaving = {keeping.redriven for keeping in self._waiting if keeping.redriven}

@@ -350,6 +350,37 @@ async def test_a_parked_lane_goes_to_the_store_once_that_works_again(application
         assert (ledger.handled, ledger.dead, ledger.waiting) == (1, 1, 2)
 
 
+class Watched(MemoryStore):
+    """Writes when it is let, and never holds the end of a parked lane without what parks it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+        self.writes = 0
+
+    async def write(self, **rows: Any) -> None:
+        await self.gate.wait()
+        await super().write(**rows)
+        self.writes += 1
+        waits = {row.envelope.key for row in self.rows.waiting.values()}
+        parked = {letter.envelope.key for letter in self.rows.dead.values() if letter.position}
+        assert "a" not in waits or "a" in parked
+
+
+async def test_nothing_behind_a_parked_event_is_stored_before_that_is(application: Application):
+    application.bad = {0}
+    store = Watched()
+    limits = Limits(store_write_rows_max=4, lane_events_max=5)
+    async with run_local(application.bus, stores=[store], limits=limits) as client:
+        await client.publish_many([Step(key=f"other{at}") for at in range(40)])
+        await steps(client, "a", *range(20))
+        await asyncio.sleep(0.05)
+        store.gate.set()
+        ledger = await client.flush(10)
+        assert (ledger.dead, ledger.waiting) == (41, 19)
+        assert store.writes > 10
+
+
 async def test_many_keys_may_be_parked_at_once_and_all_come_back_in_order(application: Application, run: Run):
     application.bad = {1}
     keys = [f"k{at}" for at in range(200)]

@@ -14,7 +14,7 @@ from shardbus import Bus, Client, ConfigError, Event, NotDelivered, Retry
 from shardbus.config import Limits
 from shardbus.local import run_local
 from shardbus.sql_store import SqlStore, sqlite_file_url
-from shardbus.store import Store
+from shardbus.store import DeadFilter, Store, StoredDeadLetter
 from shardbus.testing import MemoryRows, MemoryStore
 
 SMALL = {"batch_bytes_target": 20_000, "event_bytes_max": 20_000}
@@ -148,6 +148,41 @@ async def test_a_full_store_has_publishers_wait_and_says_why_until_there_is_room
         assert client.ledger().dead == 12
         dead, _, purged, dropped = await ledger(client)
         assert (dead + purged, dropped) == (12, 0)
+
+
+class Slow(MemoryStore):
+    """Answers when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = asyncio.Event()
+        self.gate = asyncio.Event()
+
+    async def dead_letters(self, where: DeadFilter, after: int, limit: int) -> list[StoredDeadLetter]:
+        found = await super().dead_letters(where, after, limit)
+        self.asked.set()
+        await self.gate.wait()
+        return found
+
+
+@pytest.mark.parametrize("full", ["stop", "drop-oldest"])
+async def test_what_is_redriven_into_a_full_store_dies_again_where_it_was_and_is_not_dropped(full: Any):
+    store = Slow()
+    async with run_local(bus, stores=[store], limits=Limits(store_rows_max=10, store_full=full)) as client:
+        await publish(client, *range(10))
+        await client.flush(10)
+        redriving = asyncio.create_task(client.redrive())
+        await store.asked.wait()
+        await publish(client, *range(10, 15))  # they die while the redrive is under way
+        await asyncio.sleep(0.05)
+        store.gate.set()
+        assert await redriving == 10
+        while full == "stop" and client.ledger().in_flight:
+            await client.purge()
+            await asyncio.sleep(0.001)
+        await client.flush(10)
+        assert store.rows.redriven == 10
+        assert store.rows.row_max == 25
 
 
 async def test_the_bound_counts_what_a_predecessor_left(run: Run):

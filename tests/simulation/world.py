@@ -204,6 +204,7 @@ class World:
             LIMITS,
             store_rows_max=self.chance.choice([2000, 2000, 10]),
             store_full=self.chance.choice(["stop", "stop", "drop-oldest"]),
+            store_write_rows_max=self.chance.choice([1024, 2]),  # 2: what belongs together is written apart
             lane_wait_s_max=0.5,
         )
         self.parks = self.chance.random() < 0.4  # bad events park their keys, and end well after some redrives
@@ -495,6 +496,7 @@ class World:
     def check(self) -> None:
         first: dict[tuple[int, str], list[int]] = defaultdict(list)
         every: dict[tuple[int, str], list[int]] = defaultdict(list)
+        done: dict[tuple[int, str], list[int]] = defaultdict(list)
         seen: dict[tuple[str, int, str, int], Handling] = {}
         for one in self.handlings:
             identity = (one.handler, one.sender, one.key, one.n)
@@ -506,9 +508,15 @@ class World:
                 first[one.sender, one.key].append(one.n)
             every[one.sender, one.key].append(one.n)
             seen[identity] = one
+            if one.handler == "first" and not one.failed and one.n not in done[one.sender, one.key]:
+                done[one.sender, one.key].append(one.n)
         for (sender, key), numbers in (first if self.died else every).items():
             # Also across retries: while one event of a key is tried again, no later one overtakes it.
             assert numbers == sorted(numbers), f"sender {sender}, key {key}: out of order: {numbers}"
+        if self.parks:
+            # Through any crash: what waits behind a parked event is handled after that is.
+            for (sender, key), numbers in done.items():
+                assert numbers == sorted(numbers), f"sender {sender}, key {key}: overtook what parked: {numbers}"
         for sender, ordinals in self.ordinals.items():
             for key, last in ordinals.items():
                 expected = [number for number in range(1, last + 1) if (sender, key, number) not in self.poison]
