@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 import msgspec
@@ -65,7 +65,12 @@ async def _end(process: Process) -> None:
 
 @contextlib.asynccontextmanager
 async def started_bus(
-    workers: int, address: str | None = None, *, application: str | None = None, log_level: str = "warning"
+    workers: int,
+    address: str | None = None,
+    *,
+    application: str | None = None,
+    log_level: str = "warning",
+    options: Sequence[str] = (),
 ) -> AsyncIterator[Process]:
     """Run an application on a bus of its own, ready to take messages, until the block is left.
 
@@ -74,13 +79,14 @@ async def started_bus(
         address: where; None is the default address.
         application: MODULE:BUS; None is the demo.
         log_level: how much it says on stderr.
+        options: others of `shardbus serve`.
 
     Raises:
         LoadError: it did not start; it has said why on stderr.
     """
     arguments = ["shardbus", "serve", *([application] if application is not None else [])]
     arguments += ["--workers", str(workers), "--drain-timeout", f"{_DRAIN_S:g}", "--log-level", log_level]
-    arguments += ["--bind", address] if address is not None else []
+    arguments += [*(["--bind", address] if address is not None else []), *options]
     async with started(arguments, piped_stdin=False) as process:
         assert process.stdout is not None  # it is a pipe
         try:

@@ -91,7 +91,8 @@ class Owner(NamedTuple):
 OWNERS: tuple[Owner, ...] = (
     # The bare loop is what the bus is compared with, so it has none of the bus.
     Owner("sockets", ("zmq",), ("shardbus/zmq_transport.py", "benchmarks/bare_loop.py")),
-    Owner("databases", ("sqlalchemy", "aiosqlite", "sqlite3"), ("shardbus/sql_store.py",)),
+    # Chaos locks a store as a stranger would.
+    Owner("databases", ("sqlalchemy", "aiosqlite", "sqlite3"), ("shardbus/sql_store.py", "benchmarks/chaos.py")),
     Owner(
         "processes",
         ("signal", "subprocess", "multiprocessing"),
