@@ -186,15 +186,14 @@ def test_a_batch_with_a_suspect_is_known():
 # -- lives under fire
 
 
-def live(chance: random.Random, deaths: int, poison: frozenset[int], lifetime_s: float, slow: int) -> tuple[set[int], int]:
-    """Lives of a worker whose `slow` handlers sleep, by the journal and the quarantine; those in `poison` kill it at once.
+def live(chance: random.Random, deaths: int, poison: int | None, lifetime_s: float, slow: int) -> tuple[int | None, int]:
+    """Lives of a worker whose `slow` handlers sleep, by the journal and the quarantine; the one of `poison` kills it at once.
 
-    Somebody kills it too, after `lifetime_s` on average. Returns who was convicted, and how many deaths there were.
+    Somebody kills it too, after `lifetime_s` on average. Returns who is convicted first, and how many deaths that took.
     """
     journal = Journal(memoryview(bytearray(journal_bytes(suspended=64, suspects=64))), suspended=64, suspects=64)
     now_ns = NOW
-    convicted: set[int] = set()
-    left = dict.fromkeys(range(slow), 0)  # message → how long its handler has to sleep; new ones take their places
+    left = set(range(slow))  # unfinished messages; new ones take their places
     serial = slow
     end = UNKNOWN_END
     for death in range(deaths):
@@ -215,41 +214,37 @@ def live(chance: random.Random, deaths: int, poison: frozenset[int], lifetime_s:
             if now_ns == ends_ns:
                 journal.resume(running.pop(ending)[1])
                 one.clear((P, ending))
-                del left[ending]
-                left[serial] = 0
+                left.discard(ending)
+                left.add(serial)
                 due.append((now_ns, serial))
                 serial += 1
                 continue
             del due[0]
             match one.admit((P, seq), now_ns):
                 case Convicted():
-                    convicted.add(seq)
-                    one.clear((P, seq))
-                    del left[seq]
+                    return seq, death
                 case Hold(delay_s=delay_s):
                     due.append((now_ns + int(delay_s * S), seq))
                 case Crowded():
                     due.append((now_ns + S // 5, seq))
-                case Run() if seq in poison:
+                case Run() if seq == poison:
                     journal.lead(P, seq, seq + 1, now_ns)
                     end = Ended(how="killed", told="SIGKILL", at_ns=now_ns + S // 500)
                     break
                 case Run():
                     running[seq] = (now_ns + int(chance.uniform(0.05, 3.0) * S), journal.suspend(P, seq, now_ns))
-        if poison and poison <= convicted:
-            return convicted, death
         journal = Journal(journal._words.cast("B"), suspended=64, suspects=64)  # as the next process finds it
-    return convicted, deaths
+    return None, deaths
 
 
 @pytest.mark.parametrize("lifetime_s", [0.05, 0.3, 1.0, 5.0])
 def test_a_thousand_kills_from_outside_convict_nobody(lifetime_s: float):
-    assert live(random.Random(lifetime_s), 1000, frozenset(), lifetime_s, 10) == (set(), 1000)
+    assert live(random.Random(lifetime_s), 1000, None, lifetime_s, 10) == (None, 1000)
 
 
 def test_one_that_kills_its_process_by_sigkill_is_found_all_the_same():
-    convicted, deaths = live(random.Random(1), 100, frozenset({7}), 1e6, 20)
-    assert convicted == {7}
+    convicted, deaths = live(random.Random(1), 100, 7, 1e6, 20)
+    assert convicted == 7
     assert deaths <= 6
 
 
