@@ -3,8 +3,8 @@
 Workers get SIGKILL, SIGSTOP for up to a second, and SIGTERM; the supervisor gets SIGKILL, and `serve` is started again; a
 second publisher gets SIGKILL, and another takes its place; a dead worker's store is locked by another process; some handlers
 block their worker's event loop until it is replaced; some events kill whoever handles them; one event in ten fails, some of
-them for good; and the stores are small, so they fill up, until somebody purges their dead letters. Every event is stamped, so the
-shards' evidence shows what was lost, overtaken or repeated unannounced.
+them for good; and the stores are small, so that they fill up, until somebody purges their dead letters. Every event is
+stamped, so the shards' evidence shows what was lost, overtaken or repeated unannounced.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import shardbus
 from benchmarks import scenarios
 from loadgen.collector import totals_of
 from loadgen.injector import RECOVERED_S_MAX, Injector
-from loadgen.processes import Fault, Process, inject, started, started_bus
+from loadgen.processes import Fault, inject, started, started_bus
 from shardbus import Bus, Context, DeadLetterFilter, Event, Retry
 
 _WORKERS: Final = 4
@@ -93,14 +93,15 @@ class Bench:
 
     def __init__(self, directory: str, stack: contextlib.AsyncExitStack) -> None:
         self.address = f"ipc://{directory}/bus"
-        self.supervisor: Process
-        self.publisher: Process
+        self.supervisor: asyncio.subprocess.Process
+        self.publisher: asyncio.subprocess.Process
         self._store = f"{directory}/dead"
         self._stack = stack
 
     async def serve(self) -> None:
         """Start it, or start it again."""
-        options = ("--dead-letters", f"sqlite+aiosqlite:///{self._store}.db", "--dead-letters-max-rows", str(_STORE_ROWS_MAX))
+        store = f"sqlite+aiosqlite:///{self._store}.db"
+        options = ("--dead-letters", store, "--dead-letters-max-rows", str(_STORE_ROWS_MAX))
         serving = started_bus(
             _WORKERS, self.address, application="benchmarks.chaos:bus", log_level="critical", options=options
         )

@@ -187,9 +187,9 @@ class Journal:
 
     # -- the supervisor's side
 
-    def counts(self) -> tuple[int, int]:
-        """How many suspects there are, and how many were convicted and are not dead letters yet."""
-        return self._words[_SUSPECTED], self._words[_CONVICTED]
+    def counts(self) -> tuple[int, int, int]:
+        """Suspects; of the convicted, those that are not dead letters yet; suspended handlers that ever found no row."""
+        return self._words[_SUSPECTED], self._words[_CONVICTED], self._words[_UNWRITTEN]
 
     def names_somebody(self) -> bool:
         """Whether anything is under way, so that a death now says something."""

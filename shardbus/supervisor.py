@@ -523,7 +523,7 @@ class Supervisor:
 
     def _status_of(self, worker: _Worker) -> dict[str, Any]:
         counters = worker.evidence.book.counters()
-        suspects, convicted = worker.journal.journal.counts()
+        suspects, convicted, unjournalled = worker.journal.journal.counts()
         beat = worker.beat
         state = "given-up" if worker.given_up else "up" if worker.ready else "starting" if worker.child else "down"
         return {
@@ -541,6 +541,7 @@ class Supervisor:
             "stalled_in": worker.stalled_in,
             "suspects": suspects,
             "quarantined": convicted,
+            "unjournalled": unjournalled,
             "malformed": counters.malformed,
             "ignored": counters.ignored,
             "rejected": counters.rejected,
