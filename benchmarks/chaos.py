@@ -103,7 +103,7 @@ class Bench:
         store = f"sqlite+aiosqlite:///{self._store}.db"
         options = ("--dead-letters", store, "--dead-letters-max-rows", str(_STORE_ROWS_MAX))
         serving = started_bus(
-            _WORKERS, self.address, application="benchmarks.chaos:bus", log_level="critical", options=options
+            _WORKERS, self.address, application="benchmarks.chaos:bus", log_level="error", options=options
         )
         self.supervisor = await self._stack.enter_async_context(serving)
 

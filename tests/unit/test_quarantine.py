@@ -9,8 +9,10 @@ import pytest
 from shardbus.journal import Journal, journal_bytes
 from shardbus.quarantine import (
     SUSPECTS_MAX,
+    UNKNOWN_END,
     Convicted,
     Crowded,
+    Ended,
     Hold,
     Identity,
     Quarantine,
@@ -20,7 +22,6 @@ from shardbus.quarantine import (
     UnderWay,
     judge,
 )
-from shardbus.reports import UNKNOWN_END, Ended
 
 P = b"p" * 16
 S = 1_000_000_000
@@ -187,7 +188,7 @@ def test_a_batch_with_a_suspect_is_known():
 
 
 def live(chance: random.Random, deaths: int, poison: int | None, lifetime_s: float, slow: int) -> tuple[int | None, int]:
-    """Lives of a worker whose `slow` handlers sleep, by the journal and the quarantine; the one of `poison` kills it at once.
+    """Lives of a worker whose `slow` handlers sleep, by journal and quarantine; the one of `poison` kills it at once.
 
     Somebody kills it too, after `lifetime_s` on average. Returns who is convicted first, and how many deaths that took.
     """
