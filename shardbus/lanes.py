@@ -479,6 +479,7 @@ class Lanes:
             if isinstance(head, _Stored):
                 head.after = position - 1
                 head.count += 1
+                head.due_ns = 0
             else:
                 lane.queue.appendleft(_Stored(position - 1, 1, position))
         self._continue(lane)
