@@ -23,6 +23,7 @@ import msgspec
 import shardbus
 from benchmarks import scenarios
 from loadgen.collector import totals_of
+from loadgen.injector import RECOVERED_S_MAX, Injector
 from loadgen.processes import Fault, inject, started_bus
 from shardbus import Bus, Context, Event, Retry
 
@@ -31,7 +32,6 @@ _KEYS: Final = 1000
 _BATCH: Final = 20
 _ALWAYS: Final = 1_000_000  # fails so often that it never succeeds
 _BLOCKS_S: Final = 8.0  # longer than a worker may be silent
-_RECOVERED_S_MAX: Final = 30.0
 _SETTLE_S: Final = 180.0
 _P50_RECOVERY_S: Final = 0.7
 _P99_RECOVERY_S: Final = 2.0
@@ -103,6 +103,7 @@ async def _publish(client: shardbus.Client, rate: float, chance: random.Random, 
 
 async def _faults(bench: Bench, client: shardbus.Client, count: int, chance: random.Random, tally: Tally) -> None:
     """So many faults, one after another, at random."""
+    injector = Injector(client)
     for number in range(count):
         await asyncio.sleep(chance.uniform(0.05, 0.5))
         kind = chance.choices(["kill", "stop", "terminate", "supervisor", "block"], [60, 22, 12, 3, 3])[0]
@@ -114,46 +115,16 @@ async def _faults(bench: Bench, client: shardbus.Client, count: int, chance: ran
             await bench.serve()
         elif kind == "block":
             tally.blocking += 1
+        elif kind == "stop":
+            await injector.stop(shard, pause_s)
+        elif kind == "kill":
+            recovery_s = await injector.kill(shard)
+            tally.recoveries_s.append(RECOVERED_S_MAX if recovery_s is None else recovery_s)
         else:
-            worker = await _worker(client, shard)
-            if kind == "stop":
-                inject(worker["pid"], Fault.STOP)
-                await asyncio.sleep(pause_s)
-                inject(worker["pid"], Fault.CONTINUE)
-            elif kind == "kill":
-                inject(worker["pid"], Fault.KILL)
-                tally.recoveries_s.append(await _recovery(client, worker))
-            else:
-                inject(worker["pid"], Fault.TERMINATE)
+            inject((await injector.worker(shard))["pid"], Fault.TERMINATE)
         tally.faults[kind] += 1
         if sys.stderr.isatty():
             print(f"\r{number + 1} of {count} faults", end="", file=sys.stderr)
-
-
-async def _worker(client: shardbus.Client, shard: int) -> dict[str, Any]:
-    """The worker of a shard, once it is up."""
-    while True:
-        try:
-            worker: dict[str, Any] = (await client.status(timeout=2.0))["workers"][shard]
-        except shardbus.BusUnreachable:
-            continue
-        if worker["state"] == "up":
-            return worker
-        await asyncio.sleep(0.01)
-
-
-async def _recovery(client: shardbus.Client, before: dict[str, Any]) -> float:
-    """Seconds until the shard of a worker that was killed now has handled something under its successor."""
-    began = time.monotonic()
-    first: int | None = None
-    while time.monotonic() - began < _RECOVERED_S_MAX:
-        now = await _worker(client, before["shard"])
-        if now["pid"] != before["pid"]:
-            if first is not None and now["handled"] > first:
-                break
-            first = now["handled"] if first is None else first
-        await asyncio.sleep(0.005)
-    return time.monotonic() - began
 
 
 async def _settled(client: shardbus.Client) -> dict[str, Any]:

@@ -1,96 +1,61 @@
-"""The `loadgen` command. The only file of the package that imports click or rich, and that writes to a terminal."""
+"""The `loadgen` command. The only file of the package that imports click; what people see while it runs is `view`'s."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 import click
 import msgspec
-from rich.console import Console
-from rich.table import Table
 
 import shardbus
+from loadgen import expect, notation
+from loadgen.expect import Expectation
+from loadgen.histogram import Histogram
+from loadgen.pacer import Stage
 from loadgen.processes import end_as_on_interrupt
-from loadgen.report import EXIT_USAGE, BusState, Report, rows_of
+from loadgen.report import EXIT_USAGE, Report
 from loadgen.runner import run
-from loadgen.spec import KEYS_MAX, PAYLOAD_BYTES_MAX, WORKERS_MAX, Call, LoadError, LoadSpec, Progress
+from loadgen.spec import (
+    DRIVERS_MAX,
+    WORKERS_MAX,
+    Call,
+    FaultSpec,
+    LoadError,
+    LoadSpec,
+    Payload,
+    Recording,
+    Skew,
+    Template,
+)
+from loadgen.tables import csv_of
+from loadgen.view import View, show
 
-_PLAIN_EVERY: Final = 5  # progress lines that go to a file or a pipe: one of so many
-_STYLES: Final = {"ok": "green", "failed": "red", "generator-bound": "yellow", "saturated": "yellow"}
-_SUFFIXES: Final = {"k": 1e3, "m": 1e6}
+_WARMUP_S: Final = 2.0
+_DURATION_S: Final = 10.0
 
 
-class _Rate(click.ParamType[float | None]):
-    """Events per second: `20000`, `20k`, `1.5M`; `max` is None."""
+def _reads(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """A parser of `notation` as click takes it: its error names the option."""
 
-    name = "N|max"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
-        text = str(value).strip().lower().replace(",", "").replace("_", "")
-        if text == "max":
-            return None
-        factor = _SUFFIXES.get(text[-1:], 1.0)
+    def read(text: Any) -> Any:
         try:
-            return float(text[:-1] if text[-1:] in _SUFFIXES else text) * factor
-        except ValueError:
-            self.fail(f"{value!r} is no rate; give events per second, for instance 20000 or 20k, or max", param, ctx)
+            return parse(str(text))
+        except LoadError as error:
+            raise click.BadParameter(str(error)) from None
+
+    read.__name__ = parse.__name__
+    return read
 
 
-class _Keys(click.ParamType[int | None]):
-    """How many keys; `unique` is None."""
-
-    name = "N|unique"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        if str(value).strip().lower() == "unique":
-            return None
-        try:
-            return int(str(value).replace(",", "").replace("_", ""))
-        except ValueError:
-            self.fail(f"{value!r} is no number of keys; give one up to {KEYS_MAX:,}, or unique", param, ctx)
-
-
-class _Live:
-    """Tells on stderr how a run goes: one line that is overwritten on a terminal, plain lines now and then elsewhere."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._rewrites = self._console.is_terminal
-        self._lines = 0
-        self._handled = 0
-        self._at_s = 0.0
-        self._open = False
-
-    def say(self, text: str) -> None:
-        """A line of its own."""
-        self.close()
-        click.echo(text, err=True)
-
-    def progress(self, progress: Progress, bus: BusState) -> None:
-        """See `runner.Watcher.progress`. The rate is since the line before."""
-        self._lines += 1
-        if not self._rewrites and self._lines % _PLAIN_EVERY:
-            return
-        counts = progress.counts
-        rate = (counts.finished - self._handled) / max(progress.at_s - self._at_s, 1e-9)
-        self._handled, self._at_s = counts.finished, progress.at_s
-        text = (
-            f"{progress.at_s:6.1f} s  {rate:>11,.0f} events/s  handled {counts.finished:,}  in flight {counts.in_flight:,}"
-            f"  backlog {bus.backlog:,}{'  warming up' if progress.warming_up else ''}"
-        )
-        if self._rewrites:
-            click.echo(f"\r\x1b[2K{text[: self._console.width - 1]}", err=True, nl=False)
-            self._open = True
-        else:
-            click.echo(text, err=True)
-
-    def close(self) -> None:
-        """End the live line, so that what follows stands below it."""
-        if self._open:
-            click.echo(err=True)
-            self._open = False
+def _body(text: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        example = '{"amount": 9.5, "number": "{n}"}'
+        raise LoadError(f"{text!r} is no JSON object: {error}; for instance '{example}'") from None
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -98,76 +63,152 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _show(report: Report) -> None:
-    rows = rows_of(report)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        for caption, value in rows:
-            click.echo(f"{caption:<14}{value}")
-        return
-    table = Table.grid(padding=(0, 2))
-    for caption, value in rows:
-        table.add_row(caption, value, style=_STYLES[report.verdict] if caption == "verdict" else None)
-    console.print(table)
-
-
-def _check_target(path: str | None) -> None:
+def _check_target(option: str, path: str | None) -> None:
     """A report that cannot be written is a mistake to be told before the run, not after."""
     if path is None or path == "-":
         return
     directory = os.path.dirname(path) or "."
     if not os.path.isdir(directory) or not os.access(path if os.path.exists(path) else directory, os.W_OK):
-        raise click.BadParameter(f"{path!r} cannot be written", param_hint="--json")
+        raise click.BadParameter(f"{path!r} cannot be written", param_hint=option)
 
 
-def _write(report: Report, path: str) -> None:
-    text = msgspec.json.format(msgspec.json.encode(report), indent=2)
+def _write(text: str, path: str) -> None:
     if path == "-":
-        click.echo(text)
+        click.echo(text, nl=False)
         return
-    with open(path, "wb") as file:
-        file.write(text + b"\n")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
-def _run(spec: LoadSpec) -> Report:
+def _json(report: Report) -> str:
+    return msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n"
+
+
+def _run(spec: LoadSpec, expectations: tuple[Expectation, ...], histogram: Histogram) -> Report:
     """Run to the end; what went wrong is one line for people."""
-    live = _Live()
+    view = View()
     try:
-        return run(spec, live)
+        return run(spec, view, expectations=expectations, histogram=histogram)
     except KeyboardInterrupt:
-        live.close()
+        view.close()
         _fail("interrupted; what this run had started was ended", 130)
     except (LoadError, shardbus.ShardbusError) as error:
-        live.close()
+        view.close()
         _fail(str(error), EXIT_USAGE)
     finally:
-        live.close()
+        view.close()
 
 
 @click.command(context_settings={"auto_envvar_prefix": "LOADGEN", "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="shardbus")
+# -- how much, when
 @click.option(
-    "--rate", metavar="N|max", type=_Rate(), required=True, help="Events per second, or max: as many as the bus takes."
+    "--rate",
+    metavar="N|max",
+    type=_reads(notation.rate_or_max),
+    help="Events per second, or max: as many as the bus takes.",
 )
 @click.option(
-    "--connect",
-    metavar="URL",
-    envvar=["LOADGEN_CONNECT", "SHARDBUS_URL"],
-    help="A running bus: ipc://DIRECTORY or tcp://HOST:PORT. [env: SHARDBUS_URL] Default: this user's, which is started for "
-    "the run if none runs.",
+    "--stages",
+    metavar="LIST",
+    type=_reads(notation.stages),
+    default=None,
+    help="Rates and how long each, instead of --rate: 5k:10s,20k:30s; a ramp: 1k-50k:20s.",
 )
-@click.option("--duration", metavar="S", type=float, default=10.0, show_default=True, help="Seconds that are measured.")
-@click.option("--warmup", metavar="S", type=float, default=2.0, show_default=True, help="Seconds before, not measured.")
 @click.option(
-    "--keys", metavar="N|unique", type=_Keys(), default="1000", show_default=True, help="Unique: a new key every event."
+    "--arrivals",
+    type=click.Choice(["even", "poisson"]),
+    default="even",
+    show_default=True,
+    help="At equal intervals, or at random as independent users come.",
+)
+@click.option(
+    "--duration",
+    metavar="S",
+    type=_reads(notation.seconds),
+    help="Time that is measured. [default: 10; a recording: to its end]",
+)
+@click.option(
+    "--warmup", metavar="S", type=_reads(notation.seconds), help="Time before, not measured. [default: 2; a recording: 0]"
+)
+# -- what
+@click.option(
+    "--keys",
+    metavar="N|unique",
+    type=_reads(notation.keys),
+    default="1000",
+    show_default=True,
+    help="Unique: a new key every event.",
+)
+@click.option(
+    "--skew",
+    metavar="SKEW",
+    type=_reads(notation.skew),
+    default="uniform",
+    show_default=True,
+    help="How events are spread over keys: uniform, zipf:EXPONENT, hot:SHARE (of one key).",
 )
 @click.option(
     "--payload",
     metavar="BYTES",
-    type=click.IntRange(0, PAYLOAD_BYTES_MAX),
-    default=0,
+    type=_reads(notation.payload),
+    default="0",
     show_default=True,
-    help="What each event carries besides its key.",
+    help="What each event carries besides its key: BYTES, LOW-HIGH, lognormal:MEDIAN:SIGMA.",
+)
+@click.option("--type", "type_", metavar="NAME", help="Messages of your own application, by their name on the wire.")
+@click.option("--key", metavar="FIELD", help="The field of --type that holds the key.")
+@click.option(
+    "--body",
+    metavar="JSON",
+    type=_reads(_body),
+    help='The other fields of --type, an object; "{key}", "{n}" and "{payload}" in it are filled in.',
+)
+@click.option(
+    "--key-type", type=click.Choice(["str", "int"]), default="str", show_default=True, help="What the keys of --type are."
+)
+@click.option("--commands", is_flag=True, help="Execute commands instead of publishing events.")
+@click.option(
+    "--replay", metavar="FILE", help="Publish the events of a file as --type by --key: a JSON object a line, perhaps gzip."
+)
+@click.option(
+    "--speed",
+    metavar="X",
+    type=click.FLOAT,
+    help="Replay at the events' own times, so many times as fast, instead of --rate.",
+)
+@click.option("--time", "time_", metavar="FIELD", default="time", show_default=True, help="The field with an event's time.")
+@click.option(
+    "--gap", metavar="S", type=_reads(notation.seconds), help="With --speed: cut every pause between two events to this."
+)
+@click.option(
+    "--call",
+    type=click.Choice(["publish_many", "publish"]),
+    default="publish_many",
+    show_default=True,
+    help="The client's call that sends.",
+)
+@click.option(
+    "--drivers",
+    metavar="N",
+    type=click.IntRange(1, DRIVERS_MAX),
+    default=1,
+    show_default=True,
+    help="Processes that send, each a publisher of its own.",
+)
+@click.option("--seed", metavar="N", type=int, default=1, show_default=True, help="The same seed makes the same events.")
+# -- whom
+@click.option(
+    "--connect",
+    metavar="URL",
+    help="A running bus: ipc://DIRECTORY or tcp://HOST:PORT. Default: $SHARDBUS_URL or this user's; one is started there "
+    "for the run if none runs.",
+)
+@click.option(
+    "--app",
+    "application",
+    metavar="MODULE:BUS",
+    help="Serve this application for the run, at an address of its own, instead of driving a bus that runs.",
 )
 @click.option(
     "--workers",
@@ -178,60 +219,161 @@ def _run(spec: LoadSpec) -> Report:
     help="Of a bus that is started for the run; one that runs has its own.",
 )
 @click.option(
-    "--call",
-    type=click.Choice(["publish_many", "publish"]),
-    default="publish_many",
-    help="The client's call that sends.",
+    "--fault",
+    "faults",
+    metavar="FAULT",
+    multiple=True,
+    type=_reads(notation.fault),
+    help="kill:worker@5s, term:worker@5s or stop:worker:1s@10s; worker2 is that of shard 2. May be repeated.",
+)
+# -- how long to wait, what to expect, where to write
+@click.option(
+    "--flush",
+    metavar="S",
+    type=_reads(notation.seconds),
+    default="30",
+    show_default=True,
+    help="Time to wait for the rest.",
 )
 @click.option(
-    "--seed", metavar="N", type=int, default=1, show_default=True, help="The same seed makes the same events."
+    "--timeout",
+    metavar="S",
+    type=_reads(notation.seconds),
+    default="5",
+    show_default=True,
+    help="Time for a command's reply.",
 )
-@click.option("--flush", metavar="S", type=float, default=30.0, show_default=True, help="Seconds to wait for the rest.")
 @click.option(
-    "--json", "path", metavar="FILE", envvar="LOADGEN_JSON", help="Write the report; - is stdout, without table."
+    "--expect",
+    "expectations",
+    metavar="EXPR",
+    multiple=True,
+    type=_reads(expect.parse),
+    help="What the run must reach, for instance 'p99<10ms' or 'achieved_rate>=19k'. May be repeated.",
+)
+@click.option(
+    "--json",
+    "json_path",
+    metavar="FILE",
+    envvar="LOADGEN_JSON",
+    help="Write the report; - is stdout, without table.",
+)
+@click.option("--csv", "csv_path", metavar="FILE", envvar="LOADGEN_CSV", help="Write the time series, a line a second.")
+@click.option(
+    "--hgrm",
+    "hgrm_path",
+    metavar="FILE",
+    envvar="LOADGEN_HGRM",
+    help="Write the response times for the HdrHistogram plotter.",
 )
 def cli(
     rate: float | None,
-    connect: str | None,
-    duration: float,
-    warmup: float,
+    stages: tuple[Stage, ...] | None,
+    arrivals: Any,
+    duration: float | None,
+    warmup: float | None,
     keys: int | None,
-    payload: int,
-    workers: int,
+    skew: Skew,
+    payload: Payload,
+    type_: str | None,
+    key: str | None,
+    body: dict[str, Any] | None,
+    key_type: Any,
+    commands: bool,
+    replay: str | None,
+    speed: float | None,
+    time_: str,
+    gap: float | None,
     call: Call,
+    drivers: int,
     seed: int,
+    connect: str | None,
+    application: str | None,
+    workers: int,
+    faults: tuple[FaultSpec, ...],
     flush: float,
-    path: str | None,
+    timeout: float,
+    expectations: tuple[Expectation, ...],
+    json_path: str | None,
+    csv_path: str | None,
+    hgrm_path: str | None,
 ) -> None:
     """Drive a bus with events on a schedule that never slips, and report what became of them.
 
-    Every option is also read from LOADGEN_…, for instance LOADGEN_RATE. Exit code 0: ok; 1: events were lost, overtaken,
-    repeated unannounced or not finished; 2: the run could not be made; 3: this machine could not offer the rate;
-    4: the bus did not keep up.
+    Without --type it sends events of the built-in demo application. Every option is also read from LOADGEN_…, for instance
+    LOADGEN_RATE. Exit code 0: ok; 1: events were lost, overtaken, repeated unannounced or not finished, or an --expect was
+    not met; 2: the run could not be made; 3: this machine could not offer the rate; 4: the bus did not keep up.
     """
-    _check_target(path)
+    for option, path in (("--json", json_path), ("--csv", csv_path), ("--hgrm", hgrm_path)):
+        _check_target(option, path)
+    if rate is None and stages is None and speed is None and not _was_given("rate"):
+        raise click.UsageError("say how much: --rate N, --rate max, --stages, or --replay with --speed")
     end_as_on_interrupt()
     try:
         spec = LoadSpec(
             rate=rate,
-            duration_s=duration,
-            warmup_s=warmup,
+            stages=stages or (),
+            arrivals=arrivals,
+            duration_s=duration if duration is not None else None if replay else _DURATION_S,
+            warmup_s=warmup if warmup is not None else 0.0 if replay else _WARMUP_S,
             keys=keys,
-            payload_bytes=payload,
+            skew=skew,
+            payload=payload,
             call=call,
+            commands=commands,
+            template=_template(type_, key, body, key_type) if not replay else None,
+            recording=_recording(replay, type_, key, time_, speed, gap),
+            faults=faults,
+            drivers=drivers,
             seed=seed,
             address=connect,
+            application=application,
             workers=workers,
             flush_s=flush,
+            timeout_s=timeout,
         )
     except LoadError as error:
         _fail(str(error), EXIT_USAGE)
-    report = _run(spec)
-    if path is not None:
-        _write(report, path)
-    if path != "-":
-        _show(report)
+    histogram = Histogram()
+    report = _run(spec, expectations, histogram)
+    if json_path is not None:
+        _write(_json(report), json_path)
+    if csv_path is not None:
+        _write(csv_of(report.intervals), csv_path)
+    if hgrm_path is not None and histogram.total:
+        _write(histogram.hgrm(), hgrm_path)
+    if "-" not in (json_path, csv_path, hgrm_path):
+        show(report)
     sys.exit(report.exit_code)
+
+
+def _was_given(option: str) -> bool:
+    """Whether an option was given; `max` is None, too."""
+    return click.get_current_context().get_parameter_source(option) is not click.core.ParameterSource.DEFAULT
+
+
+def _template(type_: str | None, key: str | None, body: dict[str, Any] | None, key_type: Any) -> Template | None:
+    if type_ is None:
+        if key is not None or body is not None:
+            raise click.UsageError("--key and --body are of --type, which is missing")
+        return None
+    if key is None:
+        raise click.UsageError("--type needs --key: the field that says which messages belong together")
+    return Template(type=type_, key=key, body=body or {}, key_type=key_type)
+
+
+def _recording(
+    replay: str | None, type_: str | None, key: str | None, time_: str, speed: float | None, gap: float | None
+) -> Recording | None:
+    if replay is None:
+        if speed is not None or gap is not None:
+            raise click.UsageError("--speed and --gap are of --replay, which is missing")
+        return None
+    if type_ is None or key is None:
+        raise click.UsageError("--replay needs --type and --key: the events' name on the wire, and the field with their key")
+    if gap is None:
+        return Recording(path=os.path.abspath(replay), type=type_, key=key, time=time_, speed=speed)
+    return Recording(path=os.path.abspath(replay), type=type_, key=key, time=time_, speed=speed, gap_s=gap)
 
 
 def main() -> None:

@@ -1,22 +1,27 @@
-"""What the bus says of a run: its workers' state meanwhile, and at the end the shards' evidence of one publisher.
+"""What the bus says of a run: its workers' state meanwhile, the shards' evidence of its publishers, and what all that costs.
 
 A publisher is new with every run, so its evidence starts from nothing and belongs to this run alone, whoever else
-publishes on the same bus.
+publishes on the same bus. Evidence only grows, so an interval is the difference of two answers, and one that was lost costs
+nothing but its interval's sharpness.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
 
 import shardbus
-from loadgen.histogram import percentiles_us
-from loadgen.report import BusState, Totals, WorkerState
-from loadgen.spec import Counts
+from loadgen.histogram import Histogram, Percentiles, difference, percentiles_us
+from loadgen.meters import merged
+from loadgen.report import BusState, Interval, ProcessUse, Totals, WorkerState
+from loadgen.resources import Usage, Watched
+from loadgen.spec import Counts, Progress
 from shardbus.metrics import Evidence, bucket_bounds_us
 
 _POLL_S: Final = 0.2
@@ -26,33 +31,142 @@ _COUNTS: Final = ("distinct", "repeats", "announced", "out_of_order", "missing",
 
 
 def totals_of(evidence: Iterable[Evidence]) -> Totals:
-    """Add up what the shards say of one publisher, and merge their latency buckets into one histogram."""
+    """Add up what the shards say of some publishers, and merge their latency buckets into one histogram."""
     shards = list(evidence)
     counts = {name: sum(getattr(shard, name) for shard in shards) for name in _COUNTS}
-    # Both ends of a bucket fall into the same bucket of the histogram, which has the same three digits.
-    latencies = ((bucket_bounds_us(index)[0], count) for shard in shards for index, count in shard.latency)
-    return Totals(**counts, latency_us=percentiles_us(latencies))
+    return Totals(**counts, latency_us=percentiles_us(pair for table in _tables(shards).values() for pair in table.items()))
+
+
+def _tables(evidence: Iterable[Evidence]) -> dict[int, Counter[int]]:
+    """By shard: latencies in microseconds → how many, of all publishers."""
+    tables: dict[int, Counter[int]] = {}
+    for one in evidence:
+        table = tables.setdefault(one.shard, Counter())
+        for bucket, count in one.latency:
+            # Both ends of a bucket fall into the same bucket of the histogram, which has the same three digits.
+            table[bucket_bounds_us(bucket)[0]] += count
+    return tables
+
+
+def added(parts: Sequence[Counts]) -> Counts:
+    """The ledgers of several publishers as one."""
+    return Counts(**{name: sum(getattr(part, name) for part in parts) for name in Counts.__struct_fields__})
 
 
 class Collector:
-    """Asks a bus about a run, through a client of its own that publishes nothing."""
+    """Asks a bus about a run, through a client of its own that publishes nothing.
 
-    def __init__(self, client: shardbus.Client) -> None:
+    Args:
+        local: whether the bus runs on this host, so that its processes can be looked at.
+    """
+
+    def __init__(self, client: shardbus.Client, *, local: bool = True) -> None:
         self._client = client
+        self._local = local
         self.latest = BusState(workers=(), waiting=0)
+        self.publishers: list[bytes] = []
+        self.histogram = Histogram()
+        """The response times of all workers together, as last heard."""
+        self.by_shard: dict[int, Histogram] = {}
+        """The same for each shard."""
+        self._tables: dict[int, Counter[int]] = {}
+        self._processes = Processes()
+        self._supervisor = 0
+        self._before: tuple[float, Counts, int | None] | None = None
 
     async def state(self) -> BusState:
         """The bus now, or, where nobody answers in time, as it was last seen."""
         try:
-            self.latest = _state_of(await self._client.status(timeout=_ASK_S))
+            status = await self._client.status(timeout=_ASK_S)
         except shardbus.BusUnreachable:
-            pass  # a supervisor may be away for a while without harm to the run
+            return self.latest  # a supervisor may be away for a while without harm to the run
+        self.latest = _state_of(status)
+        self._supervisor = status.get("pid", 0)
         return self.latest
 
-    async def settle(self, publisher: bytes, final: Counts, deadline_s: float) -> Totals:
-        """The evidence of a publisher that has flushed, once it accounts for every event, and at the latest in `deadline_s`.
+    async def interval(self, drivers: Sequence[Progress], driver_pids: Sequence[int]) -> Interval | None:
+        """What has happened since the last call; None where the drivers have said nothing new since.
 
-        Events that the publisher knows as waiting are acked long before they are handled, so only their evidence tells.
+        Args:
+            drivers: each driver's latest word.
+            driver_pids: their processes.
+        """
+        state = await self.state()
+        gained = await self._gained()
+        uses = self._look(state, driver_pids)
+        at_s = sum(one.at_s for one in drivers) / len(drivers)
+        counts = added([one.counts for one in drivers])
+        scheduled = None
+        if all(one.scheduled is not None for one in drivers):
+            scheduled = sum(one.scheduled or 0 for one in drivers)
+        before_s, before, scheduled_before = self._before or (0.0, _NOTHING, 0 if scheduled is not None else None)
+        self._before = (at_s, counts, scheduled)
+        passed_s = at_s - before_s
+        if passed_s <= 0:
+            return None
+        offered = None
+        if scheduled is not None and scheduled_before is not None:
+            offered = (scheduled - scheduled_before) / passed_s
+        lag_us = percentiles_us(merged([one.send_lag_us for one in drivers]).items())
+        return Interval(
+            at_s=at_s,
+            warming_up=any(one.warming_up for one in drivers),
+            offered_rate=offered,
+            achieved_rate=(counts.finished - before.finished) / passed_s,
+            counts=counts,
+            latency_us=gained,
+            send_lag_p99_us=None if lag_us is None else lag_us.p99,
+            backlog=tuple(worker.backlog for worker in state.workers),
+            waiting=state.waiting,
+            processes=uses,
+        )
+
+    def begin(self, driver_pids: Sequence[int]) -> None:
+        """Look at all processes now, so that the first interval has a beginning."""
+        self._look(self.latest, driver_pids)
+
+    async def _gained(self) -> Percentiles | None:
+        """The response times since the last look, of all shards; keeps the histograms of the whole run."""
+        if not self.publishers:
+            return None
+        try:
+            evidence = await self._client.evidence(self.publishers, timeout=_ASK_S)
+        except shardbus.BusUnreachable:
+            return None
+        return self._take(evidence)
+
+    def _take(self, evidence: Iterable[Evidence]) -> Percentiles | None:
+        """Merge what is new of every shard."""
+        tables = _tables(evidence)
+        interval = Histogram()
+        for shard, table in tables.items():
+            part = Histogram(difference(table, self._tables.get(shard, {})))
+            self.by_shard.setdefault(shard, Histogram()).merge(part)
+            interval.merge(part)
+        self._tables |= tables
+        self.histogram.merge(interval)
+        return interval.percentiles()
+
+    def _look(self, state: BusState, driver_pids: Sequence[int]) -> tuple[ProcessUse, ...]:
+        named = {f"driver {at}": pid for at, pid in enumerate(driver_pids)}
+        named["collector"] = os.getpid()
+        if self._local:
+            named |= {f"worker {worker.shard}": worker.pid for worker in state.workers}
+            named["supervisor"] = self._supervisor
+        return self._processes.look(named, time.monotonic())
+
+    def unseen(self) -> tuple[str, ...]:
+        """Processes that could not be looked at, at least once."""
+        return self._processes.unseen()
+
+    def processes(self) -> tuple[ProcessUse, ...]:
+        """What every process used over the whole time that it was looked at; memory is the most that was seen."""
+        return self._processes.total()
+
+    async def settle(self, final: Counts, deadline_s: float) -> Totals:
+        """The evidence of publishers that have flushed, once it accounts for every event, and at the latest in `deadline_s`.
+
+        Events that a publisher knows as waiting are acked long before they are handled, so only their evidence tells.
 
         Raises:
             BusUnreachable: nobody has answered by then.
@@ -60,24 +174,70 @@ class Collector:
         expected = final.published - final.dropped - final.in_flight
         deadline = time.monotonic() + deadline_s
         while True:
-            totals = await self._totals(publisher, deadline)
+            evidence = await self._evidence(deadline)
+            totals = totals_of(evidence)
             if totals.distinct >= expected or not final.waiting or time.monotonic() >= deadline:
+                self._take(evidence)
                 return totals
             await asyncio.sleep(_POLL_S)
 
-    async def _totals(self, publisher: bytes, deadline: float) -> Totals:
+    async def _evidence(self, deadline: float) -> list[Evidence]:
         while True:
             try:
-                return totals_of(await self._client.evidence([publisher], timeout=_ASK_S))
+                return await self._client.evidence(self.publishers, timeout=_ASK_S)
             except shardbus.BusUnreachable:
                 if time.monotonic() >= deadline:
                     raise
 
-    async def watch(self, interval_s: float) -> None:
-        """Keep `latest` up to date: ask every `interval_s` seconds, for ever."""
-        while True:
-            await asyncio.sleep(interval_s)
-            await self.state()
+
+_NOTHING: Final = Counts(published=0, handled=0, dead=0, waiting=0, dropped=0, in_flight=0)
+
+
+class Processes:
+    """Processor time and memory of processes by name. A name may pass to another process, as a dead worker's does."""
+
+    def __init__(self) -> None:
+        self._watched = Watched()
+        self._last: dict[str, tuple[int, float, Usage]] = {}
+        self._cpu_s: Counter[str] = Counter()
+        self._time_s: Counter[str] = Counter()
+        self._rss: dict[str, int] = {}
+        self._unseen: dict[str, None] = {}
+
+    def look(self, named: dict[str, int], now_s: float) -> tuple[ProcessUse, ...]:
+        """What each has used since the last look. What could not be seen is not in it."""
+        found = []
+        for name, pid in named.items():
+            usage = self._watched.look(pid)
+            if usage is None:
+                self._unseen[name] = None
+                continue
+            self._rss[name] = max(usage.rss_bytes, self._rss.get(name, 0))
+            before = self._last.get(name)
+            self._last[name] = (pid, now_s, usage)
+            if before is None or before[0] != pid or now_s <= before[1]:
+                continue
+            cpu_s, time_s = usage.cpu_s - before[2].cpu_s, now_s - before[1]
+            self._cpu_s[name] += cpu_s  # type: ignore[assignment]  # a counter of seconds counts in fractions
+            self._time_s[name] += time_s  # type: ignore[assignment]  # likewise
+            found.append(ProcessUse(name=name, pid=pid, cpu_share=cpu_s / time_s, rss_bytes=usage.rss_bytes))
+        return tuple(found)
+
+    def unseen(self) -> tuple[str, ...]:
+        """The names that were looked for in vain, at least once."""
+        return tuple(self._unseen)
+
+    def total(self) -> tuple[ProcessUse, ...]:
+        """Over all looks; one that was never seen twice has no share of a core."""
+        return tuple(
+            ProcessUse(
+                name=name,
+                pid=self._last[name][0],
+                cpu_share=self._cpu_s[name] / self._time_s[name] if self._time_s[name] else None,
+                rss_bytes=rss,
+            )
+            for name, rss in self._rss.items()
+        )
 
 
 def _state_of(status: dict[str, Any]) -> BusState:

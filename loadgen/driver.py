@@ -1,4 +1,4 @@
-"""The process that sends: `python -m loadgen.driver`, a `LoadSpec` as one JSON line on stdin, `DriverLine`s on stdout.
+"""The process that sends: `python -m loadgen.driver`. Two JSON lines on stdin say what and when; `DriverLine`s on stdout.
 
 Owns the open loop and its clock. It alone decides when an event goes; what the bus made of it is the collector's to say.
 It ends when its stdin does, so that it never outlives whoever started it.
@@ -12,94 +12,127 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import random
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
 import msgspec
-from msgspec.structs import replace
 
 import shardbus
-from loadgen.pacer import ConstantRate
+from loadgen.meters import LagCounts, WaitMeter
+from loadgen.pacer import Arrivals, Evenly, Poisson, Profile, Recorded, Stage
+from loadgen.replay import Replay, scan
+from loadgen.source import Load, Source, made
 from loadgen.spec import (
+    SECONDS_MAX,
     Counts,
     DriverFailed,
     DriverLine,
     DriverResult,
     LoadError,
     LoadSpec,
+    Part,
     Progress,
+    Recording,
     Started,
-    decode_spec,
+    decode_go,
+    decode_part,
     encode_line,
 )
-from loadgen.workload import Stretch, Workload, workload_of
-from shardbus.demo import GetCount, Tick
-from shardbus.metrics import bucket_bounds_us, bucket_index
+from shardbus.demo import GetCount
 
 BATCH: Final = 256  # events a call: what fits into a frame of the bus
+COMMANDS_MAX: Final = 4096  # whose replies one driver waits for; when so many are under way, the next one waits
 _NS: Final = 1_000_000_000
 _NAP_NS_MIN: Final = 100_000  # really about 160 µs: what Linux makes of it
 _NAP_NS_MAX: Final = 1_000_000  # so long may an ack or a credit lie unread
 _LONG_WAIT_NS: Final = 3_000_000  # longer waits are asyncio's: a slow load does not keep a core awake
+_SLEEP_NS_MAX: Final = 200_000_000  # the end of a window is not slept through
 _OVERRUN_NS: Final = 100_000_000  # a schedule that is further behind is not waited for at either end of the window
-_LAGS_MAX: Final = 65_536  # distinct lags that are kept apart
 _CONNECT_S: Final = 10.0
+_FIRST_S: Final = 5.0  # for the first event of an application that is not known
 
 Say = Callable[[DriverLine], None]
-Send = Callable[[Stretch, list[int] | None], Awaitable[None]]
-"""Publish a stretch; the second argument is the intended instants, None for events that are not measured."""
+Send = Callable[[Load, "list[int] | None"], Awaitable[None]]
+"""Publish a load; the second argument is the intended instants, None for events that are not measured."""
 
 
-class WaitMeter:
-    """How long publish calls have waited for room.
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What one driver is to send, and when, but for the instant of the start.
 
-    A call waited if the event loop had a turn meanwhile. Then the part of its time in which this thread did not run is
-    the wait; the rest was the generator's own work, such as encoding and reading acks.
+    `arrivals` makes the schedule that begins at an instant; it is None where the load is unpaced. `length_ns` is from the
+    first event to the end of the schedule, of which the first `warm_ns` are not measured. `planned` events are on it, where
+    that is known.
     """
 
-    def __init__(self) -> None:
-        self.waited_ns = 0
-        self._turned = False
-
-    async def measure(self, call: Awaitable[None]) -> None:
-        """Await a publish call and add what it waited."""
-        self._turned = False
-        mark = asyncio.get_running_loop().call_soon(self._turn)
-        began_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()
-        try:
-            await call
-        finally:
-            if self._turned:
-                idle_ns = time.monotonic_ns() - began_ns - (time.thread_time_ns() - cpu_ns)
-                self.waited_ns += max(0, idle_ns)
-            mark.cancel()
-
-    def _turn(self) -> None:
-        self._turned = True
+    source: Source
+    arrivals: Callable[[int], Arrivals] | None
+    warm_ns: int
+    length_ns: int
+    planned: int | None = None
 
 
-class LagCounts:
-    """Send lags, counted: whole microseconds up to 2,047, three digits beyond, so that memory is bounded."""
+def plan_of(spec: LoadSpec, driver: int = 0) -> Plan:
+    """Make a driver's plan; reads a recording for the first time.
 
-    def __init__(self) -> None:
-        self._counts: Counter[int] = Counter()
+    Raises:
+        LoadError: the load cannot be made.
+    """
+    warm_ns = int(spec.warmup_s * _NS)
+    if spec.recording is not None:
+        return _recorded(spec, spec.recording, driver, warm_ns)
+    length_ns = int(spec.planned_s * _NS)
+    profile = profile_of(spec)
+    if profile is None:
+        return Plan(source=made(spec, driver), arrivals=None, warm_ns=warm_ns, length_ns=length_ns)
 
-    def add(self, instants_ns: list[int], now_ns: int) -> None:
-        """Count events that go now and should have gone at these instants."""
-        self._counts.update([(now_ns - instant) // 1000 for instant in instants_ns])
-        if len(self._counts) > _LAGS_MAX:
-            self._counts = Counter(self.counts())
+    def arrivals(start_ns: int) -> Arrivals:
+        if spec.arrivals == "poisson":
+            chance = random.Random(f"{spec.seed}/{driver}/arrivals")
+            return Poisson(start_ns, profile, chance, drivers=spec.drivers)
+        return Evenly(start_ns, profile, driver=driver, drivers=spec.drivers)
 
-    def counts(self) -> dict[int, int]:
-        """Microseconds → how many events; 27,648 entries at most."""
-        folded: Counter[int] = Counter()
-        for lag_us, count in self._counts.items():
-            folded[bucket_bounds_us(bucket_index(lag_us))[1]] += count
-        return dict(folded)
+    return Plan(source=made(spec, driver), arrivals=arrivals, warm_ns=warm_ns, length_ns=length_ns)
+
+
+def profile_of(spec: LoadSpec) -> Profile | None:
+    """The rates of all drivers together, warm-up first; None: unpaced. A recording's has no end of its own."""
+    if spec.stages:
+        first = spec.stages[0].rate
+        stages = spec.stages
+    elif spec.rate is not None:
+        first = spec.rate
+        stages = (Stage(first, SECONDS_MAX if spec.duration_s is None else spec.duration_s),)
+    else:
+        return None
+    warm_up = (Stage(first, spec.warmup_s),) if spec.warmup_s else ()
+    return Profile((*warm_up, *stages))
+
+
+def _recorded(spec: LoadSpec, recording: Recording, driver: int, warm_ns: int) -> Plan:
+    profile = profile_of(spec)
+    coming: Arrivals | None = None
+    if profile is not None and spec.arrivals == "poisson":
+        coming = Poisson(0, profile, random.Random(f"{spec.seed}/arrivals"))
+    elif profile is not None:
+        coming = Evenly(0, profile)
+    bounded = spec.stages or spec.duration_s is not None
+    until_ns = int(spec.planned_s * _NS) if bounded and spec.is_paced else None
+    found = scan(recording, coming, driver=driver, drivers=spec.drivers, until_ns=until_ns)
+    offsets_ns = found.offsets_ns
+    return Plan(
+        source=Replay(recording, found, driver=driver, drivers=spec.drivers),
+        arrivals=None if offsets_ns is None else lambda start_ns: Recorded(start_ns, offsets_ns),
+        warm_ns=min(warm_ns, found.length_ns),
+        length_ns=int((SECONDS_MAX if spec.duration_s is None else spec.planned_s) * _NS)
+        if offsets_ns is None
+        else found.length_ns,
+        planned=found.total,
+    )
 
 
 class Edge(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,31 +146,53 @@ class Edge(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Driver:
-    """One run's sending side, on a connected client."""
+    """One run's sending side, on a connected client.
 
-    def __init__(self, spec: LoadSpec, client: shardbus.Client, workload: Workload) -> None:
+    Args:
+        start_ns: when the schedule begins; default: now.
+    """
+
+    def __init__(self, spec: LoadSpec, client: shardbus.Client, plan: Plan, start_ns: int | None = None) -> None:
         self._spec = spec
         self._client = client
-        self._workload = workload
+        self._source = plan.source
         self._wait = WaitMeter()
         self._lags = LagCounts()
+        self._lags_told = LagCounts()  # those that `progress` has told
+        self._commands = Commands(client, spec.timeout_s) if spec.commands else None
         self._send: Send = self._send_many if spec.call == "publish_many" else self._send_each
-        self._template = Tick(key="", payload=workload.payload)
+        if self._commands is not None:
+            self._send = self._commands.send
         self._sent = 0
-        self._start_ns = time.monotonic_ns()
-        self._warm_ns = self._start_ns + int(spec.warmup_s * _NS)
-        self._end_ns = self._warm_ns + int(spec.duration_s * _NS)
-        self._pacer = None if spec.rate is None else ConstantRate.of(self._start_ns, spec.rate)
-        self._warm, self._total = (0, 0) if self._pacer is None else _window_of(self._pacer, spec)
+        self._over = False  # the source has no more
+        self._start_ns = time.monotonic_ns() if start_ns is None else start_ns
+        self._warm_ns = self._start_ns + plan.warm_ns
+        self._end_ns = self._start_ns + plan.length_ns
+        self._arrivals = None if plan.arrivals is None else plan.arrivals(self._start_ns)
+        self._warm_count: int | None = None  # events before the measured ones, once all are sent
         self._before: Edge | None = None
+
+    def go_at(self, start_ns: int, plan: Plan) -> None:
+        """Begin at another instant than was thought; before `run`."""
+        self._start_ns = start_ns
+        self._warm_ns = start_ns + plan.warm_ns
+        self._end_ns = start_ns + plan.length_ns
+        self._arrivals = None if plan.arrivals is None else plan.arrivals(start_ns)
+
+    async def send_first(self) -> Load:
+        """Send one event ahead of the schedule, and return it: it shows whether the application takes such events."""
+        load = self._source.take(1)
+        await self._send(load, None)
+        self._sent += len(load.messages)
+        return load
 
     async def run(self) -> DriverResult:
         """Send the whole load, wait for it to be finished, and say what happened.
 
         Sending ends at the end of the window, or, where publish waits for room, up to `flush_s` later.
         """
-        sending = self._send_at_will() if self._pacer is None else self._send_on_time(self._pacer)
-        limit_s = self._spec.warmup_s + self._spec.duration_s + self._spec.flush_s
+        sending = self._send_at_will() if self._arrivals is None else self._send_on_time(self._arrivals)
+        limit_s = (self._end_ns - time.monotonic_ns()) / _NS + self._spec.flush_s
         try:
             async with asyncio.timeout(limit_s):
                 await sending
@@ -148,8 +203,9 @@ class Driver:
         final = await self._flush()
         flush_s = (time.monotonic_ns() - after.at_ns) / _NS
         window_s = (after.at_ns - before.at_ns) / _NS
+        self._lags_told.merge(self._lags)
         return DriverResult(
-            scheduled=None if self._pacer is None else self._total - self._warm,
+            scheduled=None if self._arrivals is None else self._scheduled_in_window(self._arrivals),
             sent=after.sent - before.sent,
             window_s=window_s,
             before=before.counts,
@@ -157,73 +213,99 @@ class Driver:
             final=final,
             flush_s=flush_s,
             waited_s=(after.waited_ns - before.waited_ns) / _NS,
-            send_lag_us=self._lags.counts(),
+            send_lag_us=self._lags_told.counts(),
             cpu_share=(after.cpu_s - before.cpu_s) / window_s if window_s else 0.0,
-            rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1),
+            replies_us={} if self._commands is None else self._commands.replies.counts(),
         )
 
     def progress(self) -> Progress:
-        """Where the run stands now."""
-        at_s = (time.monotonic_ns() - self._start_ns) / _NS
-        return Progress(at_s=at_s, warming_up=self._before is None, counts=self._counts())
+        """Where the run stands now; the send lags are those since the last call."""
+        now_ns = time.monotonic_ns()
+        lags, self._lags = self._lags, LagCounts()
+        self._lags_told.merge(lags)
+        scheduled = None
+        if self._arrivals is not None and not isinstance(self._arrivals, Poisson):
+            scheduled = self._arrivals.scheduled(min(now_ns, self._end_ns - 1) - self._start_ns)
+        return Progress(
+            at_s=(now_ns - self._start_ns) / _NS,
+            warming_up=self._before is None,
+            counts=self._counts(),
+            scheduled=scheduled,
+            send_lag_us=lags.counts(),
+        )
 
-    async def _send_on_time(self, pacer: ConstantRate) -> None:
+    def _scheduled_in_window(self, arrivals: Arrivals) -> int:
+        # A schedule that is random tells the beginning only while that is to come, so it is noted on the way.
+        warm = self._warm_count
+        if warm is None:
+            warm = arrivals.scheduled(self._warm_ns - 1 - self._start_ns)
+        return arrivals.scheduled(self._end_ns - 1 - self._start_ns) - warm
+
+    async def _send_on_time(self, arrivals: Arrivals) -> None:
         """Send each event when it is due, or as soon after as can be. The schedule never slips."""
-        warm, total = self._warm, self._total
         while True:
             now_ns = time.monotonic_ns()
-            self._open_window(now_ns, overdue_ns=0 if self._sent >= warm else _OVERRUN_NS)
-            due = pacer.due(self._sent, now_ns)
-            if self._sent == total:
-                if now_ns >= self._end_ns:
-                    return
-                await _idle(self._end_ns - now_ns)
-            elif now_ns >= self._end_ns + _OVERRUN_NS:
+            if self._warm_count is None and now_ns >= self._warm_ns:
+                self._end_warm_up(arrivals)
+            measured = self._warm_count is not None
+            self._open_window(now_ns, overdue_ns=0 if measured else _OVERRUN_NS)
+            # What is measured and what is not never goes in one batch.
+            due = arrivals.due(self._sent, min(now_ns, (self._end_ns if measured else self._warm_ns) - 1))
+            over = now_ns >= self._end_ns if measured and not due.count else now_ns >= self._end_ns + _OVERRUN_NS
+            if over or self._over:
                 return
-            elif due.count:
-                limit = warm if self._sent < warm else total
-                await self._send_due(pacer, min(due.count, BATCH, limit - self._sent), measured=self._sent >= warm)
+            if due.count:
+                await self._send_due(arrivals, min(due.count, BATCH), now_ns, measured=measured)
             else:
-                await _idle(due.wait_ns)
+                edge_ns = self._end_ns if measured else self._warm_ns
+                await _idle(min(due.wait_ns, edge_ns - now_ns))
 
-    async def _send_due(self, pacer: ConstantRate, count: int, *, measured: bool) -> None:
-        stretch = self._workload.take(count)
+    def _end_warm_up(self, arrivals: Arrivals) -> None:
+        if not arrivals.due(self._sent, self._warm_ns - 1).count:
+            self._warm_count = self._sent
+
+    async def _send_due(self, arrivals: Arrivals, count: int, now_ns: int, *, measured: bool) -> None:
+        load = self._source.take(count)
+        taken = len(load.messages)
+        if not taken:
+            self._over = True
+            return
         intended_ns = None
         if measured:
-            intended_ns = pacer.intended_ns(self._sent, len(stretch))
-            self._lags.add(intended_ns, time.monotonic_ns())
-        await self._wait.measure(self._send(stretch, intended_ns))
-        self._sent += len(stretch)
+            intended_ns = arrivals.intended_ns(self._sent, taken)
+            self._lags.add(intended_ns, now_ns)
+        await self._wait.measure(self._send(load, intended_ns))
+        self._sent += taken
 
     async def _send_at_will(self) -> None:
         """Send batch after batch as fast as the bus takes them. Nothing is due, so nothing is late or measured."""
-        take, send = self._workload.take, self._send
+        take, send = self._source.take, self._send
         while (now_ns := time.monotonic_ns()) < self._end_ns:
             self._open_window(now_ns, overdue_ns=0)
-            stretch = take(BATCH)
-            await send(stretch, None)
-            self._sent += len(stretch)
+            load = take(BATCH)
+            if not load.messages:
+                return
+            await send(load, None)
+            self._sent += len(load.messages)
 
     def _open_window(self, now_ns: int, *, overdue_ns: int) -> None:
         """Begin to measure `overdue_ns` after the warm-up, whose events may be late by as much without harm."""
         if self._before is None and now_ns >= self._warm_ns + overdue_ns:
             self._before = self._edge()
 
-    async def _send_many(self, stretch: Stretch, intended_ns: list[int] | None) -> None:
-        # `replace` builds an event in 90 ns. Calling the class takes 400 on Python 3.11, because a class whose metaclass
-        # is written in Python is called without vectorcall there.
-        template = self._template
-        events = [replace(template, key=key, n=n) for n, key in enumerate(stretch.keys, stretch.first)]
-        await self._client.publish_many(events, ordinals=stretch.ordinals, intended_ns=intended_ns)
+    async def _send_many(self, load: Load, intended_ns: list[int] | None) -> None:
+        await self._client.publish_many(load.messages, ordinals=load.ordinals, intended_ns=intended_ns)
 
-    async def _send_each(self, stretch: Stretch, intended_ns: list[int] | None) -> None:
-        publish, template = self._client.publish, self._template
-        instants = intended_ns or [0] * len(stretch)
-        numbers = range(stretch.first, stretch.first + len(stretch))
-        for n, key, ordinal, instant in zip(numbers, stretch.keys, stretch.ordinals, instants, strict=True):
-            await publish(replace(template, key=key, n=n), ordinal=ordinal, intended_ns=instant)
+    async def _send_each(self, load: Load, intended_ns: list[int] | None) -> None:
+        publish = self._client.publish
+        instants = intended_ns or [0] * len(load.messages)
+        for event, ordinal, instant in zip(load.messages, load.ordinals, instants, strict=True):
+            await publish(event, ordinal=ordinal, intended_ns=instant)
 
     async def _flush(self) -> Counts:
+        if self._commands is not None:
+            await self._commands.finish()
         try:
             await self._client.flush(self._spec.flush_s)
         except shardbus.NotDelivered:
@@ -240,6 +322,8 @@ class Driver:
         )
 
     def _counts(self) -> Counts:
+        if self._commands is not None:
+            return self._commands.counts()
         ledger = self._client.ledger()
         return Counts(
             published=ledger.published,
@@ -251,43 +335,97 @@ class Driver:
         )
 
 
-def _window_of(pacer: ConstantRate, spec: LoadSpec) -> tuple[int, int]:
-    """How many events are due before the window, and before its end."""
-    warmup_ns = int(spec.warmup_s * _NS)
-    return pacer.scheduled(warmup_ns - 1), pacer.scheduled(warmup_ns + int(spec.duration_s * _NS) - 1)
+class Commands:
+    """Commands under way, a task each, and what became of them. When `COMMANDS_MAX` are, the next one waits."""
+
+    def __init__(self, client: shardbus.Client, timeout_s: float) -> None:
+        self._client = client
+        self._timeout_s = timeout_s
+        self._running: set[asyncio.Task[None]] = set()
+        self._sent = self._replied = self._failed = self._unanswered = 0
+        self.replies = LagCounts()
+        """When replies came, from the intended instant."""
+
+    async def send(self, load: Load, intended_ns: list[int] | None) -> None:
+        """Send commands without waiting for their replies; see `Send`."""
+        loop = asyncio.get_running_loop()
+        instants = intended_ns or [0] * len(load.messages)
+        for command, instant in zip(load.messages, instants, strict=True):
+            while len(self._running) >= COMMANDS_MAX:
+                await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+            self._sent += 1
+            task = loop.create_task(self._execute(command, instant))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+
+    async def finish(self) -> None:
+        """Wait until each has its reply, or its time is up."""
+        if self._running:
+            await asyncio.wait(self._running)
+
+    async def _execute(self, command: Any, intended_ns: int) -> None:
+        try:
+            await self._client.execute(command, timeout=self._timeout_s)
+        except shardbus.CommandFailed:
+            self._failed += 1
+        except (TimeoutError, shardbus.CommandLost):
+            self._unanswered += 1
+        else:
+            self._replied += 1
+            if intended_ns:
+                self.replies.add((intended_ns,), time.monotonic_ns())
+
+    def counts(self) -> Counts:
+        """A ledger of commands: `dead` failed; what got no reply in time is in none of the columns."""
+        left = self._sent - self._replied - self._failed - self._unanswered
+        return Counts(
+            published=self._sent, handled=self._replied, dead=self._failed, waiting=0, dropped=0, in_flight=left
+        )
 
 
 async def _idle(wait_ns: int) -> None:
     await asyncio.sleep(0)  # what was published leaves with this turn, and acks come in
     if wait_ns > _LONG_WAIT_NS:
-        await asyncio.sleep((wait_ns - _LONG_WAIT_NS // 2) / _NS)
+        await asyncio.sleep(min(wait_ns - _LONG_WAIT_NS // 2, _SLEEP_NS_MAX) / _NS)
     else:
         time.sleep(min(max(wait_ns, _NAP_NS_MIN), _NAP_NS_MAX) / _NS)  # noqa: ASYNC251 - see the module's docstring
 
 
-async def drive(spec: LoadSpec, say: Say) -> None:
-    """Connect, run, and say everything on the way.
+async def drive(part: Part, say: Say, go: Awaitable[int]) -> None:
+    """Connect, wait for the word to go, run, and say everything on the way.
+
+    Args:
+        part: what to send.
+        say: takes each line.
+        go: gives the instant at which the schedule begins.
 
     Raises:
         ShardbusError: the bus cannot be reached or refuses.
+        LoadError: the load cannot be made, or the application does not take it.
     """
-    workload = workload_of(spec)
+    spec = part.spec
+    plan = plan_of(spec, part.driver)
     gc.collect()
     gc.freeze()  # the workload's tables live for ever; the collector need not walk them while events are built
     async with shardbus.connect(spec.address, timeout=_CONNECT_S, close_timeout=0.0) as client:
-        await _check_application(client)
-        say(Started(publisher=client.publisher.hex()))
-        driver = Driver(spec, client, workload)
+        driver = Driver(spec, client, plan)
+        if spec.template is None and spec.recording is None:
+            await _check_demo(client)
+        else:
+            await _check_first(client, driver, spec)
+        say(Started(publisher=client.publisher.hex(), pid=os.getpid(), planned=plan.planned))
+        driver.go_at(await go, plan)
         reporting = asyncio.create_task(_report_every_second(driver, say))
         try:
             result = await driver.run()
         finally:
             reporting.cancel()
+        say(driver.progress())
         say(result)
 
 
-async def _check_application(client: shardbus.Client) -> None:
-    """Make sure that the bus runs an application that takes our events.
+async def _check_demo(client: shardbus.Client) -> None:
+    """Make sure that the bus runs the demo application.
 
     Raises:
         LoadError: it does not; every event would become a dead letter of somebody's.
@@ -297,10 +435,48 @@ async def _check_application(client: shardbus.Client) -> None:
     except shardbus.CommandFailed as error:
         application = (await client.status())["bus"]
         raise LoadError(
-            f"the bus at {client.address} runs {application}, which does not take loadgen's events ({error.error}); serve "
-            "the built-in demo application (`shardbus serve` without MODULE:BUS), or name another bus with --connect"
+            f"the bus at {client.address} runs {application}, which does not take loadgen's own events ({error.error}); "
+            "name one of its own with --type and --key, or another bus with --connect"
         ) from None
     except TimeoutError:
+        pass  # a bus in trouble; the run will show it
+
+
+async def _check_first(client: shardbus.Client, driver: Driver, spec: LoadSpec) -> None:
+    """Send the first event of a type that is only known by name, and see that the application knows it, too.
+
+    Raises:
+        LoadError: it does not, or the body does not decode: all others would fail likewise.
+    """
+    if spec.commands:
+        await _check_command(client, spec)
+        return
+    first = await driver.send_first()
+    try:
+        await client.flush(_FIRST_S)
+    except shardbus.NotDelivered:
+        return  # its handler takes long
+    if not client.ledger().dead or not first.messages:
+        return
+    where = shardbus.DeadLetterFilter(type=type(first.messages[0]).__shardbus_name__)
+    for letter in reversed(await client.dead_letters(where)):
+        if letter.reason in ("unknown-type", "undecodable"):
+            application = (await client.status())["bus"]
+            raise LoadError(
+                f"the bus at {client.address} runs {application}, which does not take the event {letter.type!r} "
+                f"{letter.event}: {letter.error or letter.reason}; it is a dead letter there now "
+                "(`shardbus dead-letters list`)"
+            )
+
+
+async def _check_command(client: shardbus.Client, spec: LoadSpec) -> None:
+    command = made(spec, 0).take(1).messages[0]
+    try:
+        await client.execute(command, timeout=_FIRST_S)
+    except shardbus.CommandFailed as error:
+        if not error.remote_traceback:  # no handler was ever entered
+            raise LoadError(f"the bus at {client.address} does not take the command: {error}") from None
+    except (TimeoutError, shardbus.CommandLost):
         pass  # a bus in trouble; the run will show it
 
 
@@ -310,21 +486,26 @@ async def _report_every_second(driver: Driver, say: Say) -> None:
         say(driver.progress())
 
 
-async def _until_stdin_ends() -> None:
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    while await reader.read(4096):
-        pass
-
-
 def _say(line: DriverLine) -> None:
     sys.stdout.buffer.write(encode_line(line) + b"\n")
     sys.stdout.buffer.flush()
 
 
-async def _main(spec: LoadSpec) -> None:
-    driving = asyncio.ensure_future(drive(spec, _say))
-    orphaned = asyncio.ensure_future(_until_stdin_ends())
+async def _listen(go: asyncio.Future[int]) -> None:
+    """Pass on the word to go, and return when stdin ends."""
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    line = await reader.readline()
+    if line and not go.done():
+        go.set_result(decode_go(line).start_ns)
+    while await reader.read(4096):
+        pass
+
+
+async def _main(part: Part) -> None:
+    go: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    driving = asyncio.ensure_future(drive(part, _say, go))
+    orphaned = asyncio.ensure_future(_listen(go))
     await asyncio.wait([driving, orphaned], return_when=asyncio.FIRST_COMPLETED)
     orphaned.cancel()
     if not driving.done():
@@ -340,4 +521,4 @@ async def _main(spec: LoadSpec) -> None:
 
 
 if __name__ == "__main__":
-    shardbus.run(_main(decode_spec(sys.stdin.buffer.readline())))
+    shardbus.run(_main(decode_part(sys.stdin.buffer.readline())))

@@ -20,7 +20,7 @@ from typing import Final
 
 import msgspec
 
-from loadgen.spec import DriverFailed, DriverLine, LoadError, LoadSpec, decode_line, encode_line
+from loadgen.spec import DriverFailed, DriverLine, Go, LoadError, Part, decode_line, encode_line
 
 _LINE_BYTES_MAX: Final = 4 * 1024 * 1024  # a result carries up to 27,648 counts of send lags
 _READY_S: Final = 60.0
@@ -99,20 +99,30 @@ class DriverProcess:
     def __init__(self, process: Process) -> None:
         self._process = process
 
-    async def lines(self, silence_s: float) -> AsyncIterator[DriverLine]:
-        """What the driver says, until it ends. At most `silence_s` seconds may pass between two lines.
+    def go(self, start_ns: int) -> None:
+        """Tell it when to begin."""
+        assert self._process.stdin is not None  # it is a pipe
+        self._process.stdin.write(encode_line(Go(start_ns=start_ns)) + b"\n")
+
+    async def lines(self, silence_s: float, *, first_s: float) -> AsyncIterator[DriverLine]:
+        """What the driver says, until it ends.
+
+        Args:
+            silence_s: so many seconds may pass between two lines.
+            first_s: so many until the first one.
 
         Raises:
             LoadError: the driver gave up, fell silent or broke.
         """
         stdout = self._process.stdout
         assert stdout is not None  # it is a pipe
+        limit_s = first_s
         while True:
             try:
-                async with asyncio.timeout(silence_s):
+                async with asyncio.timeout(limit_s):
                     text = await stdout.readline()
             except TimeoutError:
-                raise LoadError(f"the driver process has said nothing for {silence_s:g} s") from None
+                raise LoadError(f"the driver process has said nothing for {limit_s:g} s") from None
             except ValueError as error:  # a line beyond the bound
                 raise LoadError(f"the driver process said what cannot be understood: {error}") from error
             if not text:
@@ -123,15 +133,16 @@ class DriverProcess:
                 raise LoadError(f"the driver process said what cannot be understood: {error}") from error
             if isinstance(line, DriverFailed):
                 raise LoadError(line.error)
+            limit_s = silence_s
             yield line
 
 
 @contextlib.asynccontextmanager
-async def started_driver(spec: LoadSpec) -> AsyncIterator[DriverProcess]:
-    """Start the driver of a run; ended when the block is left."""
+async def started_driver(part: Part) -> AsyncIterator[DriverProcess]:
+    """Start a driver of a run; ended when the block is left."""
     async with started(["loadgen.driver"], piped_stdin=True) as process:
         assert process.stdin is not None  # it is a pipe, and stays open: its end tells the driver that nobody listens
-        process.stdin.write(encode_line(spec) + b"\n")
+        process.stdin.write(encode_line(part) + b"\n")
         await process.stdin.drain()
         yield DriverProcess(process)
 

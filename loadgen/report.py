@@ -1,4 +1,4 @@
-"""What a run comes to: the figures, and the verdict on them. Pure; the terminal and the files are `cli`'s.
+"""What a run comes to: the figures, and the verdict on them. Pure; what people read is made of it in `tables`.
 
 `published` and all counts of outcomes are of the whole run, warm-up included, because a lost event is lost at any time.
 Rates, latency and send lag are of the measured window alone.
@@ -11,9 +11,11 @@ from typing import Final, Literal
 
 import msgspec
 
-from loadgen.histogram import Percentiles, percentiles_us
+from loadgen.expect import Expectation, Outcome, check, shown
+from loadgen.histogram import Histogram, Percentiles, percentiles_us
 from loadgen.machine import Machine
-from loadgen.spec import Call, DriverResult, LoadSpec
+from loadgen.meters import merged
+from loadgen.spec import Counts, DriverResult, LoadSpec
 
 Verdict = Literal["ok", "failed", "generator-bound", "saturated"]
 
@@ -22,6 +24,7 @@ EXIT_USAGE: Final = 2
 
 ACHIEVED_MIN: Final = 0.99  # of the offered rate; below it, somebody did not keep up
 SEND_LAG_P99_US_MAX: Final = 5_000  # above it, the generator was not on time, and its latencies would be its own
+BEHIND_S_MAX: Final = 0.1  # … and so much of the load may be under way at the end of a short window
 WAITED_SHARE_MAX: Final = 0.01  # of the window, spent waiting for room; above it, the bus may have made sending late
 OWN_PACE_MIN: Final = 0.9  # of what was due while the generator did not wait; below it, it was too slow by itself
 
@@ -66,6 +69,45 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     latency_us: Percentiles | None
 
 
+class ProcessUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process used: processor time as a share of one core (None: it was not seen for long enough), and memory."""
+
+    name: str
+    pid: int
+    cpu_share: float | None
+    rss_bytes: int
+
+
+class Interval(msgspec.Struct, frozen=True, kw_only=True):
+    """About a second of a run, up to `at_s` after its first event was due.
+
+    `offered_rate` is None where nothing was scheduled; `counts` are of the run so far. `latency_us` are the response times
+    heard of in the interval, None where there were none or nobody answered. `backlog` is of each shard, at its end.
+    """
+
+    at_s: float
+    warming_up: bool
+    offered_rate: float | None
+    achieved_rate: float
+    counts: Counts
+    latency_us: Percentiles | None
+    send_lag_p99_us: int | None
+    backlog: tuple[int, ...]
+    waiting: int
+    processes: tuple[ProcessUse, ...]
+
+
+class FaultRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A fault as it was done: to which shard, when, and for one that ended a worker how long until its successor had handled
+    something (None: nothing was seen of it).
+    """
+
+    fault: str
+    shard: int
+    at_s: float
+    recovery_s: float | None = None
+
+
 # -- the verdict
 
 
@@ -96,6 +138,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     sent: int
     send_lag_p99_us: int
     waited_share: float
+    drivers: int = 1
+    commands: bool = False
 
 
 def judge(facts: Facts) -> Judgement:
@@ -109,10 +153,10 @@ def judge(facts: Facts) -> Judgement:
     if facts.offered_rate is None or facts.scheduled is None:
         return Judgement("ok")
     late = _lateness(facts)
-    slow = facts.achieved_rate < ACHIEVED_MIN * facts.offered_rate
+    slow = facts.achieved_rate < (1 - _behind_max(facts)) * facts.offered_rate
     achieved = f"{facts.achieved_rate:,.0f} of {facts.offered_rate:,.0f} events/s were finished in the measured window"
     if late and _is_generators_fault(facts, facts.scheduled):
-        return Judgement("generator-bound", (late, "one driver process cannot offer this rate here"))
+        return Judgement("generator-bound", (late, f"{_processes(facts.drivers)} cannot offer this rate here"))
     if late:
         waited = f"publish waited for room {facts.waited_share:.0%} of the time"
         return Judgement("saturated", (waited, late, achieved))
@@ -121,9 +165,21 @@ def judge(facts: Facts) -> Judgement:
     return Judgement("ok")
 
 
+def _processes(count: int) -> str:
+    return "one driver process" if count == 1 else f"{count} driver processes"
+
+
+def _behind_max(facts: Facts) -> float:
+    """Which part of the offered load may be unfinished at the end of the window."""
+    window_s = (facts.scheduled or 0) / facts.offered_rate if facts.offered_rate else 0.0
+    return max(1 - ACHIEVED_MIN, min(1.0, BEHIND_S_MAX / window_s)) if window_s else 1.0
+
+
 def _broken_promises(facts: Facts) -> list[str]:
     reasons = []
-    if facts.lost:
+    if facts.lost and facts.commands:
+        reasons.append(f"{facts.lost:,} commands got no reply in time, or their worker died under them")
+    elif facts.lost:
         reasons.append(f"{facts.lost:,} events were acknowledged, and nothing shows that they were ever handled")
     if facts.in_flight:
         reasons.append(f"{facts.in_flight:,} events were not finished when the time for the flush was up")
@@ -166,13 +222,16 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     learnt from acks, over the window's length. `lost`: published, finished by nobody, and not waiting in a store.
     `not_delivered`: not finished when the flush gave up. `waiting`: still in a store, at most. `duplicates`: all
     repeats; `redelivered`: those that said so. `unchecked`: events of keys that the shards no longer remembered.
-    `latency_us` runs from the intended instant to the end of the handler, and is null where it would mislead; `notes` say
-    why.
+    Times run from the intended instant: `send_lag_us` to the publish call, `latency_us` (the response time) to the end of
+    the handler, or, for a command, to its reply. `latency_us` is null where it would mislead; `notes` say why.
+    `load` is what was asked for. Counts of commands stand where those of events would: `handled` were replied to,
+    `dead_lettered` failed, `lost` got no reply.
     """
 
     verdict: Verdict
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
+    expectations: tuple[Outcome, ...] = ()
     offered_rate: float | None
     achieved_rate: float
     published: int
@@ -193,20 +252,67 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     window_s: float
     generator_cpu: float
     generator_rss_bytes: int
-    duration_s: float
-    warmup_s: float
-    keys: int | Literal["unique"]
-    payload_bytes: int
-    call: Call
-    seed: int
+    load: LoadSpec
     address: str
     workers: tuple[WorkerState, ...]
+    faults: tuple[FaultRecord, ...] = ()
+    processes: tuple[ProcessUse, ...] = ()
+    shard_latency_us: dict[int, Percentiles] = {}
+    intervals: tuple[Interval, ...] = ()
     machine: Machine
 
     @property
     def exit_code(self) -> int:
         """What the process that made the run ends with."""
         return EXIT_CODES[self.verdict]
+
+
+def figures_of(report: Report) -> dict[str, float | None]:
+    """Everything that can be expected of a run (`expect.FIGURES`), times in seconds."""
+    latency, lag = report.latency_us, report.send_lag_us
+    workers = [use for use in report.processes if use.name.startswith("worker ")]
+    shares = [use.cpu_share for use in workers if use.cpu_share is not None]
+    recoveries = [fault.recovery_s for fault in report.faults if not fault.fault.startswith("stop")]
+    recovered = [seconds for seconds in recoveries if seconds is not None]
+    times_us: dict[str, int | None] = {
+        name: None if latency is None else getattr(latency, name) for name in ("p50", "p90", "p99", "p99_9", "max")
+    }
+    times_us |= {f"send_lag_{name}": None if lag is None else getattr(lag, name) for name in ("p50", "p99")}
+    return {
+        **{name: None if value is None else value / 1e6 for name, value in times_us.items()},
+        **{name: float(getattr(report, name)) for name in COUNTED},
+        "recovery": max(recovered) if recovered and len(recovered) == len(recoveries) else None,
+        "achieved_rate": report.achieved_rate,
+        "worker_rss": max((float(use.rss_bytes) for use in workers), default=None),
+        "worker_cpu": max(shares, default=None),
+    }
+
+
+COUNTED: Final = (
+    "published",
+    "handled",
+    "dead_lettered",
+    "lost",
+    "duplicates",
+    "redelivered",
+    "out_of_order",
+    "not_delivered",
+    "waiting",
+    "unchecked",
+)
+
+
+def held_against(report: Report, expectations: Sequence[Expectation]) -> Report:
+    """A report with its expectations checked. One that is not met makes an ok run a failed one."""
+    figures = figures_of(report)
+    outcomes = tuple(check(expectation, figures) for expectation in expectations)
+    missed = tuple(f"expected {shown(outcome)}" for outcome in outcomes if not outcome.met)
+    verdict = report.verdict
+    if missed and verdict == "ok":
+        verdict = "failed"
+    return msgspec.structs.replace(
+        report, expectations=outcomes, verdict=verdict, reasons=(*report.reasons, *missed)
+    )
 
 
 class Account(msgspec.Struct, frozen=True, kw_only=True):
@@ -240,6 +346,59 @@ def account(result: DriverResult, totals: Totals, bus_waiting: int) -> Account:
     )
 
 
+def together(results: Sequence[DriverResult]) -> DriverResult:
+    """What several drivers saw, as one: counts and processor time add up, the window is the longest."""
+    one = results[0]
+    if len(results) == 1:
+        return one
+
+    def sums(name: str) -> Counts:
+        parts = [getattr(result, name) for result in results]
+        return Counts(**{field: sum(getattr(part, field) for part in parts) for field in Counts.__struct_fields__})
+
+    return DriverResult(
+        scheduled=None if one.scheduled is None else sum(result.scheduled or 0 for result in results),
+        sent=sum(result.sent for result in results),
+        window_s=max(result.window_s for result in results),
+        before=sums("before"),
+        after=sums("after"),
+        final=sums("final"),
+        flush_s=max(result.flush_s for result in results),
+        waited_s=sum(result.waited_s for result in results) / len(results),
+        send_lag_us=merged([result.send_lag_us for result in results]),
+        cpu_share=sum(result.cpu_share for result in results),
+        rss_bytes=sum(result.rss_bytes for result in results),
+        replies_us=merged([result.replies_us for result in results]),
+    )
+
+
+def totals_of_commands(result: DriverResult) -> Totals:
+    """The evidence of commands: they are not in the shards' books, but each has a reply or has not."""
+    final = result.final
+    replies = Histogram(result.replies_us.items())
+    return Totals(
+        distinct=final.handled + final.dead,
+        repeats=0,
+        announced=0,
+        out_of_order=0,
+        missing=0,
+        unchecked=0,
+        dead=final.dead,
+        samples=replies.total,
+        latency_us=replies.percentiles(),
+    )
+
+
+class Observed(msgspec.Struct, frozen=True, kw_only=True):
+    """What was seen beside drivers and evidence; see `Report`."""
+
+    faults: tuple[FaultRecord, ...] = ()
+    processes: tuple[ProcessUse, ...] = ()
+    unseen: tuple[str, ...] = ()
+    shard_latency_us: dict[int, Percentiles] = {}
+    intervals: tuple[Interval, ...] = ()
+
+
 def make_report(
     spec: LoadSpec,
     result: DriverResult,
@@ -249,18 +408,24 @@ def make_report(
     address: str,
     one_clock: bool,
     machine: Machine,
+    observed: Observed = Observed(),  # noqa: B008 - frozen
 ) -> Report:
     """Put a run's figures together and judge them.
 
     Args:
-        result: what the driver saw.
-        totals: the evidence of its publisher, after the flush.
+        result: what the drivers saw.
+        totals: the evidence of their publishers, after the flush.
         bus: the state of the bus after the flush.
         one_clock: whether the workers' clock is the driver's; otherwise no latency can be quoted.
+        observed: what else was seen.
     """
     books = account(result, totals, bus.waiting)
     lag_us = percentiles_us(result.send_lag_us.items())
-    achieved_rate = (result.after.finished - result.before.finished) / result.window_s if result.window_s else 0.0
+    window_s = result.window_s
+    achieved_rate = (result.after.finished - result.before.finished) / window_s if window_s else 0.0
+    offered_rate = spec.rate
+    if spec.rate is None and result.scheduled is not None:
+        offered_rate = result.scheduled / window_s if window_s else 0.0
     judgement = judge(
         Facts(
             lost=books.lost,
@@ -268,20 +433,24 @@ def make_report(
             duplicates=books.duplicates,
             redelivered=totals.announced,
             out_of_order=totals.out_of_order,
-            offered_rate=spec.rate,
+            offered_rate=offered_rate,
             achieved_rate=achieved_rate,
             scheduled=result.scheduled,
             sent=result.sent,
             send_lag_p99_us=0 if lag_us is None else lag_us.p99,
-            waited_share=result.waited_s / result.window_s if result.window_s else 0.0,
+            waited_share=result.waited_s / window_s if window_s else 0.0,
+            drivers=spec.drivers,
+            commands=spec.commands,
         )
     )
+    # A command's two instants are both read by its driver, wherever the bus runs.
+    one_clock = one_clock or spec.commands
     silence = _why_no_latency(spec, judgement, lost=books.lost + result.final.in_flight, one_clock=one_clock)
     return Report(
         verdict=judgement.verdict,
         reasons=judgement.reasons,
-        notes=(*([silence] if silence else []), *_notes(result, totals)),
-        offered_rate=spec.rate,
+        notes=(*([silence] if silence else []), *_notes(result, totals, observed)),
+        offered_rate=offered_rate,
         achieved_rate=achieved_rate,
         published=result.final.published,
         handled=books.handled,
@@ -298,24 +467,28 @@ def make_report(
         send_lag_us=lag_us,
         publish_wait_s=result.waited_s,
         flush_s=result.flush_s,
-        window_s=result.window_s,
+        window_s=window_s,
         generator_cpu=result.cpu_share,
         generator_rss_bytes=result.rss_bytes,
-        duration_s=spec.duration_s,
-        warmup_s=spec.warmup_s,
-        keys="unique" if spec.keys is None else spec.keys,
-        payload_bytes=spec.payload_bytes,
-        call=spec.call,
-        seed=spec.seed,
+        load=spec,
         address=address,
         workers=bus.workers,
+        faults=observed.faults,
+        processes=observed.processes,
+        shard_latency_us={} if silence else observed.shard_latency_us,
+        intervals=_without_latency(observed.intervals) if silence else observed.intervals,
         machine=machine,
     )
 
 
+def _without_latency(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
+    """What would mislead as a whole would mislead by the second, too."""
+    return tuple(msgspec.structs.replace(interval, latency_us=None) for interval in intervals)
+
+
 def _why_no_latency(spec: LoadSpec, judgement: Judgement, *, lost: int, one_clock: bool) -> str:
     """Why a run quotes no latency; empty where it does."""
-    if spec.rate is None:
+    if not spec.is_paced:
         return "no latency: at full speed it is the length of the queues, and says nothing of the bus"
     if judgement.verdict in ("generator-bound", "saturated"):
         return f"no latency: the run is {judgement.verdict}"
@@ -326,8 +499,10 @@ def _why_no_latency(spec: LoadSpec, judgement: Judgement, *, lost: int, one_cloc
     return ""
 
 
-def _notes(result: DriverResult, totals: Totals) -> Sequence[str]:
+def _notes(result: DriverResult, totals: Totals, observed: Observed) -> Sequence[str]:
     notes = []
+    if observed.unseen:
+        notes.append(f"not always seen, so their processor time and memory may be too low: {', '.join(observed.unseen)}")
     if totals.unchecked:
         notes.append(
             f"{totals.unchecked:,} events could not be checked for order and repeats: their keys were more than the shards "
@@ -338,41 +513,3 @@ def _notes(result: DriverResult, totals: Totals) -> Sequence[str]:
     if unmeasured > totals.dead + result.final.in_flight + result.final.waiting:
         notes.append(f"{unmeasured:,} of {measured:,} events of the measured window have no latency")
     return notes
-
-
-def rows_of(report: Report) -> list[tuple[str, str]]:
-    """The report for people: captions and values."""
-    rate = "max" if report.offered_rate is None else f"{report.offered_rate:,.0f}/s"
-    keys = report.keys if isinstance(report.keys, str) else f"{report.keys:,}"
-    rows = [
-        ("load", f"{rate} for {report.duration_s:g} s after {report.warmup_s:g} s, {keys} keys, {report.call}"),
-        ("bus", f"{report.address}, workers: {len(report.workers)}"),
-        ("achieved", f"{report.achieved_rate:,.0f}/s"),
-        ("published", f"{report.published:,}"),
-        ("handled", f"{report.handled:,}"),
-        ("dead letters", f"{report.dead_lettered:,}"),
-        ("lost", f"{report.lost:,}"),
-        ("repeats", f"{report.duplicates:,}, announced: {report.redelivered:,}"),
-        ("out of order", f"{report.out_of_order:,}"),
-    ]
-    if report.waiting or report.not_delivered:
-        rows.append(("unfinished", f"waiting in a store: {report.waiting:,}, not delivered: {report.not_delivered:,}"))
-    rows.append(("latency", _shown(report.latency_us)))
-    if report.send_lag_us is not None:
-        rows.append(("send lag", _shown(report.send_lag_us)))
-    rows.append(("generator", f"{report.generator_cpu:.0%} of a core, {report.generator_rss_bytes / 1e6:,.0f} MB"))
-    restarts = sum(worker.restarts for worker in report.workers)
-    if restarts:
-        rows.append(("restarts", f"{restarts:,} since the bus started"))
-    machine = report.machine
-    rows.append(("machine", f"{machine.cpu_count} × {machine.cpu_model}, Python {machine.python}"))
-    rows.extend(("note", note) for note in report.notes)
-    rows.append(("verdict", "; ".join((report.verdict, *report.reasons))))
-    return rows
-
-
-def _shown(percentiles: Percentiles | None) -> str:
-    if percentiles is None:
-        return "–"
-    names = {"p50": "p50", "p90": "p90", "p99": "p99", "p99_9": "p99.9", "max": "max"}
-    return "  ".join(f"{shown} {getattr(percentiles, field) / 1000:,.3f} ms" for field, shown in names.items())

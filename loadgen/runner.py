@@ -1,23 +1,43 @@
-"""One run from beginning to end: a bus, a driver, a collector, a report. Only who does what when."""
+"""One run from beginning to end: a bus, drivers, a collector, faults, a report. Only who does what when."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final, Protocol
+
+import msgspec
 
 import shardbus
 from loadgen.collector import Collector, totals_of
+from loadgen.expect import Expectation
+from loadgen.histogram import Histogram
+from loadgen.injector import Injector
 from loadgen.machine import shares_clock, this_machine
 from loadgen.processes import DriverProcess, started_bus, started_driver
-from loadgen.report import BusState, Report, make_report
-from loadgen.spec import DriverResult, LoadError, LoadSpec, Progress, Started
+from loadgen.report import (
+    FaultRecord,
+    Interval,
+    Observed,
+    Report,
+    held_against,
+    make_report,
+    together,
+    totals_of_commands,
+)
+from loadgen.spec import DriverLine, DriverResult, FaultSpec, LoadError, LoadSpec, Part, Progress, Started
 
 _PROBE_S: Final = 1.0  # a bus on this host answers in milliseconds; one under full load still does within this
 _CONNECT_S: Final = 5.0
 _SILENCE_S: Final = 20.0  # a driver speaks every second; on a machine in trouble, rather less often
-_STATE_S: Final = 1.0
+_READY_S: Final = 600.0  # a long recording is read before its driver is ready
+_HEAD_START_NS: Final = 100_000_000  # from the word to go until the schedule begins
+_INTERVALS_MAX: Final = 3600  # of one run; a longer one has longer intervals
 
 
 class Watcher(Protocol):
@@ -26,39 +46,84 @@ class Watcher(Protocol):
     def say(self, text: str) -> None:
         """Something that a person should know, once."""
 
-    def progress(self, progress: Progress, bus: BusState) -> None:
-        """About once a second: the driver's ledger, and the bus as it was last seen."""
+    def begin(self, spec: LoadSpec, planned: int | None) -> None:
+        """The schedule begins. `planned` events are on it, where that is known."""
+
+    def progress(self, interval: Interval) -> None:
+        """About once a second: what has happened since the last time."""
+
+    def fault(self, record: FaultRecord) -> None:
+        """A fault was done, and, where it ended a worker, what came of it."""
 
 
 class _Silent:
     def say(self, text: str) -> None:
         """Nobody listens."""
 
-    def progress(self, progress: Progress, bus: BusState) -> None:
+    def begin(self, spec: LoadSpec, planned: int | None) -> None:
+        """Nobody watches."""
+
+    def progress(self, interval: Interval) -> None:
+        """Nobody watches."""
+
+    def fault(self, record: FaultRecord) -> None:
         """Nobody watches."""
 
 
-def run(spec: LoadSpec, watcher: Watcher | None = None) -> Report:
+def run(
+    spec: LoadSpec,
+    watcher: Watcher | None = None,
+    *,
+    expectations: Sequence[Expectation] = (),
+    histogram: Histogram | None = None,
+) -> Report:
     """Make a run and return its report. Starts processes, and ends them; must not be called from a running event loop.
+
+    Args:
+        spec: what is asked for.
+        watcher: is told how it goes.
+        expectations: what the report is held against.
+        histogram: takes the response times of the measured window.
 
     Raises:
         LoadError: the run could not be made or finished.
         ShardbusError: no bus at the address that was named, or it refused.
     """
-    return asyncio.run(run_async(spec, watcher))
+    return asyncio.run(run_async(spec, watcher, expectations=expectations, histogram=histogram))
 
 
-async def run_async(spec: LoadSpec, watcher: Watcher | None = None) -> Report:
+async def run_async(
+    spec: LoadSpec,
+    watcher: Watcher | None = None,
+    *,
+    expectations: Sequence[Expectation] = (),
+    histogram: Histogram | None = None,
+) -> Report:
     """As `run`, inside an event loop."""
     watcher = watcher or _Silent()
     async with contextlib.AsyncExitStack() as stack:
         address = await _find_bus(spec, stack, watcher.say)
         client = await stack.enter_async_context(shardbus.connect(address, timeout=_CONNECT_S))
-        return await _measure(spec, Collector(client), client.address, watcher)
+        local = shares_clock(client.address)
+        if spec.faults and not local:
+            raise LoadError(f"faults need a bus on this host; {client.address} is elsewhere")
+        spec = msgspec.structs.replace(spec, address=client.address, application=None)
+        run_ = _Run(spec, client, watcher, Collector(client, local=local))
+        report = await run_.measure()
+        if histogram is not None and report.latency_us is not None:
+            histogram.merge(run_.histogram())
+        return held_against(report, expectations)
 
 
 async def _find_bus(spec: LoadSpec, stack: contextlib.AsyncExitStack, say: Callable[[str], None]) -> str | None:
     """The address of a bus that runs, or of one that was started for as long as the stack lives."""
+    if spec.application is not None:
+        directory = tempfile.mkdtemp(prefix="loadgen-")
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        address = f"ipc://{directory}/bus"
+        say(f"serving {spec.application} at {address} for this run, workers: {spec.workers}")
+        await stack.enter_async_context(started_bus(spec.workers, address, application=spec.application))
+        return address
     if spec.address is not None:
         return spec.address
     try:
@@ -66,49 +131,171 @@ async def _find_bus(spec: LoadSpec, stack: contextlib.AsyncExitStack, say: Calla
             return client.address
     except shardbus.BusUnreachable as nobody:
         say(f"no bus runs at {nobody.address}; starting one for this run, workers: {spec.workers}")
-        await stack.enter_async_context(started_bus(spec.workers))
+        await stack.enter_async_context(started_bus(spec.workers, nobody.address))
         return nobody.address
 
 
-async def _measure(spec: LoadSpec, collector: Collector, address: str, watcher: Watcher) -> Report:
-    await collector.state()
-    watching = asyncio.create_task(collector.watch(_STATE_S))
-    try:
-        async with started_driver(_for_driver(spec, address)) as driver:
-            publisher, result = await _follow(driver, collector, watcher, silence_s=_SILENCE_S + spec.flush_s)
-    finally:
-        watching.cancel()
-    try:
-        totals = await collector.settle(publisher, result.final, spec.flush_s)
-    except shardbus.BusUnreachable:
-        totals = totals_of(())  # the bus is gone, and with it all that would show what it did: the verdict says so
-    return make_report(
-        spec,
-        result,
-        totals,
-        await collector.state(),
-        address=address,
-        one_clock=shares_clock(address),
-        machine=this_machine(),
-    )
+class _Run:
+    """A run on a bus that was found."""
+
+    def __init__(self, spec: LoadSpec, client: shardbus.Client, watcher: Watcher, collector: Collector) -> None:
+        self._spec = spec
+        self._client = client
+        self._watcher = watcher
+        self._collector = collector
+        self._latest: list[Progress | None] = [None] * spec.drivers
+        self._results: list[DriverResult | None] = [None] * spec.drivers
+        self._pids: list[int] = []
+        self._intervals: list[Interval] = []
+        self._faults: list[FaultRecord] = []
+        self._told = 0
+
+    def histogram(self) -> Histogram:
+        """The response times of the measured window."""
+        if self._spec.commands:
+            return Histogram(self._result().replies_us.items())
+        return self._collector.histogram
+
+    async def measure(self) -> Report:
+        spec, collector = self._spec, self._collector
+        await collector.state()
+        await self._drive()
+        result = self._result()
+        if spec.commands:
+            totals = totals_of_commands(result)
+        else:
+            try:
+                totals = await collector.settle(result.final, spec.flush_s)
+            except shardbus.BusUnreachable:
+                totals = totals_of(())  # the bus is gone, and with it all that would show what it did: the verdict says so
+        found = {shard: histogram.percentiles() for shard, histogram in sorted(collector.by_shard.items())}
+        return make_report(
+            spec,
+            result,
+            totals,
+            await collector.state(),
+            address=self._client.address,
+            one_clock=shares_clock(self._client.address),
+            machine=this_machine(),
+            observed=Observed(
+                faults=tuple(self._faults),
+                processes=collector.processes(),
+                unseen=collector.unseen(),
+                shard_latency_us={shard: one for shard, one in found.items() if one is not None},
+                intervals=tuple(self._intervals),
+            ),
+        )
+
+    def _result(self) -> DriverResult:
+        return together([result for result in self._results if result is not None])
+
+    async def _drive(self) -> None:
+        """Start the drivers, give the word to go once all are ready, and follow them to their results."""
+        spec = self._spec
+        async with contextlib.AsyncExitStack() as stack:
+            lines = []
+            drivers: list[DriverProcess] = []
+            for number in range(spec.drivers):
+                driver = await stack.enter_async_context(started_driver(Part(spec=spec, driver=number)))
+                drivers.append(driver)
+                lines.append(driver.lines(_SILENCE_S + spec.flush_s, first_s=_READY_S))
+            planned: int | None = None
+            for each in lines:
+                started = await anext(each, None)
+                if not isinstance(started, Started):
+                    raise LoadError("a driver process ended before it was ready; what it wrote stands above")
+                self._pids.append(started.pid)
+                self._collector.publishers.append(bytes.fromhex(started.publisher))
+                planned = started.planned
+            self._collector.begin(self._pids)
+            start_ns = time.monotonic_ns() + _HEAD_START_NS
+            for driver in drivers:
+                driver.go(start_ns)
+            self._watcher.begin(spec, planned)
+            beside = [asyncio.create_task(self._watch()), *self._fault_tasks(start_ns)]
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for number, each in enumerate(lines):
+                        group.create_task(self._follow(number, each))
+            except* LoadError as several:
+                raise several.exceptions[0] from None
+            finally:
+                await self._end(beside)
+
+    async def _end(self, beside: Sequence[asyncio.Task[None]]) -> None:
+        watching, *faults = beside
+        if faults and None not in self._results:
+            # A recovery that is still awaited is part of the report.
+            await asyncio.wait(faults, timeout=_CONNECT_S)
+        for task in beside:
+            task.cancel()
+        await asyncio.wait(beside)
+        if None not in self._results:
+            await self._observe(last=True)
+        for task in (watching, *faults):
+            if not task.cancelled() and task.exception() is not None:
+                raise LoadError(f"the run could not be watched: {task.exception()!r}") from task.exception()
+
+    async def _follow(self, number: int, lines: AsyncIterator[DriverLine]) -> None:
+        """Read what a driver says up to its result."""
+        async for line in lines:
+            match line:
+                case Progress():
+                    self._latest[number] = _later(self._latest[number], line)
+                case DriverResult():
+                    self._results[number] = line
+        if self._results[number] is None:
+            raise LoadError("a driver process ended without a result; what it wrote stands above")
+
+    async def _watch(self) -> None:
+        interval_s = max(1.0, self._spec.planned_s / _INTERVALS_MAX)
+        while True:
+            await asyncio.sleep(interval_s)
+            await self._observe()
+
+    async def _observe(self, *, last: bool = False) -> None:
+        latest = [line for line in self._latest if line is not None]
+        if len(latest) < self._spec.drivers or len(self._intervals) >= 2 * _INTERVALS_MAX:
+            return
+        interval = await self._collector.interval(latest, [] if last else self._pids)
+        self._latest = [msgspec.structs.replace(line, send_lag_us={}) for line in latest]
+        if interval is not None:
+            self._intervals.append(interval)
+            self._watcher.progress(interval)
+
+    # -- faults
+
+    def _fault_tasks(self, start_ns: int) -> list[asyncio.Task[None]]:
+        chance = random.Random(f"{self._spec.seed}/faults")
+        shards = len(self._collector.latest.workers)
+        tasks = []
+        for fault in self._spec.faults:
+            shard = chance.randrange(max(1, shards)) if fault.shard is None else fault.shard
+            if shard >= shards:
+                raise LoadError(f"{fault}: the bus has {shards} shards, from 0 on")
+            tasks.append(asyncio.create_task(self._fault(fault, shard, start_ns)))
+        return tasks
+
+    async def _fault(self, fault: FaultSpec, shard: int, start_ns: int) -> None:
+        injector = Injector(self._client)
+        await asyncio.sleep(max(0.0, start_ns / 1e9 + fault.at_s - time.monotonic()))
+        record = FaultRecord(fault=str(fault), shard=shard, at_s=time.monotonic() - start_ns / 1e9)
+        at = len(self._faults)
+        self._faults.append(record)
+        if fault.kind == "stop":
+            await injector.stop(shard, fault.seconds)
+        else:
+            end = injector.kill if fault.kind == "kill" else injector.terminate
+            record = msgspec.structs.replace(record, recovery_s=await end(shard))
+            self._faults[at] = record
+        self._watcher.fault(record)
 
 
-def _for_driver(spec: LoadSpec, address: str) -> LoadSpec:
-    fields = {name: getattr(spec, name) for name in spec.__struct_fields__}
-    return LoadSpec(**{**fields, "address": address})
-
-
-async def _follow(
-    driver: DriverProcess, collector: Collector, watcher: Watcher, *, silence_s: float
-) -> tuple[bytes, DriverResult]:
-    """Read what the driver says up to its result; also returns the publisher's identity."""
-    publisher = b""
-    async for line in driver.lines(silence_s):
-        match line:
-            case Started():
-                publisher = bytes.fromhex(line.publisher)
-            case Progress():
-                watcher.progress(line, collector.latest)
-            case DriverResult():
-                return publisher, line
-    raise LoadError("the driver process ended without a result; what it wrote stands above")
+def _later(before: Progress | None, line: Progress) -> Progress:
+    """A driver's latest word, with the send lags of those that nobody has looked at yet."""
+    if before is None or not before.send_lag_us:
+        return line
+    lags = dict(before.send_lag_us)
+    for late_us, count in line.send_lag_us.items():
+        lags[late_us] = lags.get(late_us, 0) + count
+    return msgspec.structs.replace(line, send_lag_us=lags)

@@ -5,62 +5,210 @@ Knows nothing of buses, processes or terminals. Every line that a driver writes 
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
+
+from loadgen.pacer import Stage
 
 Call = Literal["publish_many", "publish"]
 """Which call of the client sends the events."""
 
 RATE_MAX: Final = 10_000_000.0  # events per second; above what any process here can offer
 RATE_MIN: Final = 0.001  # events per second; the pacer's resolution
-KEYS_MAX: Final = 1_000_000  # keys of a uniform load; more would cost the driver over 200 MB
+STAGES_MAX: Final = 1000
+KEYS_MAX: Final = 1_000_000  # keys of a load; more would cost the driver over 200 MB
 PAYLOAD_BYTES_MAX: Final = 1_000_000  # a bus refuses messages above 1 MiB
 SECONDS_MAX: Final = 7 * 24 * 3600.0
 WORKERS_MAX: Final = 256
+DRIVERS_MAX: Final = 8  # publishers of one run; a shard keeps the evidence of 16
 
 
 class LoadError(Exception):
     """The run cannot be made as asked, or not be finished; the text is for the person who asked."""
 
 
+def _check(what: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # not true of nan either
+        raise LoadError(f"{what} must be from {low:,g} to {high:,g}, not {value:,g}")
+
+
+class Skew(msgspec.Struct, frozen=True, kw_only=True):
+    """How events are spread over keys.
+
+    `uniform`: evenly. `zipf`: the key of rank r gets a part in proportion to 1 / r^`by`. `hot`: one key gets the share `by`,
+    the others the rest, evenly.
+    """
+
+    kind: Literal["uniform", "zipf", "hot"] = "uniform"
+    by: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind == "zipf":
+            _check("the exponent of zipf", self.by, 0.0, 10.0)
+        if self.kind == "hot":
+            _check("the share of the hot key", self.by, 0.0, 1.0)
+
+
+class Payload(msgspec.Struct, frozen=True, kw_only=True):
+    """How many bytes each event carries besides its key.
+
+    `fixed`: `low`. `uniform`: from `low` to `high`, each as often. `lognormal`: with the median `low`, and `sigma` the
+    deviation of its logarithm, cut off at a megabyte.
+    """
+
+    kind: Literal["fixed", "uniform", "lognormal"] = "fixed"
+    low: int = 0
+    high: int = 0
+    sigma: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("the payload", self.low, 0, PAYLOAD_BYTES_MAX)
+        if self.kind == "uniform":
+            _check("the largest payload", self.high, self.low, PAYLOAD_BYTES_MAX)
+        if self.kind == "lognormal":
+            _check("the payload's sigma", self.sigma, 0.0, 10.0)
+
+
+class Template(msgspec.Struct, frozen=True, kw_only=True):
+    """Messages of the user's own application: `type` is their name on the wire, `key` the field that holds their key.
+
+    `body` is a JSON object with the other fields; see `loadgen.source` for what stands in braces.
+    """
+
+    type: str
+    key: str
+    body: dict[str, Any] = {}
+    key_type: Literal["str", "int"] = "str"
+
+
+class Recording(msgspec.Struct, frozen=True, kw_only=True):
+    """Events that were recorded, one JSON object a line, in `path` (gzip where it ends in .gz).
+
+    They are published as `type`, with the field `key` as their key, at the run's rate, or, where `speed` is given, at their
+    own times, so many times as fast; a pause between two is cut to `gap_s` then. `time` is the field with the time.
+    """
+
+    path: str
+    type: str
+    key: str
+    time: str = "time"
+    speed: float | None = None
+    gap_s: float = SECONDS_MAX
+
+    def __post_init__(self) -> None:
+        if self.speed is not None:
+            _check("the speed", self.speed, 1e-6, 1e12)
+        _check("the longest pause", self.gap_s, 0.0, SECONDS_MAX)
+
+
+class FaultSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What is done to a worker `at_s` seconds after the first event was due.
+
+    `kill` (SIGKILL) and `term` (SIGTERM) end it, `stop` stops it (SIGSTOP) for so many `seconds`. `shard` None: of any
+    shard, by the run's seed.
+    """
+
+    kind: Literal["kill", "stop", "term"]
+    at_s: float
+    shard: int | None = None
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("the time of a fault", self.at_s, 0.0, SECONDS_MAX)
+        _check("the time that a worker is stopped", self.seconds, 0.0, 3600.0)
+
+    def __str__(self) -> str:
+        length = f":{self.seconds:g}s" if self.kind == "stop" else ""
+        return f"{self.kind}:worker{'' if self.shard is None else self.shard}{length}@{self.at_s:g}s"
+
+
 class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One run. Valid once built.
 
-    `rate` is events per second, None for as many as the bus takes. `keys` is how many keys the events are spread over,
-    None for a new key with every event. `address` names a running bus; None is the default address, where a bus of
-    `workers` workers is started for the run if none answers.
+    `rate` is events per second, None for as many as the bus takes; `stages`, where there are any, stand in place of rate and
+    duration. A recording ends the run at its own end, its `duration_s` may be None; with a speed it needs no rate. `keys` is
+    how many keys the events are spread over, None for a new key with every event. `template` makes them messages of the
+    user's own, otherwise they are the demo's; `commands` are executed instead of published. Each of `drivers` processes
+    sends its part. `address` names a running bus; None is the default address, where a bus of `workers` workers is started for the
+    run if none answers. `application` (MODULE:BUS) is served for the run, at an address of its own.
 
     Raises:
         LoadError: a value is out of its range; the text names it and the range.
     """
 
     rate: float | None
-    duration_s: float = 10.0
+    stages: tuple[Stage, ...] = ()
+    arrivals: Literal["even", "poisson"] = "even"
+    duration_s: float | None = 10.0
     warmup_s: float = 2.0
     keys: int | None = 1000
-    payload_bytes: int = 0
+    skew: Skew = Skew()
+    payload: Payload = Payload()
     call: Call = "publish_many"
+    commands: bool = False
+    template: Template | None = None
+    recording: Recording | None = None
+    faults: tuple[FaultSpec, ...] = ()
+    drivers: int = 1
     seed: int = 1
     address: str | None = None
+    application: str | None = None
     workers: int = 1
     flush_s: float = 30.0  # how long unfinished events are waited for after the last was sent
+    timeout_s: float = 5.0  # how long a command's reply is waited for
 
     def __post_init__(self) -> None:
         if self.rate is not None:
             _check("the rate", self.rate, RATE_MIN, RATE_MAX)
-        _check("the duration", self.duration_s, 0.1, SECONDS_MAX)
+        _check("the number of stages", len(self.stages), 0, STAGES_MAX)
+        for stage in self.stages:
+            _check("the rate of a stage", stage.rate, RATE_MIN, RATE_MAX)
+            _check("the rate of a stage", stage.rate if stage.to is None else stage.to, RATE_MIN, RATE_MAX)
+            _check("the duration of a stage", stage.seconds, 0.01, SECONDS_MAX)
+        if self.duration_s is not None:
+            _check("the duration", self.duration_s, 0.1, SECONDS_MAX)
         _check("the warm-up", self.warmup_s, 0.0, SECONDS_MAX)
         if self.keys is not None:
             _check("the number of keys", self.keys, 1, KEYS_MAX)
-        _check("the payload", self.payload_bytes, 0, PAYLOAD_BYTES_MAX)
         _check("the number of workers", self.workers, 1, WORKERS_MAX)
+        _check("the number of drivers", self.drivers, 1, DRIVERS_MAX)
         _check("the time for the flush", self.flush_s, 0.1, SECONDS_MAX)
+        _check("the time for a reply", self.timeout_s, 0.001, SECONDS_MAX)
+        _check("the whole run", self.planned_s, 0.0, SECONDS_MAX)
+        for wrong, said in self._contradictions():
+            if wrong:
+                raise LoadError(said)
 
+    def _contradictions(self) -> tuple[tuple[bool, str], ...]:
+        recording = self.recording
+        paced = self.rate is not None or bool(self.stages)
+        by_time = recording is not None and recording.speed is not None
+        return (
+            (self.duration_s is None and recording is None, "a duration is needed: only a recording ends by itself"),
+            (recording is not None and self.template is not None, "a recording has its own fields: give no body for it"),
+            (recording is not None and self.commands, "a recording is of events, not of commands"),
+            (by_time and paced, "give a recording a rate or a speed, not both"),
+            (by_time and self.arrivals != "even", "a recording with a speed has its own arrivals"),
+            (bool(self.stages) and self.rate is not None, "give a rate or stages, not both"),
+            (self.arrivals != "even" and not paced, "random arrivals need a rate"),
+            (self.commands and not paced, "commands need a rate: each waits for its reply, so none is sent 'at will'"),
+            (self.keys is None and self.skew.kind != "uniform", "keys that are all new have no skew"),
+            (self.application is not None and self.address is not None, "give a running bus or an application, not both"),
+        )
 
-def _check(what: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # not true of nan either
-        raise LoadError(f"{what} must be from {low:,g} to {high:,g}, not {value:,g}")
+    @property
+    def planned_s(self) -> float:
+        """Seconds from the first event to the end of the schedule, as far as it is known beforehand."""
+        if self.stages:
+            return self.warmup_s + sum(stage.seconds for stage in self.stages)
+        return self.warmup_s + (self.duration_s or 0.0)
+
+    @property
+    def is_paced(self) -> bool:
+        """Whether there is a schedule, which can be kept or not."""
+        by_time = self.recording is not None and self.recording.speed is not None
+        return self.rate is not None or bool(self.stages) or by_time
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,21 +227,47 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
         return self.handled + self.dead
 
 
+# -- what a driver is told
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """The first line that a driver reads: the run, and which of its drivers it is."""
+
+    spec: LoadSpec
+    driver: int
+
+
+class Go(msgspec.Struct, frozen=True, kw_only=True):
+    """The second line, once all drivers are connected: the `time.monotonic_ns()` at which the schedule begins."""
+
+    start_ns: int
+
+
 # -- what a driver says
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
-    """The driver is connected and begins. `publisher` is its name in the bus' evidence, in hexadecimal."""
+    """The driver is connected and ready. `publisher` is its name in the bus' evidence, in hexadecimal.
+
+    `planned` events are on its schedule, where that is known: a recording's.
+    """
 
     publisher: str
+    pid: int
+    planned: int | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
-    """About once a second: the ledger `at_s` seconds after the first event was due."""
+    """About once a second: the ledger `at_s` seconds after the first event was due, and how late events went since the last.
+
+    `scheduled` events were due so far (None: unpaced).
+    """
 
     at_s: float
     warming_up: bool
     counts: Counts
+    scheduled: int | None = None
+    send_lag_us: dict[int, int] = {}
 
 
 class DriverResult(msgspec.Struct, frozen=True, kw_only=True, tag="result"):
@@ -103,7 +277,8 @@ class DriverResult(msgspec.Struct, frozen=True, kw_only=True, tag="result"):
     ledger after the flush, which took `flush_s`. `scheduled` events should have been sent in the window (None: unpaced),
     `sent` were. `send_lag_us` counts the measured ones by how late they went, in microseconds. `waited_s` of the window
     passed inside publish calls that waited for room. `cpu_share` is the processor time that the driver took in the window
-    (1.0: one whole core), `rss_bytes` the most memory that it ever held.
+    (1.0: one whole core), `rss_bytes` the most memory that it ever held. Commands, where it sent any, stand in the ledger as
+    events do: `dead` failed, `in_flight` got no reply; `replies_us` counts the measured ones by when their reply came.
     """
 
     scheduled: int | None
@@ -117,6 +292,7 @@ class DriverResult(msgspec.Struct, frozen=True, kw_only=True, tag="result"):
     send_lag_us: dict[int, int]
     cpu_share: float
     rss_bytes: int
+    replies_us: dict[int, int] = {}
 
 
 class DriverFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
@@ -128,10 +304,13 @@ class DriverFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 DriverLine = Started | Progress | DriverResult | DriverFailed
 
 encode_line: Final = msgspec.json.Encoder().encode
-"""A `DriverLine` or a `LoadSpec` to JSON without a line end."""
+"""Any line between driver and starter to JSON without a line end."""
 
 decode_line: Final = msgspec.json.Decoder(DriverLine).decode
 """JSON to a `DriverLine`."""
 
-decode_spec: Final = msgspec.json.Decoder(LoadSpec).decode
-"""JSON to a `LoadSpec`."""
+decode_part: Final = msgspec.json.Decoder(Part).decode
+"""JSON to a `Part`."""
+
+decode_go: Final = msgspec.json.Decoder(Go).decode
+"""JSON to a `Go`."""

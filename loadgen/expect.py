@@ -1,0 +1,131 @@
+"""What a run is expected to reach: `p99<10ms`, `lost==0`, `achieved_rate>=19k`. Pure.
+
+An expectation of something that was not measured is not met, because nobody can say that it was.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Final, Literal
+
+import msgspec
+
+from loadgen import notation
+from loadgen.spec import LoadError
+
+Unit = Literal["time", "count", "rate", "bytes", "share"]
+
+FIGURES: Final[dict[str, Unit]] = {
+    "p50": "time",
+    "p90": "time",
+    "p99": "time",
+    "p99_9": "time",
+    "max": "time",
+    "service_p50": "time",
+    "service_p99": "time",
+    "queue_p50": "time",
+    "queue_p99": "time",
+    "send_lag_p50": "time",
+    "send_lag_p99": "time",
+    "recovery": "time",
+    "published": "count",
+    "handled": "count",
+    "dead_lettered": "count",
+    "lost": "count",
+    "duplicates": "count",
+    "redelivered": "count",
+    "out_of_order": "count",
+    "not_delivered": "count",
+    "waiting": "count",
+    "unchecked": "count",
+    "achieved_rate": "rate",
+    "worker_rss": "bytes",
+    "worker_cpu": "share",
+}
+"""What can be expected of, and in which unit. Times without a prefix are the response time, from the intended instant."""
+
+_OPERATORS: Final[dict[str, Callable[[float, float], bool]]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    ">": operator.gt,
+}
+_TEXT: Final = re.compile(r"\s*([a-z][a-z0-9_.]*)\s*(<=|>=|==|!=|<|>|=)\s*(\S.*?)\s*", re.IGNORECASE)
+
+
+class Expectation(msgspec.Struct, frozen=True, kw_only=True):
+    """One expectation. `bound` is in seconds, events, events per second, bytes or as a share of 1."""
+
+    text: str
+    figure: str
+    operator: str
+    bound: float
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of an expectation; `measured` in its unit, None where it was not measured."""
+
+    text: str
+    measured: float | None
+    met: bool
+
+
+def parse(text: str) -> Expectation:
+    """An expectation as people write it.
+
+    Raises:
+        LoadError: it is none; the text says what there is to expect.
+    """
+    found = _TEXT.fullmatch(text)
+    figure = "" if found is None else found[1].lower().replace(".", "_")
+    if found is None or figure not in FIGURES:
+        raise LoadError(
+            f"{text!r} is no expectation; give a figure, a comparison and a bound, for instance 'p99<10ms' or 'lost==0'. "
+            f"Figures: {', '.join(FIGURES)}"
+        )
+    sign = "==" if found[2] == "=" else found[2]
+    return Expectation(text=text.strip(), figure=figure, operator=sign, bound=_bound(FIGURES[figure], found[3], text))
+
+
+def _bound(unit: Unit, value: str, text: str) -> float:
+    if unit == "time" and value[-1:].isdigit() and float(notation.number(value)):
+        raise LoadError(f"{text!r} says no unit; give us, ms or s, for instance 'p99<10ms'")
+    if unit == "time":
+        return notation.seconds(value)
+    if unit == "bytes":
+        return notation.size(value)
+    if unit == "share":
+        percent = value.endswith("%")
+        return notation.rate(value.removesuffix("%")) / (100 if percent else 1)
+    return notation.rate(value)
+
+
+def check(expectation: Expectation, figures: Mapping[str, float | None]) -> Outcome:
+    """Hold an expectation against what was measured: times in seconds, everything else in its unit."""
+    measured = figures.get(expectation.figure)
+    met = measured is not None and _OPERATORS[expectation.operator](measured, expectation.bound)
+    return Outcome(text=expectation.text, measured=measured, met=met)
+
+
+def shown(outcome: Outcome) -> str:
+    """An outcome for people."""
+    if outcome.measured is None:
+        return f"{outcome.text}: not measured"
+    unit = FIGURES[parse(outcome.text).figure]
+    value = outcome.measured
+    match unit:
+        case "time":
+            text = f"{value * 1000:,.3f} ms"
+        case "bytes":
+            text = f"{value / 1e6:,.1f} MB"
+        case "share":
+            text = f"{value:.0%}"
+        case "rate":
+            text = f"{value:,.0f}/s"
+        case "count":
+            text = f"{value:,.0f}"
+    return f"{outcome.text}: {text}"

@@ -1,0 +1,70 @@
+"""Faults of a bus' workers, and how long until the bus is over them. Signals go through `processes`.
+
+The one injector of `loadgen --fault` and `benchmarks.chaos`. It knows workers by what the bus says of them, so it can harm
+a bus on this host only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Final
+
+import shardbus
+from loadgen.processes import Fault, inject
+
+_POLL_S: Final = 0.005
+_ASK_S: Final = 2.0
+RECOVERED_S_MAX: Final = 30.0  # a shard that has handled nothing for longer has not recovered
+
+
+class Injector:
+    """Does things to the workers of a bus, through a client that asks it about them."""
+
+    def __init__(self, client: shardbus.Client) -> None:
+        self._client = client
+
+    async def worker(self, shard: int) -> dict[str, Any]:
+        """The worker of a shard, as `status` has it, once it is up."""
+        while True:
+            try:
+                worker: dict[str, Any] = (await self._client.status(timeout=_ASK_S))["workers"][shard]
+            except shardbus.BusUnreachable:
+                continue
+            if worker["state"] == "up":
+                return worker
+            await asyncio.sleep(2 * _POLL_S)
+
+    async def kill(self, shard: int) -> float | None:
+        """SIGKILL; returns the seconds until the successor has handled something, None where it has not."""
+        return await self._end(shard, Fault.KILL)
+
+    async def terminate(self, shard: int) -> float | None:
+        """SIGTERM: the worker drains and ends; else as `kill`."""
+        return await self._end(shard, Fault.TERMINATE)
+
+    async def stop(self, shard: int, seconds: float) -> None:
+        """SIGSTOP, and SIGCONT after so many seconds, whatever happens meanwhile."""
+        pid = (await self.worker(shard))["pid"]
+        inject(pid, Fault.STOP)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            inject(pid, Fault.CONTINUE)
+
+    async def _end(self, shard: int, fault: Fault) -> float | None:
+        before = await self.worker(shard)
+        inject(before["pid"], fault)
+        return await self._recovery(before)
+
+    async def _recovery(self, before: dict[str, Any]) -> float | None:
+        began = time.monotonic()
+        first: int | None = None
+        while time.monotonic() - began < RECOVERED_S_MAX:
+            now = await self.worker(before["shard"])
+            if now["pid"] != before["pid"]:
+                if first is not None and now["handled"] > first:
+                    return time.monotonic() - began
+                first = now["handled"] if first is None else first
+            await asyncio.sleep(_POLL_S)
+        return None
