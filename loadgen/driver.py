@@ -53,6 +53,7 @@ _NAP_NS_MAX: Final = 1_000_000  # so long may an ack or a credit lie unread
 _LONG_WAIT_NS: Final = 3_000_000  # longer waits are asyncio's: a slow load does not keep a core awake
 _SLEEP_NS_MAX: Final = 200_000_000  # the end of a window is not slept through
 _OVERRUN_NS: Final = 100_000_000  # a schedule that is further behind is not waited for at either end of the window
+_LAST_NS: Final = 100_000_000  # from a recording's last event to the end of its window: time for it to be handled
 _CONNECT_S: Final = 10.0
 _FIRST_S: Final = 5.0  # for the first event of an application that is not known
 
@@ -130,7 +131,7 @@ def _recorded(spec: LoadSpec, recording: Recording, driver: int, warm_ns: int) -
         warm_ns=min(warm_ns, found.length_ns),
         length_ns=int((SECONDS_MAX if spec.duration_s is None else spec.planned_s) * _NS)
         if offsets_ns is None
-        else found.length_ns,
+        else found.length_ns + _LAST_NS,
         planned=found.total,
     )
 

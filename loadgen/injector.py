@@ -43,14 +43,16 @@ class Injector:
         """SIGTERM: the worker drains and ends; else as `kill`."""
         return await self._end(shard, Fault.TERMINATE)
 
-    async def stop(self, shard: int, seconds: float) -> None:
-        """SIGSTOP, and SIGCONT after so many seconds, whatever happens meanwhile."""
+    async def stop(self, shard: int, seconds: float) -> float:
+        """SIGSTOP, and SIGCONT after so many seconds, whatever happens meanwhile; returns how many it really were."""
         pid = (await self.worker(shard))["pid"]
         inject(pid, Fault.STOP)
+        began_ns = time.monotonic_ns()
         try:
             await asyncio.sleep(seconds)
         finally:
             inject(pid, Fault.CONTINUE)
+        return (time.monotonic_ns() - began_ns) / 1e9
 
     async def _end(self, shard: int, fault: Fault) -> float | None:
         before = await self.worker(shard)

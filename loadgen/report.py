@@ -99,12 +99,13 @@ class Interval(msgspec.Struct, frozen=True, kw_only=True):
 
 class FaultRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A fault as it was done: to which shard, when, and for one that ended a worker how long until its successor had handled
-    something (None: nothing was seen of it).
+    something (None: nothing was seen of it). A worker was really stopped for `stopped_s`.
     """
 
     fault: str
     shard: int
     at_s: float
+    stopped_s: float = 0.0
     recovery_s: float | None = None
 
 
@@ -424,7 +425,7 @@ def make_report(
     window_s = result.window_s
     achieved_rate = (result.after.finished - result.before.finished) / window_s if window_s else 0.0
     offered_rate = spec.rate
-    if spec.rate is None and result.scheduled is not None:
+    if result.scheduled is not None and (offered_rate is None or spec.recording is not None):
         offered_rate = result.scheduled / window_s if window_s else 0.0
     judgement = judge(
         Facts(

@@ -283,11 +283,11 @@ class _Run:
         at = len(self._faults)
         self._faults.append(record)
         if fault.kind == "stop":
-            await injector.stop(shard, fault.seconds)
+            record = msgspec.structs.replace(record, stopped_s=await injector.stop(shard, fault.seconds))
         else:
             end = injector.kill if fault.kind == "kill" else injector.terminate
             record = msgspec.structs.replace(record, recovery_s=await end(shard))
-            self._faults[at] = record
+        self._faults[at] = record
         self._watcher.fault(record)
 
 

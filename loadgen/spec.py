@@ -130,8 +130,8 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     duration. A recording ends the run at its own end, its `duration_s` may be None; with a speed it needs no rate. `keys` is
     how many keys the events are spread over, None for a new key with every event. `template` makes them messages of the
     user's own, otherwise they are the demo's; `commands` are executed instead of published. Each of `drivers` processes
-    sends its part. `address` names a running bus; None is the default address, where a bus of `workers` workers is started for the
-    run if none answers. `application` (MODULE:BUS) is served for the run, at an address of its own.
+    sends its part. `address` names a running bus; None is the default address, where a bus of `workers` workers is started
+    for the run if none answers. `application` (MODULE:BUS) is served for the run, at an address of its own.
 
     Raises:
         LoadError: a value is out of its range; the text names it and the range.

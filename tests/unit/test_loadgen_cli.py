@@ -11,10 +11,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 import loadgen.cli
+from loadgen.expect import Expectation
+from loadgen.histogram import Histogram
 from loadgen.machine import Machine
+from loadgen.pacer import Stage
 from loadgen.report import EXIT_CODES, Report, Verdict
 from loadgen.runner import Watcher
-from loadgen.spec import LoadError, LoadSpec
+from loadgen.spec import FaultSpec, LoadError, LoadSpec, Payload, Recording, Skew, Template
 from shardbus import BusUnreachable
 
 REPORT = Report(
@@ -41,12 +44,7 @@ REPORT = Report(
     window_s=10.0,
     generator_cpu=0.1,
     generator_rss_bytes=50_000_000,
-    duration_s=10.0,
-    warmup_s=2.0,
-    keys=1000,
-    payload_bytes=0,
-    call="publish_many",
-    seed=1,
+    load=LoadSpec(rate=5.0),
     address="ipc:///run/bus",
     workers=(),
     machine=Machine(cpu_count=2, cpu_model="a processor", system="Linux", python="3.11", versions={}),
@@ -58,10 +56,15 @@ class Command:
 
     def __init__(self) -> None:
         self.spec: LoadSpec | None = None
+        self.expectations: tuple[str, ...] = ()
         self.outcome: Report | Exception = REPORT
 
-    def run(self, spec: LoadSpec, watcher: Watcher) -> Report:
+    def run(
+        self, spec: LoadSpec, watcher: Watcher, *, expectations: tuple[Expectation, ...], histogram: Histogram
+    ) -> Report:
         self.spec = spec
+        self.expectations = tuple(expectation.text for expectation in expectations)
+        histogram.add([(1500, 3)])
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
@@ -87,15 +90,24 @@ OPTIONS = [
     ("rate", "20_000", "rate", 20_000.0),
     ("rate", "max", "rate", None),
     ("connect", "tcp://127.0.0.1:7400", "address", "tcp://127.0.0.1:7400"),
+    ("arrivals", "poisson", "arrivals", "poisson"),
     ("duration", "0.5", "duration_s", 0.5),
+    ("duration", "2m", "duration_s", 120.0),
     ("warmup", "0", "warmup_s", 0.0),
     ("keys", "7", "keys", 7),
+    ("keys", "10k", "keys", 10_000),
     ("keys", "unique", "keys", None),
-    ("payload", "100", "payload_bytes", 100),
+    ("skew", "zipf:1.1", "skew", Skew(kind="zipf", by=1.1)),
+    ("payload", "100", "payload", Payload(low=100)),
+    ("payload", "10-1kB", "payload", Payload(kind="uniform", low=10, high=1000)),
     ("workers", "8", "workers", 8),
+    ("drivers", "3", "drivers", 3),
     ("call", "publish", "call", "publish"),
     ("seed", "9", "seed", 9),
     ("flush", "1", "flush_s", 1.0),
+    ("timeout", "200ms", "timeout_s", 0.2),
+    ("fault", "kill:worker@5s", "faults", (FaultSpec(kind="kill", at_s=5.0),)),
+    ("app", "shop:bus", "application", "shop:bus"),
 ]
 
 
@@ -104,23 +116,68 @@ def test_every_option_is_also_read_from_the_environment(command, option: str, te
     other = () if option == "rate" else ("--rate", "5")
     assert command(*other, f"--{option}", text).exit_code == 0
     typed = command.spec
-    assert command(*other, **{f"LOADGEN_{option.upper()}": text}).exit_code == 0
+    variable = {"fault": "FAULTS", "app": "APPLICATION"}.get(option, option.upper())
+    assert command(*other, **{f"LOADGEN_{variable}": text}).exit_code == 0
     assert typed == command.spec
     assert getattr(typed, field) == value
 
 
-def test_the_bus_is_also_named_by_shardbus_url(command):
+def test_shardbus_url_names_the_default_bus_which_is_started_where_none_runs(command):
     command("--rate", "5", SHARDBUS_URL="ipc:///run/a")
-    assert command.spec.address == "ipc:///run/a"
+    assert command.spec.address is None
     command("--rate", "5", SHARDBUS_URL="ipc:///run/a", LOADGEN_CONNECT="ipc:///run/b")
     assert command.spec.address == "ipc:///run/b"
 
 
+def test_stages_stand_in_place_of_the_rate(command):
+    assert command("--stages", "5k:10s,1k-50k:20s").exit_code == 0
+    assert command.spec.rate is None
+    assert command.spec.stages == (Stage(5000.0, 10.0), Stage(1000.0, 20.0, 50_000.0))
+
+
+def test_messages_of_the_users_own_are_named_by_type_and_key(command):
+    body = '{"amount": 9.5, "n": "{n}"}'
+    assert command("--rate", "5", "--type", "OrderPlaced", "--key", "order_id", "--body", body).exit_code == 0
+    expected = Template(type="OrderPlaced", key="order_id", body={"amount": 9.5, "n": "{n}"})
+    assert command.spec.template == expected
+
+
+def test_a_recording_is_not_warmed_up_and_runs_to_its_end(command):
+    assert command("--replay", "/data/a.jsonl", "--type", "Changed", "--key", "path", "--speed", "1000").exit_code == 0
+    assert command.spec.recording == Recording(path="/data/a.jsonl", type="Changed", key="path", speed=1000.0)
+    assert (command.spec.duration_s, command.spec.warmup_s, command.spec.rate) == (None, 0.0, None)
+
+
+def test_expectations_are_handed_over_as_they_were_typed(command):
+    assert command("--rate", "5", "--expect", "p99<10ms", "--expect", "lost==0").exit_code == 0
+    assert command.expectations == ("p99<10ms", "lost==0")
+
+
 MISTAKES = [
     ((), "--rate"),
+    (("--rate", "5", "--stages", "5:1s"), "a rate or stages, not both"),
+    (("--stages", "5k"), "'5k' is no stage"),
+    (("--rate", "5", "--skew", "steep"), "'steep' is no skew"),
+    (("--rate", "5", "--payload", "big"), "'big' is no size"),
+    (("--rate", "5", "--fault", "kill:supervisor@1s"), "is no fault"),
+    (("--rate", "5", "--fault", "stop:worker@1s"), "is no fault"),
+    (("--rate", "5", "--expect", "p99"), "is no expectation"),
+    (("--rate", "5", "--expect", "p98<10ms"), "p99_9"),
+    (("--rate", "5", "--expect", "p99<10"), "says no unit"),
+    (("--rate", "5", "--key", "order_id"), "--type, which is missing"),
+    (("--rate", "5", "--type", "OrderPlaced"), "--type needs --key"),
+    (("--rate", "5", "--type", "A", "--key", "b", "--body", "[1]"), "is no JSON object"),
+    (("--rate", "5", "--replay", "a.jsonl"), "--replay needs --type and --key"),
+    (("--rate", "5", "--speed", "2"), "--replay, which is missing"),
+    (("--rate", "5", "--replay", "a", "--type", "A", "--key", "b", "--speed", "2"), "a rate or a speed, not both"),
+    (("--rate", "max", "--commands"), "commands need a rate"),
+    (("--rate", "max", "--arrivals", "poisson"), "random arrivals need a rate"),
+    (("--rate", "5", "--drivers", "9"), "1<=x<=8"),
+    (("--rate", "5", "--app", "shop:bus", "--connect", "ipc:///run/a"), "a running bus or an application, not both"),
+    (("--rate", "5", "--csv", "/no/such/directory/series.csv"), "cannot be written"),
     (("--rate", "fast"), "'fast' is no rate"),
     (("--rate", "0"), "the rate must be from 0.001"),
-    (("--rate", "nan"), "the rate must be from 0.001"),
+    (("--rate", "nan"), "'nan' is no rate"),
     (("--rate", "5", "--keys", "many"), "'many' is no number of keys"),
     (("--rate", "5", "--keys", "0"), "the number of keys must be from 1"),
     (("--rate", "5", "--duration", "0"), "the duration must be from 0.1"),
@@ -162,3 +219,10 @@ def test_json_in_a_file_stands_beside_the_table(command, tmp_path: Path):
     result = command("--rate", "5", "--json", str(path))
     assert json.loads(path.read_text(encoding="utf-8"))["handled"] == 60
     assert "published     60" in result.stdout
+
+
+def test_the_time_series_and_the_distribution_are_written_to_files(command, tmp_path: Path):
+    csv_path, hgrm_path = tmp_path / "series.csv", tmp_path / "times.hgrm"
+    assert command("--rate", "5", "--csv", str(csv_path), "--hgrm", str(hgrm_path)).exit_code == 0
+    assert csv_path.read_text(encoding="utf-8").startswith("at_s,warming_up,offered_rate,achieved_rate,published")
+    assert "TotalCount" in hgrm_path.read_text(encoding="utf-8")

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections import Counter
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import shardbus
 from loadgen.collector import totals_of
-from loadgen.driver import Driver, LagCounts
-from loadgen.report import Totals
-from loadgen.spec import DriverResult, LoadSpec
-from loadgen.workload import workload_of
-from shardbus.demo import Tick, bus
+from loadgen.driver import Driver, plan_of
+from loadgen.meters import LagCounts, WaitMeter
+from loadgen.pacer import Stage
+from loadgen.report import Totals, totals_of_commands
+from loadgen.spec import DriverResult, LoadSpec, Payload
+from shardbus.demo import GetCount, Tick, bus
+from shardbus.metrics import bucket_bounds_us, bucket_index
 
 PUBLISH = pytest.mark.parametrize("call", ["publish_many", "publish"])
 
 
 async def drive(spec: LoadSpec, application: shardbus.Bus = bus) -> tuple[DriverResult, Totals]:
     async with application.local() as client:
-        result = await Driver(spec, client, workload_of(spec)).run()
+        result = await Driver(spec, client, plan_of(spec)).run()
         return result, totals_of(await client.evidence([client.publisher]))
 
 
@@ -48,7 +56,7 @@ async def test_every_event_has_its_payload_and_its_number():
     async def note(event: Tick) -> None:
         seen.append((event.n, len(event.payload)))
 
-    result, _ = await drive(LoadSpec(rate=1000.0, warmup_s=0.0, duration_s=0.1, keys=1, payload_bytes=33), application)
+    result, _ = await drive(LoadSpec(rate=1000.0, warmup_s=0.0, duration_s=0.1, keys=1, payload=Payload(low=33)), application)
     assert seen == [(n, 33) for n in range(result.sent)]
 
 
@@ -77,5 +85,91 @@ def test_the_memory_for_send_lags_is_bounded_and_none_is_forgotten():
     for second in range(4):
         lags.add(list(range(0, 200_000_000, 1000)), (second + 1) * 1_000_000_000)
     assert sum(lags.counts().values()) == 800_000
-    assert len(lags.counts()) <= 27_648
-    assert len(lags._counts) <= 65_536
+    assert len(lags._exact) + len(lags._late) <= 27_648
+
+
+@given(
+    st.lists(st.integers(-10_000, 10**10), max_size=50).map(sorted),
+    st.integers(0, 10**10),
+)
+def test_lags_are_counted_as_one_by_one_whatever_their_spread(instants: list[int], now_ns: int):
+    lags = LagCounts()
+    lags.add(instants, now_ns)
+    expected: Counter[int] = Counter()
+    for instant in instants:
+        late_us = (now_ns - instant) // 1000
+        expected[bucket_bounds_us(bucket_index(late_us))[1]] += 1
+    assert lags.counts() == dict(expected)
+
+
+def test_a_batch_that_is_late_is_counted_in_fewer_steps_than_it_has_events():
+    class Looked(list):
+        looks = 0
+
+        def __getitem__(self, at):
+            Looked.looks += 1
+            return super().__getitem__(at)
+
+    for late_ns, looks_max in ((100_000_000, 150), (1_000_000_000, 30), (10_000_000_000, 10)):
+        instants = Looked(range(0, 256 * 3333, 3333))
+        Looked.looks = 0
+        LagCounts().add(instants, late_ns)
+        assert Looked.looks <= looks_max
+
+
+async def test_a_call_that_does_not_wait_has_waited_for_nothing():
+    meter = WaitMeter()
+
+    async def at_once() -> None:
+        time.sleep(0.002)  # noqa: ASYNC251 - busy is not waiting
+
+    await meter.measure(at_once())
+    assert meter.waited_ns == 0
+
+
+async def test_a_call_that_waits_for_room_has_waited_but_for_its_own_work():
+    meter = WaitMeter()
+    await meter.measure(asyncio.sleep(0.02))
+    assert 10_000_000 < meter.waited_ns
+
+
+async def test_commands_are_replied_to_and_timed_from_their_intended_instants():
+    spec = LoadSpec(rate=500.0, warmup_s=0.1, duration_s=0.2, keys=10, commands=True)
+    async with bus.local() as client:
+        result = await Driver(spec, client, plan_of(spec)).run()
+    totals = totals_of_commands(result)
+    assert result.final.published == result.final.handled == totals.distinct == 50 + result.sent
+    assert totals.samples == sum(result.send_lag_us.values()) == result.sent
+    assert totals.latency_us.max >= min(result.send_lag_us)
+
+
+async def test_commands_that_fail_and_commands_without_a_reply_are_told_apart():
+    application = shardbus.Bus("moody")
+
+    @application.command(GetCount)
+    async def answer(command: GetCount) -> int:
+        if command.key == "k0":
+            raise ValueError("no")
+        if command.key == "k1":
+            await asyncio.sleep(30)
+        return 1
+
+    spec = LoadSpec(rate=300.0, warmup_s=0.0, duration_s=0.1, keys=3, commands=True, timeout_s=0.3, flush_s=0.1)
+    async with application.local(close_timeout=0.1) as client:
+        result = await Driver(spec, client, plan_of(spec)).run()
+    final = result.final
+    totals = totals_of_commands(result)
+    assert 0 < final.dead == totals.dead < final.published
+    assert final.in_flight == 0
+    assert 0 < final.published - totals.distinct
+
+
+@pytest.mark.parametrize("arrivals", ["even", "poisson"])
+async def test_stages_are_sent_as_they_were_asked_for(arrivals):
+    stages = (Stage(500.0, 0.1), Stage(500.0, 0.2, 2000.0))
+    spec = LoadSpec(rate=None, stages=stages, arrivals=arrivals, warmup_s=0.1, keys=10)
+    result, totals = await drive(spec)
+    expected = 50 + 250
+    assert abs(result.scheduled - expected) <= (0 if arrivals == "even" else 5 * expected**0.5)
+    assert 0 < result.sent <= result.scheduled
+    assert sum(result.send_lag_us.values()) == totals.samples == result.sent

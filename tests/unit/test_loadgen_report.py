@@ -21,9 +21,9 @@ from loadgen.report import (
     account,
     judge,
     make_report,
-    rows_of,
 )
 from loadgen.spec import Counts, DriverResult, LoadSpec
+from loadgen.tables import rows_of
 
 FAST = Percentiles(p50=100, p90=150, p99=200, p99_9=250, max=300)
 MACHINE = Machine(cpu_count=2, cpu_model="a processor", system="Linux", python="3.11", versions={})

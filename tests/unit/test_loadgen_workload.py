@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadgen.spec import KEYS_MAX, LoadError, LoadSpec
-from loadgen.workload import UniformKeys, UniqueKeys, Workload, workload_of
+from loadgen.spec import KEYS_MAX, LoadError, LoadSpec, Payload, Skew
+from loadgen.workload import Sizes, UniformKeys, UniqueKeys, WeightedKeys, Workload, weights_of, workload_of
 
 
 def deal(workload: Workload, count: int, sizes: tuple[int, ...] = (256,)) -> list[tuple[int, str, int]]:
@@ -76,7 +76,7 @@ def test_each_quarter_of_a_deck_is_uniform_too() -> None:
 
 
 def test_unique_keys_never_come_twice() -> None:
-    events = deal(UniqueKeys(0, 1), 10_000, (256, 1, 77))
+    events = deal(UniqueKeys(), 10_000, (256, 1, 77))
     assert len({key for _, key, _ in events}) == 10_000
     assert {ordinal for _, _, ordinal in events} == {1}
     assert [n for n, _, _ in events] == list(range(10_000))
@@ -90,12 +90,103 @@ def test_the_same_seed_makes_the_same_events() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 100_000])
 def test_the_payload_has_the_size_that_was_asked_for(size: int) -> None:
-    assert len(UniformKeys(1, size, 1).payload) == len(UniqueKeys(size, 1).payload) == size
+    assert len(UniformKeys(1, size, 1).payload) == size
 
 
 def test_the_specification_chooses_the_keys() -> None:
     assert isinstance(workload_of(LoadSpec(rate=None, keys=None)), UniqueKeys)
     assert isinstance(workload_of(LoadSpec(rate=None, keys=5)), UniformKeys)
+    assert isinstance(workload_of(LoadSpec(rate=None, keys=5, skew=Skew(kind="zipf", by=1.0))), WeightedKeys)
+
+
+def test_several_drivers_draw_from_the_same_keys_by_seeds_of_their_own() -> None:
+    spec = LoadSpec(rate=None, keys=50, drivers=2)
+    first, second = (deal(workload_of(spec, driver), 2000) for driver in (0, 1))
+    assert {key for _, key, _ in first} == {key for _, key, _ in second}
+    assert first != second
+
+
+def test_unique_keys_of_several_drivers_are_unique_together() -> None:
+    spec = LoadSpec(rate=None, keys=None, drivers=2)
+    keys = [key for driver in (0, 1) for _, key, _ in deal(workload_of(spec, driver), 1000)]
+    assert len(set(keys)) == 2000
+
+
+# -- skewed keys
+
+DRAWN = 200_000
+
+
+def chi_squared(counts: Counter[str], weights: list[float]) -> tuple[float, int]:
+    """χ² of drawn keys against their weights, keys that are expected less than ten times as one; and its degrees of freedom."""
+    total = sum(weights)
+    expected = [DRAWN * weight / total for weight in weights]
+    classes = [(counts[f"k{key}"], mean) for key, mean in enumerate(expected) if mean >= 10]
+    rare = [(counts[f"k{key}"], mean) for key, mean in enumerate(expected) if mean < 10]
+    if rare:
+        classes.append((sum(count for count, _ in rare), sum(mean for _, mean in rare)))
+    return sum((count - mean) ** 2 / mean for count, mean in classes), len(classes) - 1
+
+
+@pytest.mark.parametrize("keys", [10, 1000, 100_000])
+@pytest.mark.parametrize("exponent", [0.0, 0.8, 1.0, 1.1, 2.0])
+def test_zipf_keys_come_as_often_as_their_rank_says(keys: int, exponent: float) -> None:
+    # With f degrees of freedom χ² has the mean f and the deviation √2f. The seed is fixed, so this is no matter of luck.
+    weights = [rank**-exponent for rank in range(1, keys + 1)]
+    drawn = Counter(key for _, key, _ in deal(WeightedKeys(weights_of(Skew(kind="zipf", by=exponent), keys), 7), DRAWN))
+    found, freedom = chi_squared(drawn, weights)
+    assert found < freedom + 3 * (2 * freedom) ** 0.5 + 3
+
+
+def test_the_test_of_zipf_would_find_another_exponent() -> None:
+    drawn = Counter(key for _, key, _ in deal(WeightedKeys(weights_of(Skew(kind="zipf", by=1.1), 1000), 7), DRAWN))
+    found, freedom = chi_squared(drawn, [rank**-1.05 for rank in range(1, 1001)])
+    assert found > freedom + 10 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
+def test_the_hot_key_gets_its_share_and_the_others_the_rest_evenly(share: float) -> None:
+    drawn = Counter(key for _, key, _ in deal(WeightedKeys(weights_of(Skew(kind="hot", by=share), 100), 7), DRAWN))
+    # Binomial: n p, √(n p q), and χ² of the 99 others.
+    assert abs(drawn["k0"] - DRAWN * share) <= 3 * (DRAWN * share * (1 - share)) ** 0.5
+    others = [drawn[f"k{key}"] for key in range(1, 100)]
+    mean = sum(others) / 99
+    if share < 1.0:
+        assert sum((count - mean) ** 2 / mean for count in others) < 98 + 3 * 14
+
+
+def test_skewed_keys_have_ordinals_and_numbers_as_all_have() -> None:
+    seen: Counter[str] = Counter()
+    for number, (n, key, ordinal) in enumerate(deal(WeightedKeys(weights_of(Skew(kind="zipf", by=1.2), 50), 3), 5000)):
+        seen[key] += 1
+        assert (n, ordinal) == (number, seen[key])
+
+
+# -- sizes
+
+
+def test_a_fixed_size_is_always_the_same() -> None:
+    sizes = Sizes(Payload(low=33), 1)
+    assert (sizes.fixed, sizes.largest, sizes.take(3)) == (33, 33, [33, 33, 33])
+
+
+def test_uniform_sizes_come_equally_often_and_reach_both_ends() -> None:
+    sizes = Sizes(Payload(kind="uniform", low=10, high=109), 1)
+    counts = Counter(sizes.take(100_000))
+    assert set(counts) == set(range(10, 110))
+    assert sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 99 + 3 * 14
+
+
+def test_lognormal_sizes_have_their_median_and_spread() -> None:
+    drawn = sorted(Sizes(Payload(kind="lognormal", low=1000, sigma=0.5), 1).take(100_000))
+    # Quantiles of the logarithm: the median, and one deviation to either side (15.87 %, 84.13 %).
+    assert drawn[50_000] == pytest.approx(1000, rel=0.01)
+    assert drawn[15_866] == pytest.approx(1000 * 2.718281828**-0.5, rel=0.01)
+    assert drawn[84_134] == pytest.approx(1000 * 2.718281828**0.5, rel=0.01)
+
+
+def test_no_size_is_above_a_megabyte() -> None:
+    assert max(Sizes(Payload(kind="lognormal", low=900_000, sigma=2.0), 1).take(1000)) == 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -108,7 +199,8 @@ def test_the_specification_chooses_the_keys() -> None:
         ("warmup_s", -1.0, "the warm-up"),
         ("keys", 0, "the number of keys"),
         ("keys", KEYS_MAX + 1, "the number of keys"),
-        ("payload_bytes", -1, "the payload"),
+        ("drivers", 9, "the number of drivers"),
+        ("timeout_s", 0.0, "the time for a reply"),
         ("workers", 0, "the number of workers"),
         ("flush_s", 0.0, "the time for the flush"),
     ],
