@@ -33,7 +33,7 @@ async def benchmark(options: argparse.Namespace) -> int:
         scenarios.FROM_INTENDED,
         scenarios.REFERENCE_METHOD,
     )
-    return scenarios.show("bus performance, simple", checks, method)
+    return scenarios.show("bus performance, simple", checks, method, reports=[many, single, paced])
 
 
 def main() -> int:

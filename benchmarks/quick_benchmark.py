@@ -39,7 +39,7 @@ async def benchmark(options: argparse.Namespace) -> int:
         scenarios.FROM_INTENDED,
         scenarios.REFERENCE_METHOD,
     )
-    return scenarios.show("quick benchmark", checks, method)
+    return scenarios.show("quick benchmark", checks, method, reports=[paced, fast])
 
 
 def main() -> int:

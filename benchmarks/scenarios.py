@@ -10,10 +10,14 @@ import argparse
 import asyncio
 import contextlib
 import os
+import re
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -21,7 +25,7 @@ import msgspec
 import shardbus
 from loadgen import LoadError, LoadSpec, Report, run_async
 from loadgen.histogram import Percentiles, percentiles_us
-from loadgen.machine import this_machine
+from loadgen.machine import Machine, this_machine
 from loadgen.processes import end_as_on_interrupt, started_bus
 from loadgen.spec import Call
 from shardbus.demo import GetCount, Tick
@@ -41,8 +45,12 @@ P50_US_MAX: Final = 250
 P99_US_MAX: Final = 1_000
 ROUND_TRIP_P50_US_MAX: Final = 250
 
+RESULTS: Final = Path(os.environ.get("SHARDBUS_RESULTS", "results"))
+"""The directory in which results are kept, one file each; below the one that a benchmark is started in."""
+
 _KEYS: Final = 1000
 _WARM_CALLS: Final = 200
+_SESSIONS_S: Final = 5.0  # workers say once a second how many they remember
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,6 +169,27 @@ async def publish_calls(address: str, count: int) -> tuple[float, Percentiles]:
     return count * 1e9 / elapsed_ns, _percentiles(times_us)
 
 
+async def sessions(address: str, count: int) -> tuple[Percentiles, int]:
+    """Clients that come, publish one event and leave, one after another.
+
+    Returns what such a life takes, in microseconds, and how many publishers the workers still remember a little later.
+    """
+    times_us: Counter[int] = Counter()
+    for number in range(count):
+        began_ns = time.perf_counter_ns()
+        async with shardbus.connect(address) as client:
+            await client.publish(Tick(key=f"k{number}"))
+        times_us[(time.perf_counter_ns() - began_ns) // 1000] += 1
+    end_s = time.monotonic() + _SESSIONS_S
+    async with shardbus.connect(address) as client:
+        # This client has published nothing, so no worker counts it.
+        while left := sum(worker["publishers"] for worker in (await client.status())["workers"]):
+            if time.monotonic() > end_s:
+                break
+            await asyncio.sleep(0.2)
+    return _percentiles(times_us), left
+
+
 def _percentiles(times_us: Counter[int]) -> Percentiles:
     found = percentiles_us(times_us.items())
     assert found is not None  # at least one call was made
@@ -179,8 +208,36 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def show(title: str, checks: Sequence[Check], method: Sequence[str]) -> int:
-    """Print targets, results and method; the exit code: 0 if every target was reached."""
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What is kept of a benchmark: when and on what it ran, every target, and the reports that the figures come from."""
+
+    title: str
+    finished_at: datetime
+    machine: Machine
+    passed: bool
+    checks: tuple[Check, ...]
+    method: tuple[str, ...]
+    reports: tuple[Report, ...]
+
+
+def keep(result: Result, directory: Path) -> Path | None:
+    """Write a result into a file of its own; None where it cannot be written, which is said and is no failure."""
+    name = re.sub(r"[^a-z0-9]+", "-", result.title.lower()).strip("-")
+    path = directory / f"{name}-{result.finished_at:%Y%m%dT%H%M%SZ}.json"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2))
+    except OSError as error:
+        print(f"the result is not kept: {error}", file=sys.stderr)
+        return None
+    return path
+
+
+def show(title: str, checks: Sequence[Check], method: Sequence[str], *, reports: Sequence[Report] = ()) -> int:
+    """Print targets, results and method, and keep them; the exit code: 0 if every target was reached.
+
+    `reports` are the runs behind the figures; they are kept with them.
+    """
     machine = this_machine()
     print(f"\n{title}")
     print(f"{machine.cpu_count} × {machine.cpu_model}, {machine.system}, Python {machine.python}\n")
@@ -196,6 +253,17 @@ def show(title: str, checks: Sequence[Check], method: Sequence[str]) -> int:
     missed = [check for check in checks if not check.passed]
     for check in missed:
         print(f"FAIL: {check.name}: {check.measured}, wanted {check.target}{f' ({check.why})' if check.why else ''}")
+    result = Result(
+        title=title,
+        finished_at=datetime.now(UTC),
+        machine=machine,
+        passed=not missed,
+        checks=tuple(checks),
+        method=tuple(method),
+        reports=tuple(reports),
+    )
+    if (path := keep(result, RESULTS)) is not None:
+        print(f"kept in {path}")
     print(f"{'PASS' if not missed else f'FAIL: {len(missed)} of {len(checks)} targets missed'}")
     return 1 if missed else 0
 

@@ -56,7 +56,8 @@ async def test_every_event_has_its_payload_and_its_number():
     async def note(event: Tick) -> None:
         seen.append((event.n, len(event.payload)))
 
-    result, _ = await drive(LoadSpec(rate=1000.0, warmup_s=0.0, duration_s=0.1, keys=1, payload=Payload(low=33)), application)
+    spec = LoadSpec(rate=1000.0, warmup_s=0.0, duration_s=0.1, keys=1, payload=Payload(low=33))
+    result, _ = await drive(spec, application)
     assert seen == [(n, 33) for n in range(result.sent)]
 
 
@@ -130,7 +131,7 @@ async def test_a_call_that_does_not_wait_has_waited_for_nothing():
 async def test_a_call_that_waits_for_room_has_waited_but_for_its_own_work():
     meter = WaitMeter()
     await meter.measure(asyncio.sleep(0.02))
-    assert 10_000_000 < meter.waited_ns
+    assert meter.waited_ns > 10_000_000
 
 
 async def test_commands_are_replied_to_and_timed_from_their_intended_instants():
@@ -161,7 +162,7 @@ async def test_commands_that_fail_and_commands_without_a_reply_are_told_apart():
     totals = totals_of_commands(result)
     assert 0 < final.dead == totals.dead < final.published
     assert final.in_flight == 0
-    assert 0 < final.published - totals.distinct
+    assert final.published - totals.distinct > 0
 
 
 @pytest.mark.parametrize("arrivals", ["even", "poisson"])

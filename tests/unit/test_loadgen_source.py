@@ -33,7 +33,8 @@ def test_a_made_type_travels_as_its_application_would_declare_it() -> None:
 
     made_type = make_type("OrderPlaced", "order_id", ["amount", "order_id"])
     message = made_type(f0=9.5, f1="42")
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=OrderPlaced) == OrderPlaced(order_id="42", amount=9.5)
+    body = msgspec.msgpack.encode(message)
+    assert msgspec.msgpack.decode(body, type=OrderPlaced) == OrderPlaced(order_id="42", amount=9.5)
     assert made_type.__shardbus_name__ == "OrderPlaced"
     assert isinstance(message, Event)
     assert isinstance(make_type("GetTotal", "order_id", ["order_id"], kind="command")(f0="42"), Command)
@@ -53,7 +54,8 @@ def test_a_type_that_cannot_be_is_refused(name: str, said: str) -> None:
 
 
 def test_a_template_is_filled_wherever_it_has_holes() -> None:
-    body = {"n": "{n}", "text": "{key}/{n}!", "deep": {"list": [1, "{key}", {"same": 2}]}, "same": [1, 2], "fill": "{payload}"}
+    deep = {"list": [1, "{key}", {"same": 2}]}
+    body = {"n": "{n}", "text": "{key}/{n}!", "deep": deep, "same": [1, 2], "fill": "{payload}"}
     make = filled(Template(type="A", key="id", body=body), "event", Sizes(Payload(low=3), 1), "xxxxx")
     first, second = (travelled(message) for message in make(Stretch(7, ["k1", "k2"], [1, 1])))
     deep = {"list": [1, "k1", {"same": 2}]}

@@ -118,7 +118,7 @@ DRAWN = 200_000
 
 
 def chi_squared(counts: Counter[str], weights: list[float]) -> tuple[float, int]:
-    """χ² of drawn keys against their weights, keys that are expected less than ten times as one; and its degrees of freedom."""
+    """χ² of drawn keys against their weights, and its degrees of freedom. Keys expected less than ten times count as one."""
     total = sum(weights)
     expected = [DRAWN * weight / total for weight in weights]
     classes = [(counts[f"k{key}"], mean) for key, mean in enumerate(expected) if mean >= 10]

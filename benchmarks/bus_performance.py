@@ -1,0 +1,365 @@
+"""The bus with all its features: sustained throughput, latency under load, memory over time, faults, and what measuring costs.
+
+Ends within five minutes. The faults are exercised for real and counted to the last one: handlers that fail and are retried, that
+fail for good, that fail until their circuit opens, and workers that are killed while events flow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final
+
+import shardbus
+from benchmarks import scenarios
+from benchmarks.scenarios import Check
+from loadgen import LoadSpec, Report, run_async
+from loadgen.processes import started, started_bus
+from loadgen.report import Interval
+from loadgen.source import made
+from loadgen.spec import FaultSpec, LoadError, Template
+from shardbus import Breaker, Bus, Command, Context, DeadLetterFilter, Event, Retry
+
+_RATE_MIN: Final = 10_000.0
+_P99_US_MAX: Final = 10_000
+_SLOPE_MB_MAX: Final = 10.0  # a minute, at 20,000 events/s: a leak of eight bytes an event
+_COST_MAX: Final = 0.05
+_RECOVERY_US_MAX: Final = 2_000_000
+_SETTLED: Final = 1 / 3  # of a run, before which memory is not looked at: caches fill first
+_FLAKY: Final = 2000
+_DOOMED: Final = 500
+_ATTEMPTS: Final = 4
+_FAILURES: Final = 5
+_FRAGILE: Final = 200
+_OPEN_S: Final = 1.0
+_BATCH: Final = 256
+_PATIENCE_S: Final = 30.0
+
+
+# -- an application with faults
+
+
+class Work(Event, key="key"):
+    """An event whose handler fails so many times."""
+
+    key: str
+    fails: int = 0
+
+
+class Fragile(Event, key="key"):
+    """An event whose handler stands behind a breaker, and fails or not."""
+
+    key: str
+    fails: bool
+
+
+class GetCalls(Command[dict[str, int]], key="key"):
+    """How often each handler was called in this worker."""
+
+    key: str
+
+
+bus = Bus("bus-performance")
+_calls: Counter[str] = Counter()
+
+
+@bus.on(Work, retry=Retry(attempts=_ATTEMPTS, base_s=0.01))
+async def work(event: Work, context: Context) -> None:
+    """Fail as the event says."""
+    _calls["work"] += 1
+    if context.attempt <= event.fails:
+        raise ValueError(f"attempt {context.attempt} fails")
+
+
+@bus.on(
+    Fragile,
+    retry=Retry(attempts=1),
+    breaker=Breaker(failures=_FAILURES, open_s=_OPEN_S, successes=2, while_open="dead"),
+)
+async def fragile(event: Fragile) -> None:
+    """Fail as the event says."""
+    _calls["fragile"] += 1
+    if event.fails:
+        raise ConnectionError("what this handler needs is away")
+
+
+@bus.command(GetCalls)
+async def get_calls(command: GetCalls) -> dict[str, int]:
+    """Reply with the counts."""
+    return dict(_calls)
+
+
+# -- the parts
+
+
+async def sustained(address: str, options: argparse.Namespace) -> tuple[list[Check], list[Report]]:
+    """As many events as the bus takes, for a while: the mean, and the slowest second."""
+    report = await scenarios.full_speed(address, options.sustained)
+    slowest = min((one.achieved_rate for one in _measured(report.intervals)), default=0.0)
+    checks = [
+        scenarios.sound(f"sustained for {options.sustained:g} s", report),
+        scenarios.at_least("sustained, mean", report.achieved_rate, options.target, reference=scenarios.REFERENCE_RATE),
+        scenarios.at_least("sustained, slowest second", slowest, options.target),
+    ]
+    return checks, [report]
+
+
+async def latency(address: str, options: argparse.Namespace) -> tuple[list[Check], list[Report]]:
+    """Response times under load, events arriving at random as independent users come."""
+    spec = LoadSpec(
+        rate=scenarios.PACED_RATE, arrivals="poisson", address=address, duration_s=options.latency, warmup_s=1.0
+    )
+    report = await run_async(spec)
+    at = f"at {scenarios.PACED_RATE:,.0f}/s, Poisson arrivals"
+    times = report.latency_us
+    shown = "not measured" if times is None else " ".join(f"{value / 1000:,.3f}" for value in (times.p50, times.p90))
+    more = "" if times is None else f" {times.p99_9 / 1000:,.3f} {times.max / 1000:,.3f}"
+    checks = [
+        scenarios.sound(f"paced run {at}", report),
+        scenarios.at_most_us(
+            "latency p99", None if times is None else times.p99, options.p99_us, reference=scenarios.REFERENCE_P99
+        ),
+        Check(name="latency p50 p90 · p99.9 max, ms", measured=f"{shown} ·{more}", target="shown", passed=True),
+    ]
+    return checks, [report]
+
+
+async def memory(address: str, options: argparse.Namespace) -> tuple[list[Check], list[Report]]:
+    """How memory goes over time, with keys that come again, and with a new key for every event."""
+    checks, reports = [], []
+    for keys, caption in ((1000, "1,000 keys"), (None, "a new key every event")):
+        spec = LoadSpec(
+            rate=scenarios.PACED_RATE, address=address, duration_s=options.memory, warmup_s=1.0, keys=keys
+        )
+        report = await run_async(spec)
+        reports.append(report)
+        checks.append(scenarios.sound(f"memory, {caption}, {options.memory:g} s", report))
+        for name in ("worker 0", "driver 0", "supervisor"):
+            checks.append(_slope_check(f"memory of {name}, {caption}", name, report, options.slope_mb))
+    return checks, reports
+
+
+def _slope_check(caption: str, name: str, report: Report, most_mb: float) -> Check:
+    points = [
+        (one.at_s / 60, use.rss_bytes / 1e6)
+        for one in _measured(report.intervals)
+        for use in one.processes
+        if use.name == name
+    ]
+    points = points[int(len(points) * _SETTLED) :]
+    if len(points) < 3:
+        return Check(name=caption, measured="not measured", target=f"≤ {most_mb:g} MB/min", passed=False)
+    slope = slope_of(points)
+    return Check(
+        name=caption,
+        measured=f"{points[-1][1]:,.1f} MB, {slope:+.2f} MB/min",
+        target=f"≤ {most_mb:g} MB/min",
+        passed=slope <= most_mb,
+    )
+
+
+def slope_of(points: Sequence[tuple[float, float]]) -> float:
+    """The slope of the line with the least squares through points (x, y)."""
+    return statistics.linear_regression([x for x, _ in points], [y for _, y in points]).slope
+
+
+def _measured(intervals: Sequence[Interval]) -> list[Interval]:
+    """Whole intervals of the measured window: the last one is of what was left over."""
+    return [one for one in intervals[1:-1] if not one.warming_up]
+
+
+async def faults(options: argparse.Namespace) -> tuple[list[Check], list[Report]]:
+    """Retries, dead letters, a circuit that opens and closes again, and workers killed under load; all counted."""
+    async with contextlib.AsyncExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="shardbus-bench-"))
+        address = f"ipc://{directory}/bus"
+        application = "benchmarks.bus_performance:bus"
+        await stack.enter_async_context(started_bus(1, address, application=application, log_level="error"))
+        client = await stack.enter_async_context(shardbus.connect(address))
+        checks = [*await _retries(client), *await _dead_letters(client), *await _circuit(client)]
+        report = await run_async(
+            LoadSpec(
+                rate=5000.0,
+                address=address,
+                duration_s=options.faults,
+                warmup_s=1.0,
+                template=Template(type="Work", key="key"),
+                faults=tuple(FaultSpec(kind="kill", at_s=1 + options.faults * part) for part in (0.2, 0.5)),
+            )
+        )
+    recoveries = [fault.recovery_s for fault in report.faults]
+    slowest_s = max((seconds for seconds in recoveries if seconds is not None), default=None)
+    checks += [
+        scenarios.sound(f"{len(recoveries)} workers killed at 5,000/s, of {report.published:,} events", report),
+        _count("lost", report.lost, 0),
+        _count("out of order", report.out_of_order, 0),
+        _count(f"unannounced repeats, of {report.duplicates:,}", report.duplicates - report.redelivered, 0),
+        scenarios.at_most_us(
+            "killed to first handled again, the slower",
+            None if slowest_s is None or None in recoveries else int(slowest_s * 1e6),
+            _RECOVERY_US_MAX,
+        ),
+    ]
+    return checks, [report]
+
+
+async def _retries(client: shardbus.Client) -> list[Check]:
+    events = [Work(key=f"k{number % 100}", fails=number % _ATTEMPTS) for number in range(_FLAKY)]
+    before, calls = client.ledger(), await _calls_of(client, "work")
+    await client.publish_many(events)
+    ledger = await client.flush(_PATIENCE_S)
+    made_calls = await _calls_of(client, "work") - calls
+    return [
+        _count("retried until they succeeded", ledger.handled - before.handled, _FLAKY),
+        _count("calls of their handler", made_calls, sum(event.fails + 1 for event in events)),
+    ]
+
+
+async def _dead_letters(client: shardbus.Client) -> list[Check]:
+    before, calls = client.ledger(), await _calls_of(client, "work")
+    await client.publish_many([Work(key=f"d{number % 50}", fails=_ATTEMPTS) for number in range(_DOOMED)])
+    ledger = await client.flush(_PATIENCE_S)
+    made_calls = await _calls_of(client, "work") - calls
+    letters = await client.dead_letters(DeadLetterFilter(type="Work", reason="failed"))
+    full = sum(letter.attempts == _ATTEMPTS for letter in letters)
+    return [
+        _count("failed for good: dead letters", ledger.dead - before.dead, _DOOMED),
+        _count("calls of their handler", made_calls, _DOOMED * _ATTEMPTS),
+        _count(f"dead letters in the store, each after {_ATTEMPTS} attempts", full, _DOOMED),
+        _count("purged", await client.purge(DeadLetterFilter(type="Work")), _DOOMED),
+    ]
+
+
+async def _circuit(client: shardbus.Client) -> list[Check]:
+    calls = await _calls_of(client, "fragile")
+    await client.publish_many([Fragile(key="b", fails=True) for _ in range(_FRAGILE)])
+    await client.flush(_PATIENCE_S)
+    called = await _calls_of(client, "fragile") - calls
+    refused = await client.dead_letters(DeadLetterFilter(type="Fragile", reason="circuit-open"))
+    await asyncio.sleep(_OPEN_S * 1.5)
+    before = client.ledger()
+    await client.publish_many([Fragile(key="b", fails=False) for _ in range(_FRAGILE)])
+    ledger = await client.flush(_PATIENCE_S)
+    await client.purge(DeadLetterFilter(type="Fragile"))
+    return [
+        _count("calls until the circuit opened", called, _FAILURES),
+        _count("refused while it was open", len(refused), _FRAGILE - _FAILURES),
+        _count("handled once it had closed again", ledger.handled - before.handled, _FRAGILE),
+    ]
+
+
+async def _calls_of(client: shardbus.Client, handler: str) -> int:
+    return (await client.execute(GetCalls(key="calls"), timeout=_PATIENCE_S)).get(handler, 0)
+
+
+def _count(name: str, found: int, wanted: int) -> Check:
+    return Check(name=name, measured=f"{found:,}", target=f"{wanted:,}", passed=found == wanted)
+
+
+async def measuring(address: str, options: argparse.Namespace) -> tuple[list[Check], list[Report]]:
+    """Full speed with everything measured and with nothing, in turns: what measuring costs."""
+    plain_rates: list[float] = []
+    reports: list[Report] = []
+    for _ in range(options.turns):
+        plain_rates.append(await _plain(address, options.turn))
+        reports.append(await scenarios.full_speed(address, options.turn))
+    plain_rate = statistics.median(plain_rates)
+    measured_rate = statistics.median(report.achieved_rate for report in reports)
+    cost = 1 - measured_rate / plain_rate
+    check = Check(
+        name=f"measuring costs: {measured_rate:,.0f} events/s measured, {plain_rate:,.0f} not",
+        measured=f"{cost:+.1%} of throughput",
+        target=f"≤ {options.cost:.0%}",
+        passed=cost <= options.cost,
+    )
+    return [scenarios.sound(f"full speed, {options.turns} turns", _worst(reports)), check], reports
+
+
+def _worst(reports: Sequence[Report]) -> Report:
+    return next((report for report in reports if report.verdict != "ok"), reports[0])
+
+
+async def _plain(address: str, duration_s: float) -> float:
+    """Events per second of a publisher that stamps nothing, in a process of its own, with nobody asking for evidence."""
+    arguments = ["benchmarks.bus_performance", "--plain", address, "--turn", str(duration_s)]
+    async with started(arguments, piped_stdin=False) as process:
+        assert process.stdout is not None  # it is a pipe
+        async with asyncio.timeout(duration_s + _PATIENCE_S):
+            line = await process.stdout.readline()
+    try:
+        return float(line)
+    except ValueError:
+        raise LoadError("the publisher without measuring did not end with a figure") from None
+
+
+async def publish_plain(address: str, duration_s: float) -> float:
+    """That publisher: the events of `loadgen --rate max` without stamps; events per second after a second of warm-up."""
+    source = made(LoadSpec(rate=None), 0)
+    marks: list[tuple[float, int]] = []
+    async with shardbus.connect(address) as client:
+        begin_s = time.monotonic()
+        for until_s in (begin_s + 1.0, begin_s + 1.0 + duration_s):
+            while time.monotonic() < until_s:
+                await client.publish_many(source.take(_BATCH).messages)
+            marks.append((time.monotonic(), client.ledger().handled))
+        await client.flush(_PATIENCE_S)
+    (first_s, first), (last_s, last) = marks
+    return (last - first) / (last_s - first_s)
+
+
+async def benchmark(options: argparse.Namespace) -> int:
+    """Measure, and print; the exit code."""
+    checks: list[Check] = []
+    reports: list[Report] = []
+    async with scenarios.private_bus(1) as address:
+        for part in (sustained, latency, memory, measuring):
+            print(f"{part.__name__} …", flush=True)
+            found, made_reports = await part(address, options)
+            checks += found
+            reports += made_reports
+    print("faults …", flush=True)
+    found, made_reports = await faults(options)
+    method = (
+        f"1 worker, 1 publisher; sustained {options.sustained:g} s, latency {options.latency:g} s, memory 2 × "
+        f"{options.memory:g} s at {scenarios.PACED_RATE:,.0f}/s, each after 1 s of warm-up",
+        scenarios.EVERY_EVENT,
+        scenarios.FROM_INTENDED,
+        "memory: the line of least squares through the resident memory of each second, but for the first third",
+        f"measuring: medians of {options.turns} turns of {options.turn:g} s; without: no stamps, no evidence asked for",
+        "faults: an application of its own, 1 worker; every retry, dead letter and refusal is counted, by two sides",
+        scenarios.REFERENCE_METHOD,
+    )
+    return scenarios.show("bus performance", [*checks, *found], method, reports=[*reports, *made_reports])
+
+
+def main() -> int:
+    """Parse options and run; the hidden one is the publisher that measures nothing."""
+    parser = scenarios.parser("bus_performance", __doc__)
+    add = parser.add_argument
+    add("--sustained", type=float, default=20.0, metavar="S", help="seconds of sustained load (default 20)")
+    add("--latency", type=float, default=15.0, metavar="S", help="seconds of paced load (default 15)")
+    add("--memory", type=float, default=40.0, metavar="S", help="seconds for each look at memory (default 40)")
+    add("--faults", type=float, default=10.0, metavar="S", help="seconds of load under which workers are killed (10)")
+    add("--turns", type=int, default=5, metavar="N", help="turns with and without measuring (default 5)")
+    add("--turn", type=float, default=3.0, metavar="S", help="seconds of each (default 3)")
+    add("--target", type=float, default=_RATE_MIN, metavar="N", help="events/s sustained")
+    add("--p99-us", type=int, default=_P99_US_MAX, metavar="US", help="latency p99 at 20,000/s")
+    add("--slope-mb", type=float, default=_SLOPE_MB_MAX, metavar="MB", help="growth of memory a minute")
+    add("--cost", type=float, default=_COST_MAX, metavar="X", help="what measuring may cost, as a part of the throughput")
+    add("--plain", metavar="ADDRESS", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.plain:
+        print(shardbus.run(publish_plain(options.plain, options.turn)), flush=True)
+        return 0
+    return scenarios.main(benchmark(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
