@@ -156,6 +156,8 @@ def judge(facts: Facts) -> Judgement:
     late = _lateness(facts)
     slow = facts.achieved_rate < (1 - _behind_max(facts)) * facts.offered_rate
     achieved = f"{facts.achieved_rate:,.0f} of {facts.offered_rate:,.0f} events/s were finished in the measured window"
+    if late and _is_bus_behind(facts, facts.offered_rate, facts.scheduled):
+        return Judgement("saturated", (achieved, late))
     if late and _is_generators_fault(facts, facts.scheduled):
         return Judgement("generator-bound", (late, f"{_processes(facts.drivers)} cannot offer this rate here"))
     if late:
@@ -190,6 +192,14 @@ def _broken_promises(facts: Facts) -> list[str]:
         unannounced = facts.duplicates - facts.redelivered
         reasons.append(f"{unannounced:,} of {facts.duplicates:,} repeats were not announced as redelivered")
     return reasons
+
+
+def _is_bus_behind(facts: Facts, offered_rate: float, scheduled: int) -> bool:
+    """Whether the bus left more unfinished of what was sent than a late generator can explain."""
+    finished = facts.achieved_rate * scheduled / offered_rate if offered_rate else 0.0
+    allowed = max((1 - ACHIEVED_MIN) * facts.sent, BEHIND_S_MAX * offered_rate)
+    sent_late = facts.send_lag_p99_us / 1e6 * offered_rate
+    return facts.sent - finished > allowed + sent_late
 
 
 def _is_generators_fault(facts: Facts, scheduled: int) -> bool:

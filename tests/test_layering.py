@@ -95,6 +95,7 @@ OWNERS: tuple[Owner, ...] = (
         ("signal", "subprocess", "multiprocessing"),
         ("shardbus/processes.py", "loadgen/processes.py"),
     ),
+    Owner("other processes' use", ("psutil",), ("shardbus/processes.py", "loadgen/resources.py")),
     Owner("shared memory", ("mmap",), ("shardbus/evidence.py",)),
     Owner("command lines", ("click",), ("shardbus/cli.py", "loadgen/cli.py")),
     Owner("threads", ("threading",), ("shardbus/watchdog.py", "shardbus/processes.py")),

@@ -7,23 +7,31 @@ from typing import Any
 import msgspec
 import pytest
 
+from loadgen import expect
 from loadgen.histogram import Percentiles
 from loadgen.machine import Machine, shares_clock, this_machine
+from loadgen.pacer import Stage
 from loadgen.report import (
     EXIT_CODES,
     Account,
     BusState,
     Facts,
+    FaultRecord,
+    Interval,
+    Observed,
+    ProcessUse,
     Report,
     Totals,
     Verdict,
     WorkerState,
     account,
+    held_against,
     judge,
     make_report,
+    together,
 )
-from loadgen.spec import Counts, DriverResult, LoadSpec
-from loadgen.tables import rows_of
+from loadgen.spec import Counts, DriverResult, LoadSpec, Payload, Recording, Skew, Template
+from loadgen.tables import csv_of, load_text, rows_of
 
 FAST = Percentiles(p50=100, p90=150, p99=200, p99_9=250, max=300)
 MACHINE = Machine(cpu_count=2, cpu_model="a processor", system="Linux", python="3.11", versions={})
@@ -69,7 +77,7 @@ VERDICTS: list[tuple[str, dict[str, Any], Verdict, str]] = [
     ("a bus that was full for a moment only", {"waited_share": 0.3}, "ok", ""),
     (
         "a late generator is not excused by a bus that it kept idle",
-        {"send_lag_p99_us": 80_000, "achieved_rate": 15_000.0, "waited_share": 0.01},
+        {"send_lag_p99_us": 80_000, "sent": 150_000, "achieved_rate": 15_000.0, "waited_share": 0.01},
         "generator-bound",
         "one driver process cannot offer",
     ),
@@ -85,6 +93,20 @@ VERDICTS: list[tuple[str, dict[str, Any], Verdict, str]] = [
         "saturated",
         "0 of 20,000 events/s",
     ),
+    (
+        "a generator that is a little late is no excuse for a bus that finished half of what was sent",
+        {"send_lag_p99_us": 8_000, "achieved_rate": 10_000.0},
+        "saturated",
+        "10,000 of 20,000 events/s",
+    ),
+    (
+        "what was sent too late to be finished in the window is not held against the bus",
+        {"send_lag_p99_us": 500_000, "achieved_rate": 19_000.0},
+        "generator-bound",
+        "500.0 ms",
+    ),
+    ("several processes are named", {"send_lag_p99_us": 9_000, "drivers": 3}, "generator-bound", "3 driver processes"),
+    ("commands without a reply", {"lost": 2, "commands": True}, "failed", "2 commands got no reply"),
     ("a broken promise outweighs saturation", {"lost": 1, "waited_share": 1.0, "sent": 5}, "failed", "1 events"),
     (
         "unpaced, nothing is offered, so nothing is late",
@@ -309,3 +331,126 @@ def test_the_machine_is_named() -> None:
     assert machine.cpu_count >= 1
     assert machine.cpu_model
     assert set(machine.versions) == {"shardbus", "pyzmq", "msgspec", "msgpack"}
+
+
+# -- expectations
+
+
+def expected(texts: list[str], found: Report) -> Report:
+    return held_against(found, [expect.parse(text) for text in texts])
+
+
+def test_expectations_that_are_met_leave_an_ok_run_ok() -> None:
+    found = expected(["p99<10ms", "lost==0", "achieved_rate>=99"], report(*ALL_WELL))
+    assert (found.verdict, [outcome.met for outcome in found.expectations]) == ("ok", [True] * 3)
+    assert ("PASS", "p99<10ms: 0.200 ms") in rows_of(found)
+
+
+def test_one_that_is_not_met_fails_the_run_and_says_what_was_measured() -> None:
+    found = expected(["p99<100us", "lost==0"], report(*ALL_WELL))
+    assert (found.verdict, found.exit_code, found.reasons) == ("failed", 1, ("expected p99<100us: 0.200 ms",))
+    assert ("FAIL", "p99<100us: 0.200 ms") in rows_of(found)
+
+
+def test_a_run_that_was_refused_stays_refused_and_its_expectations_are_not_met() -> None:
+    good, evidence = ALL_WELL
+    late = msgspec.structs.replace(good, send_lag_us={9000: 100})
+    found = expected(["p99<1h"], report(late, evidence))
+    assert (found.verdict, found.exit_code, found.expectations[0].met) == ("generator-bound", 3, False)
+
+
+# -- several drivers, intervals, faults
+
+
+def test_what_several_drivers_saw_adds_up() -> None:
+    one = result(counts(120, handled=120))
+    both = together([one, msgspec.structs.replace(one, window_s=1.5, send_lag_us={80: 1})])
+    assert (both.scheduled, both.sent, both.final.handled, both.window_s) == (200, 200, 240, 1.5)
+    assert both.send_lag_us == {80: 61, 120: 40}
+    assert together([one]) == one
+
+
+INTERVAL = Interval(
+    at_s=1.0,
+    warming_up=False,
+    offered_rate=100.0,
+    achieved_rate=99.5,
+    counts=counts(120, handled=119, in_flight=1),
+    latency_us=FAST,
+    send_lag_p99_us=120,
+    backlog=(3, 4),
+    waiting=0,
+    processes=(ProcessUse(name="worker 0", pid=1, cpu_share=0.5, rss_bytes=60_000_000),),
+)
+
+
+def observed_report(**changes: Any) -> Report:
+    ran, evidence = ALL_WELL
+    seen = Observed(
+        faults=(FaultRecord(fault="kill:worker@1s", shard=0, at_s=1.0, recovery_s=0.25),),
+        processes=INTERVAL.processes,
+        unseen=("worker 1",),
+        intervals=(INTERVAL,),
+    )
+    return make_report(
+        LoadSpec(rate=100.0),
+        msgspec.structs.replace(ran, **changes),
+        evidence,
+        BusState(workers=(WORKER,), waiting=0),
+        address="ipc:///run/bus",
+        one_clock=True,
+        machine=MACHINE,
+        observed=seen,
+    )
+
+
+def test_faults_processes_and_what_was_not_seen_are_in_the_report() -> None:
+    rows = rows_of(observed_report())
+    assert ("fault", "kill:worker@1s, shard 0, at 1.0 s: handled again after 0.250 s") in rows
+    assert ("process", "worker 0: 50% of a core, 60 MB") in rows
+    assert any(caption == "note" and "worker 1" in text for caption, text in rows)
+    assert expected(["recovery<300ms", "worker_rss<75MB", "worker_cpu<60%"], observed_report()).verdict == "ok"
+
+
+def test_a_run_that_quotes_no_latency_quotes_none_by_the_second() -> None:
+    found = observed_report(send_lag_us={9000: 100})
+    assert found.verdict == "generator-bound"
+    assert [interval.latency_us for interval in found.intervals] == [None]
+
+
+def test_the_time_series_has_a_line_an_interval_and_empty_cells_where_nothing_was_measured() -> None:
+    silent = msgspec.structs.replace(INTERVAL, at_s=2.0, latency_us=None, backlog=(1,), processes=())
+    header, first, second = csv_of([INTERVAL, silent]).splitlines()
+    columns = header.split(",")
+    first_row = dict(zip(columns, first.split(","), strict=True))
+    second_row = dict(zip(columns, second.split(","), strict=True))
+    assert (first_row["at_s"], first_row["achieved_rate"], first_row["p99_us"]) == ("1.000", "99.500", "200")
+    assert (first_row["backlog_1"], first_row["worker_0_cpu"]) == ("4", "0.5000")
+    assert (second_row["p99_us"], second_row["backlog_1"], second_row["worker_0_cpu"]) == ("", "", "")
+
+
+LOADS = [
+    (LoadSpec(rate=20_000.0), "20,000/s for 10 s after 2 s, 1,000 keys, publish_many"),
+    (LoadSpec(rate=None, warmup_s=0.0, keys=None), "max for 10 s, unique keys, publish_many"),
+    (
+        LoadSpec(rate=None, stages=(Stage(5.0, 10.0), Stage(5.0, 20.0, 50.0)), warmup_s=0.0, arrivals="poisson"),
+        "5/s for 10 s, 5–50/s for 20 s, Poisson arrivals, 1,000 keys, publish_many",
+    ),
+    (
+        LoadSpec(rate=1.0, skew=Skew(kind="zipf", by=1.1), payload=Payload(kind="uniform", low=10, high=100), drivers=2),
+        "1/s for 10 s after 2 s, 1,000 keys, zipf(1.1), 10–100 bytes, publish_many, drivers: 2",
+    ),
+    (
+        LoadSpec(rate=1.0, template=Template(type="OrderPlaced", key="order_id")),
+        "1/s for 10 s after 2 s, 1,000 keys, OrderPlaced by order_id, publish_many",
+    ),
+    (
+        LoadSpec(rate=None, duration_s=None, recording=Recording(path="a.jsonl", type="A", key="b", speed=100.0)),
+        "at its own times × 100, a.jsonl as A by b, publish_many",
+    ),
+]
+
+
+@pytest.mark.parametrize(("spec", "text"), LOADS, ids=[row[1] for row in LOADS])
+def test_a_load_is_told_in_a_line(spec: LoadSpec, text: str) -> None:
+    assert load_text(spec) == text

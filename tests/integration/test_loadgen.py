@@ -1,0 +1,160 @@
+"""The `loadgen` command against real buses: it starts one, replays into the README's application, kills its worker.
+
+No verdict here depends on how fast the machine is: one that is too busy may refuse to quote a latency, so what is held is what
+was handled, and that loadgen and the application agree on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from buses import RunningBus
+
+import shardbus
+
+MakeBus = Callable[..., RunningBus]
+
+CHECKOUT = Path(__file__).parents[2]
+QUOTED_OR_REFUSED = (0, 3, 4)
+
+
+def loadgen(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(CHECKOUT), str(directory)])
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOADGEN_", "SHARDBUS_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "loadgen", *arguments],
+        cwd=directory,
+        env={**clean, "PYTHONPATH": path, "PYTHONWARNINGS": "error", **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def write_programs(directory: Path) -> None:
+    text = (CHECKOUT / "README.md").read_text()
+    for name, program in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.DOTALL):
+        (directory / name).write_text(program)
+
+
+def test_a_bus_is_started_where_shardbus_url_names_none_and_ended_with_the_run(short_path: Path) -> None:
+    address = f"ipc://{short_path}/bus"
+    done = loadgen(
+        short_path,
+        *["--rate", "500", "--duration", "2", "--warmup", "0.5", "--json", "report.json", "--csv", "series.csv"],
+        *["--arrivals", "poisson", "--skew", "zipf:1.1", "--payload", "10-100", "--drivers", "2"],
+        SHARDBUS_URL=address,
+    )
+    assert done.returncode in QUOTED_OR_REFUSED, done.stdout + done.stderr
+    assert f"no bus runs at {address}; starting one for this run" in done.stderr
+    report = json.loads((short_path / "report.json").read_text())
+    assert report["published"] == report["handled"] == pytest.approx(1250, abs=5 * 36)
+    assert (report["lost"], report["duplicates"], report["out_of_order"]) == (0, 0, 0)
+    assert report["machine"]["cpu_count"] == os.cpu_count()
+    seen = {use["name"] for use in report["processes"]}
+    assert seen == {"driver 0", "driver 1", "collector", "worker 0", "supervisor"}
+    rows = list(csv.DictReader((short_path / "series.csv").open()))
+    assert int(rows[-1]["published"]) == report["published"]
+    assert not (short_path / "bus" / "control").exists()
+
+
+def test_a_bus_that_was_named_is_not_started(short_path: Path) -> None:
+    done = loadgen(short_path, "--rate", "5", "--connect", f"ipc://{short_path}/bus")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"loadgen: no bus answered at ipc://{short_path}/bus")
+
+
+def test_the_readmes_shop_is_driven_from_outside_with_expectations(short_path: Path) -> None:
+    write_programs(short_path)
+    arguments = ["--app", "shop:bus", "--type", "OrderPlaced", "--key", "order_id", "--rate", "300", "--duration", "1"]
+    done = loadgen(short_path, *arguments, "--body", '{"amount": 9.5}', "--expect", "handled==900", "--expect", "lost==0")
+    assert done.returncode in QUOTED_OR_REFUSED, done.stdout + done.stderr
+    assert "PASS          handled==900: 900" in done.stdout
+    unmet = loadgen(short_path, *arguments, "--body", '{"amount": 9.5}', "--expect", "handled>1M")
+    assert unmet.returncode in (1, 3, 4)
+    assert "expected handled>1M: 900" in unmet.stdout
+
+
+WRONG = [
+    (["--type", "OrderLost", "--key", "order_id"], "no handler of this application takes the event 'OrderLost'"),
+    (["--type", "OrderPlaced", "--key", "order_id"], "missing required field `amount`"),
+    (["--type", "Nothing", "--key", "order_id", "--commands"], "does not take the command"),
+    ([], "does not take loadgen's own events"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), WRONG, ids=[row[1] for row in WRONG])
+def test_an_application_that_does_not_take_the_messages_gets_one_of_them_and_no_more(
+    short_path: Path, arguments: list[str], said: str
+) -> None:
+    write_programs(short_path)
+    done = loadgen(short_path, "--app", "shop:bus", "--rate", "300", "--duration", "1", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+
+
+def recording(directory: Path) -> tuple[str, dict[str, list[int]]]:
+    """A history of some files, and what must come of it; `SHARDBUS_HISTORY=DIRECTORY` has a real one."""
+    given = os.environ.get("SHARDBUS_HISTORY")
+    if given is not None:
+        return f"{given}/history.jsonl.gz", json.loads(Path(f"{given}/history.truth.json").read_text())
+    truth: dict[str, list[int]] = {}
+    path = directory / "history.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for number in range(6000):
+            name = f"src/file{number * number % 211}.py"
+            state = truth.setdefault(name, [0, 0])
+            state[0] += 1
+            state[1] += number % 50 - number % 9
+            event = {"path": name, "revision": state[0], "commit": f"{number:x}", "time": 1_700_000_000 + number * 60}
+            file.write(json.dumps({**event, "added": number % 50, "deleted": number % 9}) + "\n")
+    return str(path), truth
+
+
+REPLAYS: list[tuple[str, list[str]]] = [
+    ("20,000 a second", ["--rate", "20k"]),
+    ("by their own times", ["--speed", "1000", "--gap", "1ms"]),
+    ("with a worker killed", ["--rate", "2k", "--fault", "kill:worker@0.5s", "--fault", "kill:worker1@1.5s"]),
+    ("by two drivers, with a worker stopped", ["--rate", "4k", "--drivers", "2", "--fault", "stop:worker0:500ms@0.5s"]),
+]
+
+
+@pytest.mark.parametrize("arguments", [row[1] for row in REPLAYS], ids=[row[0] for row in REPLAYS])
+async def test_a_replay_leaves_the_state_that_the_events_say_and_the_verdict_agrees(
+    make_bus: MakeBus, short_path: Path, arguments: list[str]
+) -> None:
+    write_programs(short_path)
+    path, truth = recording(short_path)
+    bus = make_bus("--workers", "2", application="history:bus")
+    bus.wait_ready()
+    target = ["--connect", bus.address, "--type", "Changed", "--key", "path", "--json", "report.json", "--flush", "60"]
+    done = await asyncio.to_thread(loadgen, short_path, "--replay", path, *target, *arguments)
+    assert done.returncode in QUOTED_OR_REFUSED, done.stdout + done.stderr
+    report: dict[str, Any] = json.loads((short_path / "report.json").read_text())
+    events = sum(revisions for revisions, _ in truth.values())
+    assert (report["published"], report["handled"], report["lost"], report["out_of_order"]) == (events, events, 0, 0)
+    assert report["duplicates"] == report["redelivered"]
+    kills = sum("kill" in argument for argument in arguments)
+    assert [fault["recovery_s"] is not None for fault in report["faults"] if "kill" in fault["fault"]] == [True] * kills
+    found = await _state(bus, short_path, truth)
+    assert found == truth
+
+
+async def _state(bus: RunningBus, directory: Path, truth: dict[str, list[int]]) -> dict[str, list[int]]:
+    class GetFile(shardbus.Command[tuple[int, int]], key="path"):
+        path: str
+
+    async with shardbus.connect(bus.address) as client:
+        return {path: list(await client.execute(GetFile(path=path), timeout=30)) for path in truth}

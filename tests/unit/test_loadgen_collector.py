@@ -1,0 +1,82 @@
+"""The collector: what grows by the interval, merges of shards, and processes that come and go."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from loadgen.collector import Collector, Processes
+from loadgen.histogram import Histogram, difference, percentiles_us
+from loadgen.resources import Watched
+from loadgen.spec import Counts, Progress
+from shardbus.demo import Tick, bus
+
+
+def progress(at_s: float, finished: int, scheduled: int | None) -> Progress:
+    counts = Counts(published=finished, handled=finished, dead=0, waiting=0, dropped=0, in_flight=0)
+    return Progress(at_s=at_s, warming_up=False, counts=counts, scheduled=scheduled, send_lag_us={100: 1})
+
+
+async def test_an_interval_has_what_came_since_the_last_one_and_the_whole_is_their_sum():
+    async with bus.local(shards=2) as client:
+        collector = Collector(client)
+        collector.publishers = [client.publisher]
+        collector.begin([])
+        latencies = []
+        for turn in (1, 2, 3):
+            stamps = [1] * (10 * turn)  # long ago, so that each has a latency
+            events = [Tick(key=f"k{turn}-{number}") for number in range(len(stamps))]
+            await client.publish_many(events, ordinals=stamps, intended_ns=stamps)
+            await client.flush(10.0)
+            interval = await collector.interval([progress(turn, 10 * turn, 20 * turn)], [os.getpid()])
+            latencies.append(interval)
+        assert [interval.latency_us is not None for interval in latencies] == [True] * 3
+        assert [(interval.offered_rate, interval.achieved_rate) for interval in latencies] == [(20.0, 10.0)] * 3
+        assert collector.histogram.total == 60 == sum(one.total for one in collector.by_shard.values())
+        assert set(collector.by_shard) == {0, 1}
+        # Nothing new: no latency, and no interval where no time has passed.
+        assert await collector.interval([progress(3, 30, 60)], []) is None
+        assert (await collector.interval([progress(4, 30, 60)], [])).latency_us is None
+
+
+def test_the_difference_of_growing_counts_is_what_came_in_between():
+    assert difference({1: 5, 2: 3, 9: 1}, {1: 5, 2: 1}) == [(2, 2), (9, 1)]
+    assert difference({1: 2}, {1: 5}) == [(1, 2)]  # begun anew
+
+
+def test_merged_histograms_count_as_one():
+    parts = [[(value, 1) for value in range(start, 50_000, 7)] for start in range(7)]
+    whole = Histogram()
+    for part in parts:
+        whole.merge(Histogram(part))
+    assert whole.percentiles() == percentiles_us(pair for part in parts for pair in part)
+
+
+def test_the_distribution_for_the_plotter_is_in_milliseconds_and_ends_at_the_maximum():
+    lines = Histogram([(1000, 98), (2000, 1), (5000, 1)]).hgrm().splitlines()
+    assert lines[0].split() == ["Value", "Percentile", "TotalCount", "1/(1-Percentile)"]
+    rows = [line.split() for line in lines[2:] if not line.startswith("#")]
+    assert rows[0][0] == "1.000"
+    assert rows[-1][:3] == ["5.003", "1.000000000000", "100"]
+    assert [float(row[1]) for row in rows] == sorted(float(row[1]) for row in rows)
+    assert lines[-3].startswith("#[Mean    =        1.05")
+
+
+def test_a_process_that_is_gone_is_said_to_be_missing_and_its_successor_counts_on():
+    processes = Processes()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert Watched().look(ended.pid) is None
+    mine = os.getpid()
+    processes.look({"worker 0": mine}, 1.0)
+    (use,) = processes.look({"worker 0": mine}, 2.0)
+    assert (use.name, use.pid) == ("worker 0", mine)
+    assert use.rss_bytes > 1_000_000
+    assert processes.look({"worker 0": ended.pid}, 3.0) == ()
+    assert processes.unseen() == ("worker 0",)
+    processes.look({"worker 0": os.getppid()}, 4.0)
+    # Another process: its own beginning is not counted against the time of the one before.
+    (total,) = processes.total()
+    assert 0.0 <= total.cpu_share < 64.0
+    assert total.pid == os.getppid()
