@@ -495,12 +495,16 @@ def _say(line: DriverLine) -> None:
 async def _listen(go: asyncio.Future[int]) -> None:
     """Pass on the word to go, and return when stdin ends."""
     reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    line = await reader.readline()
-    if line and not go.done():
-        go.set_result(decode_go(line).start_ns)
-    while await reader.read(4096):
-        pass
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    try:
+        line = await reader.readline()
+        if line and not go.done():
+            go.set_result(decode_go(line).start_ns)
+        while await reader.read(4096):
+            pass
+    finally:
+        transport.close()
 
 
 async def _main(part: Part) -> None:
@@ -509,6 +513,7 @@ async def _main(part: Part) -> None:
     orphaned = asyncio.ensure_future(_listen(go))
     await asyncio.wait([driving, orphaned], return_when=asyncio.FIRST_COMPLETED)
     orphaned.cancel()
+    await asyncio.wait([orphaned])
     if not driving.done():
         driving.cancel()
     try:

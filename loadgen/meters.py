@@ -11,14 +11,15 @@ from typing import Final
 
 from shardbus.metrics import bucket_bounds_us, bucket_index
 
-_EXACT_US: Final = 2048  # below it each microsecond is counted apart, above it three digits
+_EXACT_US: Final = 65_536  # below it each microsecond is counted apart: as many entries, and a loop in C
 
 
 class LagCounts:
     """How long after their instants things happened, counted: whole microseconds up to 2,047, three digits beyond.
 
-    27,648 entries at most. The later a batch, the fewer steps it takes: late instants are counted by the bucket, whose two
-    ends are looked up among them, so that a generator which falls behind is not slowed down by saying so.
+    Memory is bounded. The later a batch, the fewer steps it takes: very late instants are counted by the bucket, whose end is
+    looked up among them, so that a generator which falls behind is not slowed down by saying so. (Buckets are wide there; for
+    a few milliseconds, each of them would have one event, and cost ten times as much.)
     """
 
     def __init__(self) -> None:
@@ -45,10 +46,10 @@ class LagCounts:
         self._late.update(others._late)
 
     def counts(self) -> dict[int, int]:
-        """Microseconds → how many; a bucket counts as its highest value, what was early as 0."""
+        """Microseconds → how many; a bucket counts as its highest value, what was early as 0. At most 27,648 entries."""
         found: Counter[int] = Counter()
         for late_us, count in self._exact.items():
-            found[max(0, late_us)] += count
+            found[bucket_bounds_us(bucket_index(late_us))[1]] += count
         for bucket, count in self._late.items():
             found[bucket_bounds_us(bucket)[1]] += count
         return dict(found)

@@ -14,7 +14,8 @@ import math
 import random
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import pairwise, repeat
+from operator import floordiv
 from typing import Final, Protocol
 
 import msgspec
@@ -101,7 +102,20 @@ class Profile:
             until = len(positions)
             if positions[-1] >= self._positions[at + 1]:
                 until = bisect_right(positions, self._positions[at + 1] - 1, done)
-            found += [shift + (position - begin) // rate for position in positions[done:until]]
+            # ⌊(p - begin) / rate⌋ + shift, as one division, so that it runs in C: half the cost of a loop.
+            offset = begin - shift * rate
+            part = positions[done:until]
+            if not isinstance(part, range):
+                part = [position - offset for position in part]
+            elif part.step % rate == 0:  # a whole number of nanoseconds between any two
+                first = (part.start - offset) // rate
+                step = part.step // rate
+                found += range(first, first + len(part) * step, step)
+                done = until
+                continue
+            else:
+                part = range(part.start - offset, part.stop - offset, part.step)
+            found += map(floordiv, part, repeat(rate))
             done = until
         return found
 

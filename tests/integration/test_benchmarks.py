@@ -19,8 +19,10 @@ UNREACHED = [
     ("benchmark_documented", [*SHORT, "--target", "1e12"], "FAIL: publish calls alone"),
     (
         "bus_performance",
-        ["--sustained", "4", "--latency", "1", "--memory", "8", "--faults", "3", "--turns", "1", "--turn", "1"]
-        + ["--target", "1e12", "--slope-mb", "-1000"],
+        [
+            *["--sustained", "3", "--latency", "1", "--memory", "7", "--faults", "3", "--turns", "1", "--turn", "1"],
+            *["--target", "1e12", "--slope-mb", "-1000"],
+        ],
         "FAIL: memory of worker 0, 1,000 keys",
     ),
 ]

@@ -1,7 +1,7 @@
 """The `loadgen` command against real buses: it starts one, replays into the README's application, kills its worker.
 
-No verdict here depends on how fast the machine is: one that is too busy may refuse to quote a latency, so what is held is what
-was handled, and that loadgen and the application agree on it.
+No verdict here depends on how fast the machine is: one that is too busy may refuse to quote a latency, so what is held
+is what was handled, and that loadgen and the application agree on it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def recording(directory: Path) -> tuple[str, dict[str, list[int]]]:
     truth: dict[str, list[int]] = {}
     path = directory / "history.jsonl.gz"
     with gzip.open(path, "wt") as file:
-        for number in range(6000):
+        for number in range(1500):
             name = f"src/file{number * number % 211}.py"
             state = truth.setdefault(name, [0, 0])
             state[0] += 1
@@ -126,8 +126,8 @@ def recording(directory: Path) -> tuple[str, dict[str, list[int]]]:
 REPLAYS: list[tuple[str, list[str]]] = [
     ("20,000 a second", ["--rate", "20k"]),
     ("by their own times", ["--speed", "1000", "--gap", "1ms"]),
-    ("with a worker killed", ["--rate", "2k", "--fault", "kill:worker@0.5s", "--fault", "kill:worker1@1.5s"]),
-    ("by two drivers, with a worker stopped", ["--rate", "4k", "--drivers", "2", "--fault", "stop:worker0:500ms@0.5s"]),
+    ("with a worker killed", ["--rate", "400", "--fault", "kill:worker0@0.5s", "--fault", "kill:worker1@1.5s"]),
+    ("by two drivers, with a worker stopped", ["--rate", "1k", "--drivers", "2", "--fault", "stop:worker0:500ms@0.5s"]),
 ]
 
 
