@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import csv
 import gzip
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,15 +34,19 @@ QUOTED_OR_REFUSED = (0, 3, 4)
 def loadgen(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(CHECKOUT), str(directory)])
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOADGEN_", "SHARDBUS_"))}
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "loadgen", *arguments],
         cwd=directory,
-        env={**clean, "PYTHONPATH": path, "PYTHONWARNINGS": "error", **environment},
+        env={**clean, "PYTHONPATH": path, "PYTHONWARNINGS": "error", "TMPDIR": str(directory), **environment},
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
     )
+    for address in re.findall(r"serving \S+ at (\S+) for this run", done.stderr):
+        digest = hashlib.sha256(address.encode()).hexdigest()[:16]
+        shutil.rmtree(f"/dev/shm/shardbus-{os.getuid()}-{digest}", ignore_errors=True)
+    return done
 
 
 def write_programs(directory: Path) -> None:
