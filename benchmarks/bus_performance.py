@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import statistics
 import sys
 import tempfile
@@ -180,11 +181,11 @@ def _measured(intervals: Sequence[Interval]) -> list[Interval]:
 async def faults(options: argparse.Namespace) -> tuple[list[Check], list[Report]]:
     """Retries, dead letters, a circuit that opens and closes again, and workers killed under load; all counted."""
     async with contextlib.AsyncExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="shardbus-bench-"))
-        address = f"ipc://{directory}/bus"
+        address = f"ipc://{tempfile.gettempdir()}/shardbus-benchmarks-faults-{os.getuid()}"
         application = "benchmarks.bus_performance:bus"
         await stack.enter_async_context(started_bus(1, address, application=application, log_level="error"))
         client = await stack.enter_async_context(shardbus.connect(address))
+        await client.purge()  # what a run that was broken off may have left
         checks = [*await _retries(client), *await _dead_letters(client), *await _circuit(client)]
         report = await run_async(
             LoadSpec(

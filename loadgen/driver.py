@@ -55,6 +55,7 @@ _SLEEP_NS_MAX: Final = 200_000_000  # the end of a window is not slept through
 _OVERRUN_NS: Final = 100_000_000  # a schedule that is further behind is not waited for at either end of the window
 _LAST_NS: Final = 100_000_000  # from a recording's last event to the end of its window: time for it to be handled
 _CONNECT_S: Final = 10.0
+_NO_HANDLER: Final = "no handler of this application takes"
 _FIRST_S: Final = 5.0  # for the first event of an application that is not known
 
 Say = Callable[[DriverLine], None]
@@ -475,8 +476,10 @@ async def _check_command(client: shardbus.Client, spec: LoadSpec) -> None:
     try:
         await client.execute(command, timeout=_FIRST_S)
     except shardbus.CommandFailed as error:
-        if not error.remote_traceback:  # no handler was ever entered
-            raise LoadError(f"the bus at {client.address} does not take the command: {error}") from None
+        # The bus has no field for it; a handler's own failure is part of the load.
+        if error.error.startswith(_NO_HANDLER) or error.error_type == "ValidationError":
+            told = f"{error.error_type}: {error.error}"
+            raise LoadError(f"the bus at {client.address} does not take the command: {told}") from None
     except (TimeoutError, shardbus.CommandLost):
         pass  # a bus in trouble; the run will show it
 

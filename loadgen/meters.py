@@ -18,8 +18,8 @@ class LagCounts:
     """How long after their instants things happened, counted: whole microseconds up to 2,047, three digits beyond.
 
     Memory is bounded. The later a batch, the fewer steps it takes: very late instants are counted by the bucket, whose end
-    is looked up among them, so that a generator which falls behind is not slowed down by saying so. (Buckets are wide; for
-    a few milliseconds, each of them would have one event, and cost ten times as much.)
+    is looked up among them, so that a generator which falls behind is not slowed down by saying so. (Buckets are wide
+    there; for a few milliseconds, each of them would have one event, and cost ten times as much.)
     """
 
     def __init__(self) -> None:

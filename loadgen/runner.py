@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import os
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -118,9 +119,7 @@ async def run_async(
 async def _find_bus(spec: LoadSpec, stack: contextlib.AsyncExitStack, say: Callable[[str], None]) -> str | None:
     """The address of a bus that runs, or of one that was started for as long as the stack lives."""
     if spec.application is not None:
-        directory = tempfile.mkdtemp(prefix="loadgen-")
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        address = f"ipc://{directory}/bus"
+        address = _own_address(spec.application, spec.workers)
         say(f"serving {spec.application} at {address} for this run, workers: {spec.workers}")
         await stack.enter_async_context(started_bus(spec.workers, address, application=spec.application))
         return address
@@ -133,6 +132,15 @@ async def _find_bus(spec: LoadSpec, stack: contextlib.AsyncExitStack, say: Calla
         say(f"no bus runs at {nobody.address}; starting one for this run, workers: {spec.workers}")
         await stack.enter_async_context(started_bus(spec.workers, nobody.address))
         return nobody.address
+
+
+def _own_address(application: str, workers: int) -> str:
+    """Where an application is served for a run: always the same place for the same application and number of workers.
+
+    So what a bus keeps beyond its end is found again instead of adding up, and a second run beside this one is refused.
+    """
+    digest = hashlib.sha256(f"{application} {workers}".encode()).hexdigest()[:8]
+    return f"ipc://{tempfile.gettempdir()}/loadgen-{os.getuid()}-{digest}"
 
 
 class _Run:

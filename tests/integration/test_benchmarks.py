@@ -30,12 +30,12 @@ UNREACHED = [
 
 @pytest.mark.parametrize(("name", "arguments", "said"), UNREACHED, ids=[row[0] for row in UNREACHED])
 def test_a_target_out_of_reach_fails_in_the_benchmarks_own_words_and_the_result_is_kept(
-    tmp_path: Path, name: str, arguments: list[str], said: str
+    short_path: Path, name: str, arguments: list[str], said: str
 ) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "error"},
+        cwd=short_path,
+        env={**os.environ, "TMPDIR": str(short_path), "PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "error"},
         capture_output=True,
         text=True,
         timeout=110,
@@ -44,7 +44,7 @@ def test_a_target_out_of_reach_fails_in_the_benchmarks_own_words_and_the_result_
     assert done.returncode == 1, done.stdout + done.stderr
     assert said in done.stdout
     assert "Warning" not in done.stderr
-    (kept,) = (tmp_path / "results").iterdir()
+    (kept,) = (short_path / "results").iterdir()
     result = json.loads(kept.read_text())
     assert (result["passed"], bool(result["reports"])) == (False, True)
     if name == "bus_performance":

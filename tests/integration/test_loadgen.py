@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import csv
 import gzip
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,15 +34,19 @@ QUOTED_OR_REFUSED = (0, 3, 4)
 def loadgen(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(CHECKOUT), str(directory)])
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOADGEN_", "SHARDBUS_"))}
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "loadgen", *arguments],
         cwd=directory,
-        env={**clean, "PYTHONPATH": path, "PYTHONWARNINGS": "error", **environment},
+        env={**clean, "PYTHONPATH": path, "PYTHONWARNINGS": "error", "TMPDIR": str(directory), **environment},
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
     )
+    for address in re.findall(r"serving \S+ at (\S+) for this run", done.stderr):
+        digest = hashlib.sha256(address.encode()).hexdigest()[:16]
+        shutil.rmtree(f"/dev/shm/shardbus-{os.getuid()}-{digest}", ignore_errors=True)
+    return done
 
 
 def write_programs(directory: Path) -> None:
@@ -65,7 +71,7 @@ def test_a_bus_is_started_where_shardbus_url_names_none_and_ended_with_the_run(s
     assert report["machine"]["cpu_count"] == os.cpu_count()
     seen = {use["name"] for use in report["processes"]}
     assert seen == {"driver 0", "driver 1", "collector", "worker 0", "supervisor"}
-    rows = list(csv.DictReader((short_path / "series.csv").open()))
+    rows = list(csv.DictReader((short_path / "series.csv").read_text().splitlines()))
     assert int(rows[-1]["published"]) == report["published"]
     assert not (short_path / "bus" / "control").exists()
 

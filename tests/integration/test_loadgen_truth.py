@@ -148,14 +148,14 @@ async def test_response_times_of_one_key_are_those_of_its_arrivals_and_service_t
     make_bus: MakeBus, short_path: Path
 ) -> None:
     chance = random.Random(11)
-    lengths_s = [round(0.04 + chance.expovariate(1 / 0.06), 4) for _ in range(64)]
+    lengths_s = [round(0.15 + chance.expovariate(1 / 0.15), 4) for _ in range(64)]
     (short_path / "queue_app.py").write_text(QUEUE.replace("__LENGTHS__", repr(lengths_s)))
     bus = make_bus("--workers", "1", application="queue_app:bus")
     bus.wait_ready()
     spec = LoadSpec(
-        rate=7.5,
+        rate=1.8,
         arrivals="poisson",
-        duration_s=14.0,
+        duration_s=20.0,
         warmup_s=0.0,
         keys=1,
         seed=5,
@@ -171,11 +171,16 @@ async def test_response_times_of_one_key_are_those_of_its_arrivals_and_service_t
         while page := await client.execute(GetTimes(key="k0", first=len(times))):
             times += page
     assert [n for n, _ in times] == list(range(result.sent))
-    assert totals.samples == result.sent > 70
+    assert totals.samples == result.sent > 20
     assert plan.arrivals is not None
     arrivals = plan.arrivals(start_ns)
     arrivals.scheduled(plan.length_ns)
     arrivals_ns = arrivals.intended_ns(0, result.sent)
-    expected = percentiles_of(lindley(arrivals_ns, [service_ns for _, service_ns in times]))
+    services_ns = [service_ns for _, service_ns in times]
+    responses_s = lindley(arrivals_ns, services_ns)
+    # It is queueing that is tested: a good part of the events found the one before still there.
+    waited = sum(response * _NS > service + 1 for response, service in zip(responses_s, services_ns, strict=True))
+    assert waited > result.sent / 4
+    expected = percentiles_of(responses_s)
     assert totals.latency_us is not None
     assert_equal(totals.latency_us, expected, ("p50", "p90", "p99", "p99_9", "max"))
