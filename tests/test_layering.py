@@ -338,7 +338,8 @@ BROKEN = {
     ),
     "an owner's effect taken": (
         {"shardbus/client.py": "import sqlalchemy.orm\n"},
-        "shardbus/client.py:1: imports sqlalchemy.orm, but databases belong to shardbus/sql_store.py and benchmarks/chaos.py",
+        "shardbus/client.py:1: imports sqlalchemy.orm, but databases belong to shardbus/sql_store.py and "
+        "benchmarks/chaos.py",
     ),
     "an effect that a neighbour of its owner takes": (
         {"loadgen/driver.py": "import zmq\n"},
