@@ -92,7 +92,7 @@ OWNERS: tuple[Owner, ...] = (
     # The bare loop is what the bus is compared with, so it has none of the bus.
     Owner("sockets", ("zmq",), ("shardbus/zmq_transport.py", "benchmarks/bare_loop.py")),
     # Chaos locks a store as a stranger would.
-    Owner("databases", ("sqlalchemy", "aiosqlite", "sqlite3"), ("shardbus/sql_store.py", "benchmarks/chaos.py")),
+    Owner("stores", ("sqlalchemy", "aiosqlite", "sqlite3"), ("shardbus/sql_store.py", "benchmarks/chaos.py")),
     Owner(
         "processes",
         ("signal", "subprocess", "multiprocessing"),
@@ -338,8 +338,7 @@ BROKEN = {
     ),
     "an owner's effect taken": (
         {"shardbus/client.py": "import sqlalchemy.orm\n"},
-        "shardbus/client.py:1: imports sqlalchemy.orm, but databases belong to shardbus/sql_store.py and "
-        "benchmarks/chaos.py",
+        "shardbus/client.py:1: imports sqlalchemy.orm, but stores belong to shardbus/sql_store.py and benchmarks/chaos.py",
     ),
     "an effect that a neighbour of its owner takes": (
         {"loadgen/driver.py": "import zmq\n"},
