@@ -477,7 +477,8 @@ class Lanes:
         if position:
             head = lane.queue[0] if lane.queue else None
             if isinstance(head, _Stored):
-                head.after = position - 1
+                # A predecessor may have died before it removed what had run before; that comes again, in its place.
+                head.after = min(head.after, position - 1)
                 head.count += 1
                 head.due_ns = 0
             else:
@@ -1063,13 +1064,22 @@ class Lanes:
 
     def _unload(self, lane: _Lane, due_ns: int) -> None:
         """Let the store alone hold a lane that waits, so that what waits long costs no memory."""
-        loaded = [one for one in lane.queue if isinstance(one, Delivery)]
-        if all(one.position for one in loaded):  # no command in between, which lives in memory only
-            count = sum(1 if isinstance(one, Delivery) else one.count for one in lane.queue)
-            last = max(one.position if isinstance(one, Delivery) else one.last for one in lane.queue)
-            after = min(one.position - 1 if isinstance(one, Delivery) else one.after for one in lane.queue)
+        self._unload_from(lane, 0)
+        if len(lane.queue) == 1 and isinstance(lane.queue[0], _Stored):
+            lane.queue[0].due_ns = due_ns
+
+    def _unload_from(self, lane: _Lane, first: int) -> None:
+        """Let the store alone hold a lane from its `first` message on, unless a command is there, which it never holds."""
+        rest = list(islice(lane.queue, first, None))
+        loaded = [one for one in rest if isinstance(one, Delivery)]
+        if loaded and all(one.position for one in loaded):
+            count = sum(1 if isinstance(one, Delivery) else one.count for one in rest)
+            last = max(one.position if isinstance(one, Delivery) else one.last for one in rest)
+            after = min(one.position - 1 if isinstance(one, Delivery) else one.after for one in rest)
+            for _ in rest:
+                lane.queue.pop()
             self.queued -= len(loaded)
-            lane.queue = deque([_Stored(after, count, last, due_ns)])
+            lane.queue.append(_Stored(after, count, last))
 
     def _continue(self, lane: _Lane) -> None:
         """Nothing of this lane runs: make its head ready, wait for its time, fetch it from the store, or end the lane."""
@@ -1087,8 +1097,7 @@ class Lanes:
                 loop = asyncio.get_running_loop()
                 lane.timer = loop.call_later(wait_ns / 1e9, self._continue, lane, context=self._clean)
         elif isinstance(head, _Stored):
-            share = (self._limits.queued_events_max - self.queued) // (len(self._busy) - self.parked_keys + 1)
-            limit = max(1, min(_LOAD_ROWS, share))
+            limit = self._rows_in_memory(self.queued)
             self._host.load(lane.key, head.after, head.last, limit, lambda rows: self._loaded(lane, rows))
         else:
             self._ready.append(lane)
@@ -1169,14 +1178,13 @@ class Lanes:
             return False
         lane.stored = True
         self._host.keep(events)
-        rest = list(islice(lane.queue, _LOAD_ROWS, None))
-        rows = [one.position for one in rest if isinstance(one, Delivery) and one.position]
-        if rows and len(rows) == len(rest):  # no command, which has no row
-            for _ in rest:
-                lane.queue.pop()
-            self.queued -= len(rest)
-            lane.queue.append(_Stored(rows[0] - 1, len(rows), rows[-1]))
+        self._unload_from(lane, self._rows_in_memory(self.queued - len(lane.queue)))
         return True
+
+    def _rows_in_memory(self, others: int) -> int:
+        """How many rows of a stored lane may be in memory, where so many messages of others are."""
+        share = (self._limits.queued_events_max - others) // (len(self._busy) - self.parked_keys + 1)
+        return max(1, min(_LOAD_ROWS, share))
 
     # -- failures
 

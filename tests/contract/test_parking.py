@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from shardbus import (
@@ -24,7 +25,7 @@ from shardbus import (
 from shardbus.config import Limits
 from shardbus.local import run_local
 from shardbus.sql_store import SqlStore, sqlite_file_url
-from shardbus.store import Store
+from shardbus.store import DeadLetter, Envelope, Store, WaitingEvent
 from shardbus.testing import MemoryRows, MemoryStore
 
 ONCE = Retry(attempts=1)
@@ -379,6 +380,31 @@ async def test_nothing_behind_a_parked_event_is_stored_before_that_is(applicatio
         ledger = await client.flush(10)
         assert (ledger.dead, ledger.waiting) == (41, 19)
         assert store.writes > 10
+
+
+async def test_what_ran_before_a_parked_event_and_was_not_removed_in_time_comes_again_in_its_place(
+    application: Application,
+):
+    def envelope(n: int) -> Envelope:
+        body = msgspec.msgpack.encode(Step(key="a", n=n))
+        return Envelope(
+            publisher=bytes(16), seq=n, slot=0, type="Step", key="a", body=body, headers=None, ordinal=0, intended_ns=0,
+            attempt=1,
+        )  # fmt: skip
+
+    parked = DeadLetter(
+        envelope=envelope(2), handlers=(), reason="failed", error_type="E", error="e", place="", traceback="", first_ns=1,
+        last_ns=1, epoch=b"e", position=2,
+    )  # fmt: skip
+    rows = MemoryRows()
+    await MemoryStore(rows).write(
+        dead=[parked], waiting=[WaitingEvent(position=n, envelope=envelope(n)) for n in (1, 3, 4)]
+    )
+    async with run_local(application.bus, stores=[MemoryStore(rows)]) as client:
+        assert await client.redrive() == 1
+        while rows.waiting:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+    assert application.of("a") == [1, 2, 3, 4]
 
 
 async def test_many_keys_may_be_parked_at_once_and_all_come_back_in_order(application: Application, run: Run):
