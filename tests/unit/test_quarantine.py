@@ -122,7 +122,9 @@ def test_the_suspects_are_bounded_and_the_convicted_stay():
 # -- who may run
 
 
-def quarantine(suspects: dict[Identity, Suspect], notes: list[tuple[Identity, Suspect | None]] | None = None) -> Quarantine:
+def quarantine(
+    suspects: dict[Identity, Suspect], notes: list[tuple[Identity, Suspect | None]] | None = None
+) -> Quarantine:
     noted = [] if notes is None else notes
     return Quarantine(suspects, lambda identity, suspect: noted.append((identity, suspect)), NOW, lambda: 0.5)
 
@@ -186,8 +188,10 @@ def test_a_batch_with_a_suspect_is_known():
 # -- lives under fire
 
 
-def live(chance: random.Random, deaths: int, poison: int | None, lifetime_s: float, slow: int) -> tuple[int | None, int]:
-    """Lives of a worker whose `slow` handlers sleep, by the journal and the quarantine; the one of `poison` kills it at once.
+def live(
+    chance: random.Random, deaths: int, poison: int | None, lifetime_s: float, slow: int
+) -> tuple[int | None, int]:
+    """Lives of a worker whose `slow` handlers sleep, by journal and quarantine; the one of `poison` kills it at once.
 
     Somebody kills it too, after `lifetime_s` on average. Returns who is convicted first, and how many deaths that took.
     """
