@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import shardbus
 from loadgen.processes import Fault, inject
+from loadgen.spec import LoadError
 
 _POLL_S: Final = 0.005
 _ASK_S: Final = 2.0
@@ -25,7 +26,11 @@ class Injector:
         self._client = client
 
     async def worker(self, shard: int) -> dict[str, Any]:
-        """The worker of a shard, as `status` has it, once it is up."""
+        """The worker of a shard, as `status` has it, once it is up.
+
+        Raises:
+            LoadError: the supervisor has given the shard up.
+        """
         while True:
             try:
                 worker: dict[str, Any] = (await self._client.status(timeout=_ASK_S))["workers"][shard]
@@ -33,6 +38,8 @@ class Injector:
                 continue
             if worker["state"] == "up":
                 return worker
+            if worker["state"] == "given-up":
+                raise LoadError(f"shard {shard} was given up ({worker['last_exit']})")
             await asyncio.sleep(2 * _POLL_S)
 
     async def kill(self, shard: int) -> float | None:
@@ -45,8 +52,7 @@ class Injector:
 
     async def stop(self, shard: int, seconds: float) -> float:
         """SIGSTOP, and SIGCONT after so many seconds, whatever happens meanwhile; returns how many it really were."""
-        pid = (await self.worker(shard))["pid"]
-        inject(pid, Fault.STOP)
+        pid = (await self._harm(shard, Fault.STOP))["pid"]
         began_ns = time.monotonic_ns()
         try:
             await asyncio.sleep(seconds)
@@ -55,18 +61,28 @@ class Injector:
         return (time.monotonic_ns() - began_ns) / 1e9
 
     async def _end(self, shard: int, fault: Fault) -> float | None:
-        before = await self.worker(shard)
-        inject(before["pid"], fault)
-        return await self._recovery(before)
+        before = await self._harm(shard, fault)
+        try:
+            async with asyncio.timeout(RECOVERED_S_MAX):
+                return await self._recovery(before)
+        except TimeoutError:
+            return None
 
-    async def _recovery(self, before: dict[str, Any]) -> float | None:
+    async def _harm(self, shard: int, fault: Fault) -> dict[str, Any]:
+        """Do it to the worker that a shard has now, and return that."""
+        while True:
+            worker = await self.worker(shard)
+            if inject(worker["pid"], fault):
+                return worker
+            await asyncio.sleep(_POLL_S)  # it ended by itself just now
+
+    async def _recovery(self, before: dict[str, Any]) -> float:
         began = time.monotonic()
         first: int | None = None
-        while time.monotonic() - began < RECOVERED_S_MAX:
+        while True:
             now = await self.worker(before["shard"])
             if now["pid"] != before["pid"]:
                 if first is not None and now["handled"] > first:
                     return time.monotonic() - began
                 first = now["handled"] if first is None else first
             await asyncio.sleep(_POLL_S)
-        return None

@@ -407,6 +407,7 @@ class Client:
             raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
         if outbox.paused:
             await self._room(outbox)
+            outbox = self._present(outbox, key)
         if size > _SMALL_BYTES:
             self._weigh(outbox, size)
         batch = outbox.batch
@@ -483,7 +484,7 @@ class Client:
             for outbox in outboxes:
                 if outbox.paused:
                     await self._room(outbox)
-        return True
+        return all(outbox in self._outboxes for outbox in outboxes)  # a bus that came back with others has none of these
 
     def _append(self, column: _Column, ordinals: Sequence[int] | None, instants: Sequence[int] | None) -> None:
         """Append a column to the batches of its outboxes, which have room for it."""
@@ -628,6 +629,7 @@ class Client:
             async with asyncio.timeout(timeout) as limit:
                 while outbox.paused or len(outbox.commands) >= self._limits.commands_in_flight_max:
                     await self._command_room(outbox)
+                    outbox = self._present(outbox, key)
                 self._weigh(outbox, size)
                 deadline = limit.when()
                 left_ns = 2**62 if deadline is None else max(1, int((deadline - loop.time()) * _NS))
@@ -819,6 +821,12 @@ class Client:
             self._outbox_of.clear()
         self._outbox_of[key] = outbox
         return outbox
+
+    def _present(self, outbox: _Outbox, key: WireKey) -> _Outbox:
+        """The outbox of a key after a wait, in which the bus may have come back with another number of shards."""
+        if outbox in self._outboxes:
+            return outbox
+        return self._outboxes[self._keyless] if key is None else self._place(key)
 
     def _weigh(self, outbox: _Outbox, size: int) -> None:
         """Make sure that a batch which is about to take so many bytes more stays below its bound."""
@@ -1052,6 +1060,7 @@ class Client:
                     outbox.channel.close()
             self._outboxes = []
             self._outbox_of.clear()
+            self._keyless = 0
         self._table = table
         self._table_wanted = False
         for address in table.shards:

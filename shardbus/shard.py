@@ -122,6 +122,7 @@ class _Writer:
         self._revived: deque[_Keeping] = deque()  # what parked its key, at the position that it had
         self._dead_bytes = 0  # of rows in these queues
         self._waiting_bytes = 0
+        self._waiting_rows = 0  # without what is redriven: that was a row before
         self._changed: dict[int, WaitingEvent] = {}  # by position: the last change is the one that counts
         self._done: deque[int] = deque()
         self._reads: deque[_Read] = deque()
@@ -156,7 +157,7 @@ class _Writer:
     def has_room(self, rows: int, size: int) -> bool:
         """Whether so many more waiting rows fit; then they are written before any dead letter that takes a new row."""
         counts, limits = self.counts, self._limits
-        rows += counts.dead + counts.waiting + len(self._dead) + len(self._waiting)
+        rows += counts.dead + counts.waiting + len(self._dead) + self._waiting_rows
         size += counts.bytes + self._dead_bytes + self._waiting_bytes
         if limits.store_full == "drop-oldest":
             rows -= counts.dead - counts.parked
@@ -177,8 +178,18 @@ class _Writer:
     def add_waiting(self, row: WaitingEvent, then: Callable[[], None], redriven: int = 0) -> None:
         """`redriven` is the row of the dead letter that it was: that goes in the same transaction."""
         self._waiting.append(_Keeping(row, redriven, then))
-        self._waiting_bytes += row_bytes(row.envelope)
+        if not redriven:
+            self._waiting_rows += 1
+            self._waiting_bytes += row_bytes(row.envelope)
         self._wanted.set()
+
+    def _next_waiting(self) -> WaitingEvent:
+        """Take the next one out of the queue."""
+        event, redriven, _ = self._waiting.popleft()
+        if not redriven:
+            self._waiting_rows -= 1
+            self._waiting_bytes -= row_bytes(event.envelope)
+        return event
 
     def add_revived(self, row: WaitingEvent, then: Callable[[], None], redriven: int) -> None:
         """As `add_waiting`, of what parked its key and waits again at the position that it had."""
@@ -237,7 +248,7 @@ class _Writer:
         revived, last = self._take_revived(last)
         waiting = [*revived, *kept]
         # Waiting events that come later were promised their room.
-        new = self._take_dead(rows - len(self._waiting), size - self._waiting_bytes)
+        new = self._take_dead(rows - self._waiting_rows, size - self._waiting_bytes)
         replacing = self._take_replacing()
         dead = [*new, *replacing]
         changed = [row for row in self._changed.values() if row.position <= last]
@@ -264,7 +275,7 @@ class _Writer:
         for _ in new:
             self._dead_bytes -= row_bytes(self._dead.popleft().letter.envelope)
         for _ in kept:
-            self._waiting_bytes -= row_bytes(self._waiting.popleft().event.envelope)
+            self._next_waiting()
         for _ in revived:
             self._revived.popleft()
         for row in changed:
@@ -309,9 +320,7 @@ class _Writer:
         wanted any more."""
         if self._dropped:
             while self._waiting and self._waiting[0].event.position in self._dropped:
-                event = self._waiting.popleft().event
-                position = event.position
-                self._waiting_bytes -= row_bytes(event.envelope)
+                position = self._next_waiting().position
                 self._dropped.discard(position)
                 self._changed.pop(position, None)
                 self._committed = position
@@ -338,7 +347,7 @@ class _Writer:
     async def _make_room(self) -> None:
         """Drop as many of the oldest dead letters as there is no room for what is to be written."""
         counts = self.counts
-        rows = counts.dead + counts.waiting - self._limits.store_rows_max + len(self._waiting)
+        rows = counts.dead + counts.waiting - self._limits.store_rows_max + self._waiting_rows
         size = counts.bytes - self._limits.store_bytes_max + self._waiting_bytes
         if (rows + len(self._dead) <= 0 and size + self._dead_bytes <= 0) or counts.dead == counts.parked:
             return
@@ -638,7 +647,7 @@ class Shard:
         one.session.heard_ns = self._now()
         self._peers[one.peer] = one
         self._send(one.peer, one.session.welcome(self._credit()))
-        self._send(one.peer, one.session.ack(self._credit(), full=True))
+        self._ack(one, full=True)
 
     def _on_ping(self, peer: bytes, frame: Ping) -> None:
         one = self._peers.get(peer)
@@ -647,7 +656,7 @@ class Shard:
             return
         one.session.heard_ns = self._now()
         one.session.hurry(frame.awaited)
-        self._send(peer, one.session.ack(self._credit(), full=True))
+        self._ack(one, full=True)
 
     def _on_bye(self, peer: bytes) -> None:
         one = self._peers.get(peer)
@@ -803,12 +812,14 @@ class Shard:
         if self._ack_timer is not None:
             self._ack_timer.cancel()
             self._ack_timer = None
-        self.book.write_latencies()  # evidence comes before the ack
         touched, self._touched = self._touched, []
-        credit = self._credit()
         for one in touched:
             one.touched = False
-            self._send(one.peer, one.session.ack(credit))
+            self._ack(one)
+
+    def _ack(self, one: _Publisher, *, full: bool = False) -> None:
+        self.book.write_latencies()  # evidence comes before the ack
+        self._send(one.peer, one.session.ack(self._credit(), full=full))
 
     def reply(self, delivery: Delivery, status: str, body: bytes) -> None:
         """Send a command's outcome to whoever holds its session now."""

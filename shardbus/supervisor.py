@@ -284,6 +284,7 @@ class Supervisor:
         worker.boot_error = ""
         worker.beat = None
         worker.stalled_in = ""
+        worker.drained = None
         worker.replaced = False
         worker.heard_at = time.monotonic()
         worker.handled_before = worker.evidence.book.counters().handled
@@ -368,6 +369,8 @@ class Supervisor:
         """A worker is dead and reaped: decide whether and when its successor starts."""
         was_ready, worker.ready, worker.child = worker.ready, False, None
         worker.last_exit = worker.boot_error or signal_name(code)
+        if code != 0:
+            worker.drained = None  # whatever it said, it has not ended so
         if was_ready:
             worker.ended = self._how_it_ended(worker, code)
         rundir.remove_socket(worker.address)

@@ -163,6 +163,7 @@ async def _start(shard: Shard, spec: Assignment, pipe: ReportPipe) -> None:
 
 async def _beat_on(shard: Shard, pipe: ReportPipe) -> None:
     while True:
+        shard.tick()
         pipe.send(encode_report(_beat(shard)))
         await asyncio.sleep(BEAT_S)
 

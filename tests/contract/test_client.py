@@ -134,6 +134,17 @@ async def test_what_somebody_waits_for_is_acked_at_once_and_the_rest_a_little_la
             await asyncio.sleep(0.001)
 
 
+async def test_an_ack_says_nothing_that_the_evidence_does_not():
+    patient = Limits(ack_delay_s=100.0, ping_interval_s=1000.0, session_silence_s=10_000.0)
+    async with running(patient) as client:
+        for _ in range(3):
+            await client.publish(Step(key="a"), ordinal=1, intended_ns=1)
+            await asyncio.sleep(0.01)  # handled, or not, when the question comes
+            await client.flush(20)
+        evidence = await client.evidence([client.publisher])
+        assert [(one.distinct, one.repeats, one.samples) for one in evidence] == [(1, 2, 3)]
+
+
 # -- leaving
 
 

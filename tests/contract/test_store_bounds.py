@@ -99,6 +99,16 @@ async def test_many_at_once_are_dropped_without_a_publisher_waiting(run: Run):
         assert await ledger(client) == (10, 0, 0, 1490)
 
 
+async def test_redriving_from_a_full_store_drops_nothing(run: Run):
+    async with run(store_rows_max=10, store_full="drop-oldest") as client:
+        await publish(client, *range(10))
+        await client.flush(10)
+        assert await client.redrive(rate=40) == 10
+        while (await client.status())["waiting"]:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.01)
+        assert await ledger(client) == (10, 10, 0, 0)  # they failed again, and died again
+
+
 async def test_the_oldest_dead_letters_make_room_by_bytes(run: Run):
     async with run(store_bytes_max=30_000, store_full="drop-oldest") as client:
         await publish(client, *range(20), size=4000)

@@ -103,6 +103,23 @@ async def test_a_new_supervisor_takes_over_after_the_old_one_was_killed(make_bus
         await assert_nothing_lost(client, 4000)
 
 
+async def test_dead_letters_outlive_an_abort_after_a_worker_had_once_drained(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1")
+    bus.wait_ready()
+    pid = bus.worker_pids()[0]
+    os.kill(pid, signal.SIGTERM)
+    await asyncio.to_thread(wait_until, lambda: bus.worker_pids()[0] not in (0, pid) and bus.status()["healthy"])
+    async with shardbus.connect(bus.address, close_timeout=1.0) as client:
+        await client.publish(Stumbled(account="a"))
+        assert (await client.flush(30)).dead == 1
+        for _ in range(2):
+            bus.process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(bus.process.communicate)
+    bus.start()
+    await asyncio.to_thread(bus.wait_ready)
+    assert bus.status()["dead_letters"] == 1
+
+
 async def test_dead_letters_outlive_a_killed_worker(make_bus: MakeBus) -> None:
     bus = make_bus("--workers", "1")
     bus.wait_ready()

@@ -217,6 +217,7 @@ class World:
         self.shards: list[Shard | None] = [None] * self.shards_count
         self.stores: list[MemoryStore | None] = [None] * self.shards_count
         self.journals = [bytearray(journal_bytes(**JOURNAL)) for _ in range(self.shards_count)]
+        self.books = [bytearray(book_bytes(**BOOK)) for _ in range(self.shards_count)]
         self.ends = [Ended() for _ in range(self.shards_count)]
         self.starting: set[int] = set()
         self.crashes = 0
@@ -337,7 +338,6 @@ class World:
     async def start_shard(self, at: int) -> None:
         self.counters[at] += 1
         self.starting.add(at)
-        size = book_bytes(**BOOK)
         store = self.stores[at] = WorldStore(self.rows[at], self.chance)
         shard = Shard(
             shard=at,
@@ -345,7 +345,7 @@ class World:
             layout=1,
             plans=self.registry.plans(),
             store=store,
-            book=Book(memoryview(bytearray(size)), **BOOK),
+            book=Book(memoryview(self.books[at]), **BOOK),
             journal=Journal(memoryview(self.journals[at]), **JOURNAL),
             send=self.from_shard(at, self.counters[at]),
             now=self.now_ns,
@@ -366,6 +366,7 @@ class World:
             self.died = True
             self.ends[at] = ended
             self.journals[at] = bytearray(self.journals[at])  # as it is now: the dead write no more
+            self.books[at] = bytearray(self.books[at])
             self.deaths.append(asyncio.get_running_loop().create_task(shard.close()))
             self.announce()
 
@@ -524,6 +525,7 @@ class World:
         for one in seen.values():
             assert one.failed == (not self.parks and one.kind == "bad" and one.handler == "first"), f"{one} had no outcome"
         bad = {(one.sender, one.key, one.n) for one in self.handlings if one.kind == "bad"}
+        self.check_evidence()
         for rows in self.rows:
             assert rows.row_max == len(rows.dead) + rows.redriven + rows.purged + rows.dropped, "the store's ledger"
         letters = [letter for rows in self.rows for letter in rows.dead.values()]
@@ -543,6 +545,16 @@ class World:
         else:
             assert len(letters) == doomed
             assert convicted == self.poison
+
+
+    def check_evidence(self) -> None:
+        """What the shards can prove is what happened, whatever died."""
+        books = [Book(memoryview(buffer), **BOOK) for buffer in self.books]
+        for sender, client in enumerate(self.clients):
+            found = [one for book in books if (one := book.evidence(0, client.publisher)) is not None]
+            assert sum(one.distinct for one in found) == sum(self.ordinals[sender].values()), f"evidence of {sender}"
+            assert all(one.missing == one.out_of_order == 0 for one in found), f"evidence of {sender}"
+            assert all(one.repeats == one.announced for one in found), f"evidence of {sender}"
 
 
 def live(seed: int) -> World:
