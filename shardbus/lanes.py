@@ -619,7 +619,7 @@ class Lanes:
                 await self._run_batch(self._cursor or self._open(self._inbox.popleft()), token, context, end_ns)
             else:
                 break
-            if context != self._clean or self._now() >= end_ns:
+            if _differ(context, self._clean) or self._now() >= end_ns:
                 break
         if self._leader is token:
             self._leader = None
@@ -670,31 +670,30 @@ class Lanes:
                         await self._deliver(delivery, token)
                         if self._leader is not token:
                             return
-                    if context != clean:
-                        break
-                    continue
-                try:
-                    await simple(message)
-                except BaseException as error:  # the handler's
-                    self._fast_failed(cursor, token, key, error)
-                    if self._leader is not token:
-                        return
-                    if context != clean:
-                        break
-                    continue
-                if self._leader is not token:
-                    self._settle(self._overtaken(token, key), None)
-                    return
-                if ordinal:
-                    at = positions.get(key)
-                    if at is not None and known[at] == ordinal - 1:
-                        known[at] = last[at] = ordinal
+                else:
+                    try:
+                        await simple(message)
+                    except BaseException as error:  # the handler's
+                        self._fast_failed(cursor, token, key, error)
+                        if self._leader is not token:
+                            return
                     else:
-                        note(key, ordinal, cursor.attempt)
-                if intended_ns:
-                    latency_us = (now() - intended_ns) // 1000
-                    latencies[latency_us] = latencies.get(latency_us, 0) + 1
-                if context != clean:
+                        if self._leader is not token:
+                            self._settle(self._overtaken(token, key), None)
+                            return
+                        if ordinal:
+                            at = positions.get(key)
+                            if at is not None and known[at] == ordinal - 1:
+                                known[at] = last[at] = ordinal
+                            else:
+                                note(key, ordinal, cursor.attempt)
+                        if intended_ns:
+                            latency_us = (now() - intended_ns) // 1000
+                            latencies[latency_us] = latencies.get(latency_us, 0) + 1
+                try:
+                    if context != clean:
+                        break
+                except Exception:  # as `_differ`, which costs a call
                     break
             else:
                 now_ns = now()
@@ -1273,6 +1272,14 @@ def _crashed(delivery: Delivery, verdict: str, deaths: int) -> Failure:
         error_type="",
         error=f"its handling ended the worker with {verdict}; {deaths} workers have died while it was under way",
     )
+
+
+def _differ(one: contextvars.Context, other: contextvars.Context) -> bool:
+    """Whether a variable was changed. One whose values cannot be compared (an array, say) was."""
+    try:
+        return one != other
+    except Exception:
+        return True
 
 
 def _handlers_of(plan: Plan) -> str:

@@ -627,7 +627,7 @@ class Shard:
 
     def _is_crowded(self) -> bool:
         """Whether there is no room for one more session, even if the one that was silent longest made way."""
-        if len(self._publishers) < self._limits.sessions_max:
+        if len(self._publishers) + len(self._greeting) < self._limits.sessions_max:
             return False
         idle = [one.session for one in self._publishers.values() if not one.session.unfinished]
         oldest = min(idle, key=lambda session: session.heard_ns, default=None)

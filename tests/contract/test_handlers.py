@@ -105,6 +105,34 @@ async def test_what_a_handler_leaves_in_a_context_variable_no_other_handler_sees
     assert seen == ["none"] * 50
 
 
+async def test_a_context_variable_whose_values_cannot_be_compared_is_seen_by_no_other_handler_either(bus: Bus, run: Run):
+    class Array:
+        """As those of numerical libraries: `==` gives no truth."""
+
+        def __eq__(self, other: object) -> bool:
+            raise ValueError("the truth of an array is ambiguous")
+
+        __hash__ = None  # type: ignore[assignment]
+
+    default = Array()
+    matrix: contextvars.ContextVar[Array] = contextvars.ContextVar("matrix")
+    matrix.set(default)
+    seen: list[bool] = []
+
+    @bus.on(Step)
+    async def handle(event: Step) -> None:
+        seen.append(matrix.get() is default)
+        matrix.set(Array())
+        if event.n % 5 == 0:
+            raise ValueError(event.n)
+
+    async with run(bus) as client:
+        await client.publish_many([Step(key=f"k{at}", n=at) for at in range(20)])
+        await client.flush(10)
+    assert seen == [True] * len(seen)
+    assert len(seen) >= 20
+
+
 async def test_a_slow_key_holds_up_no_other(bus: Bus, run: Run):
     release = asyncio.Event()
     done: list[str] = []
