@@ -966,7 +966,10 @@ class Lanes:
             self._journal.resume(delivery.journalled)
             delivery.journalled = -1
         if self._quarantine.suspects and not (isinstance(outcome, Failure) and outcome.reason == CRASHED):
-            self._quarantine.clear(delivery.identity)
+            if isinstance(outcome, Later):
+                self._quarantine.pause(delivery.identity)
+            else:
+                self._quarantine.clear(delivery.identity)
             self.release()
         if isinstance(outcome, Later):
             self._postpone(delivery, outcome)

@@ -190,6 +190,7 @@ class Quarantine:
         self._met: set[Identity] = set()
         self._held: set[Identity] = set()
         self._trials: dict[Identity, int] = {}  # under way, and since when
+        self._paused: set[Identity] = set()  # wait for their next attempt, and so make room for others
         self._group = Counter(one.deaths for one in suspects.values() if not (one.verdict or one.free))
         self._left = Counter(self._group)  # of each group, those that are neither cleared nor free
 
@@ -212,6 +213,9 @@ class Quarantine:
             return Run()
         if suspect.verdict:
             return Convicted(suspect.verdict, suspect.deaths)
+        if identity in self._paused:
+            self._paused.discard(identity)
+            self._left[suspect.deaths] += 1
         if suspect.alone and identity not in self._held:
             self._held.add(identity)
             return Hold(_HOLD_MIN_S + self._chance() * _HOLD_S)
@@ -220,8 +224,15 @@ class Quarantine:
         self._trials[identity] = now_ns
         return Run()
 
+    def pause(self, identity: Identity) -> None:
+        """It is postponed: its trial ends and others may have its place, but nothing speaks for it yet."""
+        if self._trials.pop(identity, None) is not None:
+            self._paused.add(identity)
+            self._held.discard(identity)  # its next attempt begins at an instant of chance, too
+            self._left[self.suspects[identity].deaths] -= 1
+
     def clear(self, identity: Identity) -> None:
-        """It has reached an outcome, or it starts over."""
+        """Nothing is held against it any more: it has reached an outcome, or is redriven and starts over."""
         suspect = self.suspects.pop(identity, None)
         if suspect is None:
             return
@@ -233,6 +244,8 @@ class Quarantine:
         self._trials.pop(identity, None)
         if suspect.verdict:
             self.convicted -= 1
+        elif identity in self._paused:
+            self._paused.discard(identity)
         elif not suspect.free:
             self._left[suspect.deaths] -= 1
         self._note(identity, None)

@@ -170,6 +170,21 @@ def test_a_suspect_that_runs_for_long_makes_room():
     assert notes == [((P, 1), Suspect(died=1, free=True))]
 
 
+def test_a_suspect_that_is_postponed_makes_room_and_stays_a_suspect():
+    one = quarantine({(P, 1): Suspect(died=3, alone=1), (P, 2): ONCE})
+    assert one.admit((P, 1), NOW) == Hold(0.6)
+    assert one.admit((P, 1), NOW) == Run()
+    one.pause((P, 1))
+    assert one.admit((P, 2), NOW) == Run()
+    assert one.admit((P, 1), NOW) == Hold(0.6)  # each attempt begins at an instant of chance
+    assert one.admit((P, 1), NOW) == Crowded(2)
+    one.clear((P, 2))
+    assert one.admit((P, 1), NOW) == Run()
+    one.pause((P, 1))
+    one.clear((P, 1))
+    assert (one.room(), one.suspects) == (1, {})
+
+
 def test_a_suspect_that_does_not_come_is_forgotten():
     one = quarantine({(P, 1): ONCE, (P, 2): ONCE})
     assert one.admit((P, 1), NOW) == Run()
