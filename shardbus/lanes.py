@@ -729,6 +729,7 @@ class Lanes:
         else:
             delivery = self._overtaken(token, key)
         round_ = _Round(delivery)
+        round_.ran = True
         self._handler_failed(round_, delivery.plan.handlers[0], error, "failed")
         self._settle(delivery, self._outcome(delivery, round_))
 
