@@ -60,6 +60,7 @@ _STRIDE_MAX: Final = 16  # messages between two looks at the clock, which cost 6
 _ERROR_CHARS_MAX: Final = 2000
 _TRACEBACK_CHARS_MAX: Final = 32_000
 _PLACES_MAX: Final = 1024
+_OUR_FILES: Final = (__file__, asyncio.timeouts.__file__)  # between a worker's loop and a handler
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
 
 CRASHED: Final = "crashed"  # the reason of a dead letter whose handling ends its worker
@@ -728,6 +729,7 @@ class Lanes:
         else:
             delivery = self._overtaken(token, key)
         round_ = _Round(delivery)
+        round_.ran = True
         self._handler_failed(round_, delivery.plan.handlers[0], error, "failed")
         self._settle(delivery, self._outcome(delivery, round_))
 
@@ -939,7 +941,7 @@ class Lanes:
             if self._is_ours(error):
                 raise
             self._absorb(error)
-            text = _sound("".join(traceback.format_exception(error))[-16_000:])
+            text = _sound("".join(_told_from_the_handler(error).format())[-16_000:])
             body = msgspec.msgpack.encode((_type_name(error), _text_of(error), text))
             self._host.reply(delivery, REPLY_FAILED, body)
             return
@@ -1210,6 +1212,7 @@ class Lanes:
     def _place_of(self, error: BaseException) -> tuple[str, str]:
         """The identity of where an error was raised, and its stack as text, formatted once for each distinct place.
 
+        So it ends with the error's type: with its text, which the dead letter has, each would be a place of its own.
         Formatting takes 37 µs, finding the place 1: with it, a shard writes 50,000 dead letters a second. Code is known by
         its id, because its hash is that of all its constants; what is remembered holds the code, so that no other gets it.
         """
@@ -1229,10 +1232,11 @@ class Lanes:
         if known is None:
             if len(self._places) >= _PLACES_MAX:
                 self._places.clear()
-            stack = "".join(traceback.format_tb(error.__traceback__))
-            if cause is not None:
-                stack = "".join(traceback.format_exception(error))
-            text = f"Traceback (most recent call last):\n{stack}{own}" if cause is None else stack
+            told = _told_from_the_handler(error)
+            if cause is None:
+                text = "".join(["Traceback (most recent call last):\n", *told.stack.format(), own])
+            else:
+                text = "".join(told.format())
             if len(text) > _TRACEBACK_CHARS_MAX:  # with a cause, it has whole error texts in it
                 half = _TRACEBACK_CHARS_MAX // 2
                 text = f"{text[:half]}\n… {len(text) - 2 * half:,} characters …\n{text[-half:]}"
@@ -1291,6 +1295,19 @@ def _handlers_of(plan: Plan) -> str:
 
 def _type_name(error: BaseException) -> str:
     return TimeoutError.__name__ if isinstance(error, _HandlerTimeout) else type(error).__name__
+
+
+def _told_from_the_handler(error: BaseException) -> traceback.TracebackException:
+    """An error and what caused it, without the frames of ours that led to the handler."""
+    told = traceback.TracebackException.from_exception(error)
+    chain: list[traceback.TracebackException | None] = [told]
+    while chain:
+        one = chain.pop()
+        if one is not None:
+            ours = next((at for at, frame in enumerate(one.stack) if frame.filename not in _OUR_FILES), len(one.stack))
+            del one.stack[:ours]
+            chain += (one.__cause__, one.__context__)
+    return told
 
 
 def _text_of(error: BaseException) -> str:

@@ -455,7 +455,8 @@ class Shard:
         """
         if self._quarantine.suspects:
             log.warning(
-                "a worker has ended%s: of what was under way, %d messages run alone, and %d are not run any more",
+                "a worker has ended%s: %d messages were under way and are tried alone now; %d are known to end workers and are "
+                "not run",
                 f" ({self._predecessor.told})" if self._predecessor.told else "",
                 len(self._quarantine.suspects) - self._quarantine.convicted,
                 self._quarantine.convicted,

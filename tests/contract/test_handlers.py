@@ -200,6 +200,79 @@ async def test_a_handler_that_keeps_failing_ends_as_a_dead_letter_that_names_it_
     assert "broken" in letter.traceback
 
 
+async def fails(event: Step) -> None:
+    raise ValueError(event.n)
+
+
+async def fails_after_a_pause(event: Step) -> None:
+    await asyncio.sleep(0)
+    raise ValueError(event.n)
+
+
+async def fails_with_context(event: Step, context: Context) -> None:
+    raise ValueError(context.attempt)
+
+
+def fails_plainly(event: Step) -> None:
+    raise ValueError(event.n)
+
+
+@pytest.mark.parametrize("handler", [fails, fails_after_a_pause, fails_with_context, fails_plainly])
+async def test_a_dead_letter_counts_every_call_whatever_form_its_handler_has(
+    handler: Callable[..., Any], bus: Bus, run: Run, rows: MemoryRows
+):
+    bus.on(Step, retry=FAST)(handler)
+    async with run(bus) as client:
+        await client.publish(Step(key="a"))
+        await client.flush(10)
+    assert [row.envelope.attempt for row in rows.dead.values()] == [3]
+
+
+async def test_an_attempt_counts_on_over_retries_and_a_redrive(bus: Bus, run: Run, rows: MemoryRows):
+    seen: list[tuple[int, bool]] = []
+
+    @bus.on(Step, retry=FAST)
+    async def handle(event: Step, context: Context) -> None:
+        seen.append((context.attempt, context.redelivered))
+        if len(seen) < 4:
+            raise ValueError(event.n)
+
+    async with run(bus) as client:
+        await client.publish(Step(key="a"))
+        await client.flush(10)
+        assert await client.redrive() == 1
+        while len(seen) < 4:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+    assert seen == [(1, False), (2, True), (3, True), (4, True)]
+
+
+@pytest.mark.parametrize("handler", [fails, fails_after_a_pause, fails_with_context, fails_plainly])
+async def test_a_traceback_begins_with_the_handler_and_ends_with_the_type_of_the_error(
+    handler: Callable[..., Any], bus: Bus, run: Run, rows: MemoryRows
+):
+    bus.on(Step, retry=Retry(attempts=1))(handler)
+    async with run(bus) as client:
+        await client.publish(Step(key="a"))
+        await client.flush(10)
+    (letter,) = rows.dead.values()
+    first, second, *_, last = letter.traceback.splitlines()
+    assert (first, last) == ("Traceback (most recent call last):", "ValueError")
+    assert f"in {handler.__name__}" in second
+
+
+async def test_the_traceback_of_a_time_out_shows_where_its_handler_stood(bus: Bus, run: Run, rows: MemoryRows):
+    @bus.on(Step, retry=Retry(attempts=1), timeout_s=0.01)
+    async def handle(event: Step) -> None:
+        await asyncio.sleep(3600)
+
+    async with run(bus) as client:
+        await client.publish(Step(key="a"))
+        await client.flush(10)
+    (letter,) = rows.dead.values()
+    assert "in handle" in letter.traceback
+    assert "lanes.py" not in letter.traceback
+
+
 async def test_two_handlers_that_give_up_are_one_dead_letter_of_both(bus: Bus, run: Run, rows: MemoryRows):
     calls: list[str] = []
 
