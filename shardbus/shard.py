@@ -10,11 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import islice, takewhile
-from typing import Final, NamedTuple
+from typing import Final
 
 from msgspec.structs import replace
 
@@ -39,8 +38,8 @@ from shardbus.store import (
     StoredDeadLetter,
     StoreError,
     WaitingEvent,
-    row_bytes,
 )
+from shardbus.store_writer import StoreWriter
 from shardbus.wire.codec import Extra, decode_batch
 from shardbus.wire.frames import Answer, Ask, Data, Hello, Ping, Reject, Reply, decode_to_worker, encode_frame
 from shardbus.wire.session import WorkerSession
@@ -50,14 +49,12 @@ log = logging.getLogger("shardbus.shard")
 Send = Callable[[bytes, bytes], bool]
 """Send a frame to a peer; False where it could not be taken, and the protocol has to mend it."""
 
-_RETRY_S: Final = 0.25  # how long a failing store is left alone
 _RESTING_MAX: Final = 4096  # sessions of silent publishers that are remembered
 _NS: Final = 1_000_000_000
 _TELL_NS: Final = 60 * _NS
 _TOLD_MAX: Final = 1024
 _ASKED_MAX: Final = 256
 _ANSWERS_MAX: Final = 64  # of up to a megabyte
-_READS_MAX: Final = 64  # between two transactions, so that writes and their acks go on
 _ASKED_S: Final = 20.0  # somebody who wants an answer asks again sooner
 _PAGE_ROWS_MAX: Final = 256  # dead letters a question and answer
 
@@ -72,316 +69,6 @@ class _Publisher:
         self.peer = peer
         self.book: PublisherBook | None = None
         self.touched = False
-
-
-class _Burial(NamedTuple):
-    """A dead letter to write, and the waiting row that it takes the place of (0: none)."""
-
-    letter: DeadLetter
-    position: int
-    then: Callable[[], None]
-
-
-class _Keeping(NamedTuple):
-    """A waiting event to write, and the row of the dead letter that it was (0: none), which makes room for it."""
-
-    event: WaitingEvent
-    redriven: int
-    then: Callable[[], None]
-
-
-class _Read(NamedTuple):
-    """Something to ask of the store, once the waiting rows up to a position are in."""
-
-    upto: int
-    ask: Callable[[], Awaitable[None]]
-
-
-class _Writer:
-    """The one task that touches the store: a transaction of some rows, then the reads that can be answered, and again.
-
-    Its queue is bounded by the credit of the publishers whose events it holds. While the store fails or is full it tries
-    again, and nothing that was not written is acked. Room comes from removals, so those are written first, and reads
-    never wait for room: what they bring back is what makes it.
-    """
-
-    def __init__(self, store: Store, limits: Limits, now: NowNs, broken: Callable[[BaseException], None]) -> None:
-        self.counts = StoreCounts(dead=0, waiting=0, position_max=0)
-        self.failing = ""
-        self._store = store
-        self._broken = broken
-        self._limits = limits
-        self._now = now
-        self._told_ns = 0  # when it was last told that dead letters are dropped
-        self._taken = 0  # waiting rows up to this position are in, or in the transaction that is under way
-        self._committed = 0  # waiting rows up to this position are in, or are not wanted any more
-        self._dropped: set[int] = set()  # waiting rows that reached their outcome before they were written
-        self._dead: deque[_Burial] = deque()  # need a row
-        self._replacing: deque[_Burial] = deque()  # take the place of their waiting row, and so need no room
-        self._waiting: deque[_Keeping] = deque()  # by position
-        self._revived: deque[_Keeping] = deque()  # what parked its key, at the position that it had
-        self._dead_bytes = 0  # of rows in these queues
-        self._waiting_bytes = 0
-        self._waiting_rows = 0  # without what is redriven: that was a row before
-        self._changed: dict[int, WaitingEvent] = {}  # by position: the last change is the one that counts
-        self._done: deque[int] = deque()
-        self._reads: deque[_Read] = deque()
-        self._wanted = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-
-    async def open(self) -> None:
-        await self._store.open()
-        self.counts = self._store.counts()
-        self._taken = self._committed = self.counts.position_max
-
-    def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="shardbus-store-writer")
-        self._task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._broken(error)  # a defect; without its writer a shard acks nothing more
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-        await self._store.close()
-
-    def idle(self) -> bool:
-        return not (self._writes_left() or self._reads or self._wanted.is_set())
-
-    def _writes_left(self) -> bool:
-        return bool(self._dead or self._replacing or self._waiting or self._revived or self._changed or self._done)
-
-    def has_room(self, rows: int, size: int) -> bool:
-        """Whether so many more waiting rows fit; then they are written before any dead letter that takes a new row."""
-        counts, limits = self.counts, self._limits
-        rows += counts.dead + counts.waiting + len(self._dead) + self._waiting_rows
-        size += counts.bytes + self._dead_bytes + self._waiting_bytes
-        if limits.store_full == "drop-oldest":
-            rows -= counts.dead - counts.parked
-            size -= counts.droppable_bytes
-        return rows <= limits.store_rows_max and size <= limits.store_bytes_max and not self.failing
-
-    def add_dead(self, letter: DeadLetter, position: int, then: Callable[[], None]) -> None:
-        if position > self._taken and not letter.position:  # what parks is never missing: its row goes when it is dead
-            self._dropped.add(position)
-            position = 0
-        if position:
-            self._replacing.append(_Burial(letter, position, then))
-        else:
-            self._dead.append(_Burial(letter, 0, then))
-            self._dead_bytes += row_bytes(letter.envelope)
-        self._wanted.set()
-
-    def add_waiting(self, row: WaitingEvent, then: Callable[[], None], redriven: int = 0) -> None:
-        """`redriven` is the row of the dead letter that it was: that goes in the same transaction."""
-        self._waiting.append(_Keeping(row, redriven, then))
-        if not redriven:
-            self._waiting_rows += 1
-            self._waiting_bytes += row_bytes(row.envelope)
-        self._wanted.set()
-
-    def _next_waiting(self) -> WaitingEvent:
-        """Take the next one out of the queue."""
-        event, redriven, _ = self._waiting.popleft()
-        if not redriven:
-            self._waiting_rows -= 1
-            self._waiting_bytes -= row_bytes(event.envelope)
-        return event
-
-    def add_revived(self, row: WaitingEvent, then: Callable[[], None], redriven: int) -> None:
-        """As `add_waiting`, of what parked its key and waits again at the position that it had."""
-        self._revived.append(_Keeping(row, redriven, then))
-        self._wanted.set()
-
-    def add_changed(self, row: WaitingEvent) -> None:
-        self._changed[row.position] = row
-        self._wanted.set()
-
-    def add_done(self, position: int) -> None:
-        if position > self._taken:
-            self._dropped.add(position)
-        else:
-            self._done.append(position)
-        self._wanted.set()
-
-    def add_read(self, ask: Callable[[], Awaitable[None]], upto: int = 0) -> None:
-        self._reads.append(_Read(upto, ask))
-        self._wanted.set()
-
-    async def _run(self) -> None:
-        while True:
-            await self._wanted.wait()
-            self._wanted.clear()
-            try:
-                moved = await self._write()
-                moved = await self._read() or moved
-            except StoreError as error:
-                self._fails(str(error))
-                await asyncio.sleep(_RETRY_S)
-                self._wanted.set()
-                continue
-            if not moved and self._writes_left():
-                self._fails(f"it is full ({self.counts.dead + self.counts.waiting:,} rows, {self.counts.bytes:,} bytes)")
-                await asyncio.sleep(_RETRY_S)
-            elif self.failing:
-                log.warning("the store writes again")
-                self.failing = ""
-            if self._writes_left() or self._reads:
-                self._wanted.set()
-
-    def _fails(self, why: str) -> None:
-        if not self.failing:
-            log.error("the store cannot write: %s; publishers wait until it can", why)
-        self.failing = why
-
-    async def _write(self) -> bool:
-        """One transaction of what there is room for; whether there was anything."""
-        if self._limits.store_full == "drop-oldest":
-            await self._make_room()
-        done = self._take_done()
-        rows = self._limits.store_rows_max - self.counts.dead - self.counts.waiting + len(done)
-        size = self._limits.store_bytes_max - self.counts.bytes
-        kept, last = self._take_waiting(rows, size)
-        revived, last = self._take_revived(last)
-        waiting = [*revived, *kept]
-        # Waiting events that come later were promised their room.
-        new = self._take_dead(rows - self._waiting_rows, size - self._waiting_bytes)
-        replacing = self._take_replacing()
-        dead = [*new, *replacing]
-        changed = [row for row in self._changed.values() if row.position <= last]
-        if not (dead or waiting or changed or done):
-            return False
-        replaced = [burial.position for burial in replacing]
-        redriven = [keeping.redriven for keeping in waiting if keeping.redriven]
-        self._taken = last
-        try:
-            await self._store.write(
-                dead=[burial.letter for burial in dead],
-                waiting=[keeping.event for keeping in waiting],
-                changed=changed,
-                done=[*done, *replaced],
-                redriven=redriven,
-            )
-        except BaseException:
-            self._taken = self._committed
-            self._done.extend(done)
-            raise
-        self._committed = last
-        for _ in replacing:
-            self._replacing.popleft()
-        for _ in new:
-            self._dead_bytes -= row_bytes(self._dead.popleft().letter.envelope)
-        for _ in kept:
-            self._next_waiting()
-        for _ in revived:
-            self._revived.popleft()
-        for row in changed:
-            if self._changed.get(row.position) is row:
-                del self._changed[row.position]
-        if self._dropped:
-            # Handled before they were written, and behind others that had to be: now they are rows to remove.
-            written_now = [keeping.event.position for keeping in kept]
-            self._done.extend(position for position in written_now if position in self._dropped)
-            self._dropped.difference_update(written_now)
-        self.counts = self._store.counts()
-        for burial in dead:
-            burial.then()
-        for keeping in waiting:
-            keeping.then()
-        return True
-
-    def _take_done(self) -> list[int]:
-        """Positions to remove whose rows are in."""
-        taken = [self._done.popleft() for _ in range(min(len(self._done), self._limits.store_write_rows_max))]
-        self._done.extend(position for position in taken if position > self._committed)
-        return [position for position in taken if position <= self._committed]
-
-    def _take_dead(self, rows: int, size: int) -> list[_Burial]:
-        """Dead letters to write for which there is room."""
-        dead: list[_Burial] = []
-        for burial in islice(self._dead, self._limits.store_write_rows_max):
-            rows -= 1
-            size -= row_bytes(burial.letter.envelope)
-            if rows < 0 or size < 0:
-                break
-            dead.append(burial)
-        return dead
-
-    def _take_replacing(self) -> list[_Burial]:
-        """Dead letters to write whose waiting rows are in."""
-        first = islice(self._replacing, self._limits.store_write_rows_max)
-        return list(takewhile(lambda burial: burial.position <= self._committed, first))
-
-    def _take_waiting(self, rows: int, size: int) -> tuple[list[_Keeping], int]:
-        """Waiting events to write for which there is room, and the last position decided with them; forgets what is not
-        wanted any more."""
-        if self._dropped:
-            while self._waiting and self._waiting[0].event.position in self._dropped:
-                position = self._next_waiting().position
-                self._dropped.discard(position)
-                self._changed.pop(position, None)
-                self._committed = position
-        waiting: list[_Keeping] = []
-        for keeping in islice(self._waiting, self._limits.store_write_rows_max):
-            if not keeping.redriven:  # what was dead makes room for itself
-                rows -= 1
-                size -= row_bytes(keeping.event.envelope)
-                if rows < 0 or size < 0:
-                    break
-            waiting.append(keeping)
-        return waiting, waiting[-1].event.position if waiting else self._committed
-
-    def _take_revived(self, last: int) -> tuple[list[_Keeping], int]:
-        """What takes its old position again, once all rows below that are decided; and the last position with these."""
-        revived: list[_Keeping] = []
-        for keeping in islice(self._revived, self._limits.store_write_rows_max):
-            if self._waiting and self._waiting[0].event.position < keeping.event.position:
-                break
-            last = max(last, keeping.event.position)
-            revived.append(keeping)
-        return revived, last
-
-    async def _make_room(self) -> None:
-        """Drop as many of the oldest dead letters as there is no room for what is to be written."""
-        counts = self.counts
-        rows = counts.dead + counts.waiting - self._limits.store_rows_max + self._waiting_rows
-        size = counts.bytes - self._limits.store_bytes_max + self._waiting_bytes
-        if (rows + len(self._dead) <= 0 and size + self._dead_bytes <= 0) or counts.dead == counts.parked:
-            return
-        for burial in islice(self._dead, self._limits.store_write_rows_max):
-            rows += 1
-            size += row_bytes(burial.letter.envelope)
-        if rows <= 0 and size <= 0:
-            return
-        leaving = {keeping.redriven for keeping in self._waiting if keeping.redriven}
-        dropped = await self._store.drop_oldest(rows=max(0, rows), size=max(0, size), keep=leaving)
-        self.counts = self._store.counts()
-        now_ns = self._now()
-        if dropped and (not self._told_ns or now_ns - self._told_ns >= _TELL_NS):
-            self._told_ns = now_ns
-            log.warning("the store is full: its oldest dead letters are dropped, %s so far", f"{self.counts.dropped:,}")
-
-    async def purge(self, rows: Sequence[int]) -> int:
-        """To be called from a read only: the writer itself is the one caller of the store."""
-        purged = await self._store.purge(rows)
-        self.counts = self._store.counts()
-        return purged
-
-    async def _read(self) -> bool:
-        """Answer some of the reads that were asked for by now and whose rows are in; whether there was one."""
-        answered = False
-        for _ in range(min(len(self._reads), _READS_MAX)):
-            read = self._reads[0]
-            if read.upto <= self._committed:
-                await read.ask()
-                answered = True
-            else:
-                self._reads.append(read)
-            self._reads.popleft()
-        return answered
 
 
 class Shard:
@@ -425,7 +112,7 @@ class Shard:
         self._wall = wall
         self._limits = limits
         self._broken = broken
-        self._writer = _Writer(store, limits, now, broken)
+        self._writer = StoreWriter(store, limits, now, broken)
         self._store = store
         self._position = 0
         self._adopted_position = 0  # rows up to here were written by a predecessor, and may have run

@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("context",),
     ("registry",),
     ("store",),
+    ("store_writer",),
     ("dead_letters", "reports"),
     ("metrics",),
     ("lanes",),
