@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from shardbus.quarantine import Identity, Scene, Suspect, UnderWay
+from shardbus.quarantine import SUSPECTS_MAX, Identity, Scene, Suspect, UnderWay
 
 SUSPENDED: Final = 4096
-SUSPECTS: Final = 4096
 FIRST: Final = 2  # of the stretch, in `Journal.running`
 END: Final = 3
 _BEGAN: Final = 4
@@ -45,7 +44,7 @@ class Journal:
     are there, and as they run alone from then on, the next one finds others.
     """
 
-    def __init__(self, buffer: memoryview, *, suspended: int = SUSPENDED, suspects: int = SUSPECTS) -> None:
+    def __init__(self, buffer: memoryview, *, suspended: int = SUSPENDED, suspects: int = SUSPECTS_MAX) -> None:
         words = buffer.cast("B").cast("Q")
         assert len(words) * 8 == journal_bytes(suspended=suspended, suspects=suspects)
         if words[0] != _MAGIC or words[1] != suspended or words[2] != suspects:
@@ -174,6 +173,7 @@ class Journal:
                 at = self._rows[identity] = self._vacant.pop()
                 words[at], words[at + 1] = self._pack(identity[0])
                 words[at + 2] = identity[1]
+            words[at + _DIED_AT] = 0  # a row that is half written counts for nothing
             words[at + 3] = suspect.alone
             words[at + 4] = suspect.free
             text = suspect.verdict.encode("ascii", "replace")[:_VERDICT_CHARS].ljust(_VERDICT_CHARS, b"\0")
@@ -201,6 +201,6 @@ def _publisher(low: int, high: int) -> bytes:
     return low.to_bytes(8, "little") + high.to_bytes(8, "little")
 
 
-def journal_bytes(*, suspended: int = SUSPENDED, suspects: int = SUSPECTS) -> int:
+def journal_bytes(*, suspended: int = SUSPENDED, suspects: int = SUSPECTS_MAX) -> int:
     """The size of a journal's buffer."""
     return 8 * (_HEADER + suspended * _SUSPENDED_ROW + suspects * _SUSPECT_ROW)

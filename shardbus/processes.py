@@ -28,6 +28,13 @@ _PR_SET_PDEATHSIG: Final = 1
 _REPORT_BYTES_MAX: Final = 65_536
 _POLL_S: Final = 0.05  # where there is no pidfd
 
+EXIT_BROKEN: Final = 70  # EX_SOFTWARE: a worker met a defect of its own
+EXIT_BOOT: Final = 78  # EX_CONFIG: a worker cannot start
+_OWN_FAULTS: Final = frozenset(
+    # By these the system ends a process for what it did itself. Any other may come from anybody.
+    (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGSYS, signal.SIGTRAP)
+)
+
 Stop = Callable[[], None]
 
 
@@ -240,8 +247,13 @@ def kernel_kills() -> int | None:
     return None
 
 
+def was_own_fault(code: int) -> bool:
+    """Whether a process that ended with this code brought that upon itself: it exited, or by a signal that says so."""
+    return code >= 0 or -code in _OWN_FAULTS
+
+
 def was_killed(code: int) -> bool:
-    """Whether an exit code says SIGKILL, which a process does not bring upon itself by a fault."""
+    """Whether an exit code says SIGKILL: the kernel sends it where memory runs out, and so may anybody."""
     return code == -signal.SIGKILL
 
 

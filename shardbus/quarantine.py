@@ -21,7 +21,7 @@ import msgspec
 Identity = tuple[bytes, int]
 """A message: its publisher and sequence."""
 
-SUSPECTS_MAX: Final = 4096  # more are not remembered, those with the fewest deaths first
+SUSPECTS_MAX: Final = 4096  # more are not remembered, those with the fewest deaths first; a journal has as many rows
 _ALONE: Final[Mapping[str, int]] = {"crashed": 1, "memory": 2, "silent": 2, "killed": 4}
 """How often a suspect must have been alone in a death of this kind to be convicted; once more where others had begun too."""
 _JUST_BEGUN_NS: Final = 100_000_000  # what had run for longer when a SIGKILL came did not bring it about
@@ -37,8 +37,8 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     """How a worker ended, as its supervisor saw it.
 
     `crashed`: by a signal that processes bring upon themselves, or an exit code. `memory`: by SIGKILL, while the kernel was
-    out of memory. `silent`: replaced, because its event loop stood still. `killed`: by SIGKILL, of whoever. Empty: in good
-    order, or nobody knows. `told` says it in words, `at_ns` when, by the clock of all processes (0: nobody knows).
+    out of memory. `silent`: replaced, because its event loop stood still. `killed`: by a signal that anybody may send.
+    Empty: in good order, or nobody knows. `told` says it in words, `at_ns` when, by the clock of all processes (0: nobody knows).
     """
 
     how: Literal["", "crashed", "memory", "silent", "killed"] = ""
@@ -97,6 +97,7 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True):
 def judge(scene: Scene, ended: Ended) -> dict[Identity, Suspect]:
     """The suspects after a death, the convicted among them."""
     suspects = dict(scene.suspects)
+    assert ended.told or not ended.how  # a verdict in no words would be none
     accused = _accused(scene, ended)
     known = [one for one in accused if one in suspects and not suspects[one].verdict]
     if len(accused) > 1:

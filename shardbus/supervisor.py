@@ -20,7 +20,18 @@ from shardbus.addresses import Address
 from shardbus.config import StoreFull
 from shardbus.errors import BootError, ConfigError, RemoteProtocolError
 from shardbus.evidence import EVIDENCE_BYTES, SharedBook, SharedJournal
-from shardbus.processes import Child, cores, kernel_kills, on_stop_signals, reap_orphans, signal_name, was_killed
+from shardbus.processes import (
+    EXIT_BOOT,
+    EXIT_BROKEN,
+    Child,
+    cores,
+    kernel_kills,
+    on_stop_signals,
+    reap_orphans,
+    signal_name,
+    was_killed,
+    was_own_fault,
+)
 from shardbus.quarantine import UNKNOWN_END, Ended
 from shardbus.reports import (
     Assignment,
@@ -286,6 +297,7 @@ class Supervisor:
         worker.stalled_in = ""
         worker.drained = None
         worker.replaced = False
+        worker.drained = None
         worker.heard_at = time.monotonic()
         worker.handled_before = worker.evidence.book.counters().handled
         assignment = Assignment(
@@ -410,12 +422,14 @@ class Supervisor:
 
     def _how_it_ended(self, worker: _Worker, code: int) -> Ended:
         now_ns = time.monotonic_ns()
-        if code == 0:
-            return UNKNOWN_END
+        if (code == 0 and worker.drained is not None) or code in (EXIT_BROKEN, EXIT_BOOT):
+            return UNKNOWN_END  # in good order, or by a defect that is no handler's
         if worker.replaced:
             return Ended(how="silent", told=f"{worker.last_exit}, after {SILENCE_S:g} s of silence", at_ns=now_ns)
-        if not was_killed(code):
+        if was_own_fault(code):
             return Ended(how="crashed", told=worker.last_exit, at_ns=now_ns)
+        if not was_killed(code):
+            return Ended(how="killed", told=worker.last_exit, at_ns=now_ns)
         kills = kernel_kills()
         before, self._kernel_kills = self._kernel_kills, kills
         if kills != before:

@@ -27,7 +27,7 @@ from shardbus.errors import BootError, ConfigError
 from shardbus.event_loop import run
 from shardbus.evidence import SharedBook, SharedJournal
 from shardbus.logs import configure_logging
-from shardbus.processes import ReportPipe, die_with_parent, on_stop_signals
+from shardbus.processes import EXIT_BOOT, EXIT_BROKEN, ReportPipe, die_with_parent, on_stop_signals
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.reports import (
     Assignment,
@@ -52,8 +52,6 @@ log = logging.getLogger("shardbus.worker")
 BEAT_S: Final = 1.0
 STALL_S: Final = 1.0  # an event loop that stands still for longer is reported
 _STORE_RETRY_S: Final = 0.5
-_EXIT_BOOT: Final = 3
-_EXIT_BROKEN: Final = 70  # EX_SOFTWARE
 # Young objects of a batch die young; a collection every 700 allocations costs a tenth of the throughput.
 _GC_THRESHOLDS: Final = (50_000, 20, 20)
 
@@ -79,7 +77,7 @@ async def run_worker(boot: Boot, descriptor: int) -> int:
         pipe.send(encode_report(BootFailed(str(error))))
     finally:
         pipe.close()
-    return _EXIT_BOOT
+    return EXIT_BOOT
 
 
 async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: asyncio.Event) -> int:
@@ -192,7 +190,7 @@ def _stalled(stall: Stall, pipe: ReportPipe) -> None:
 def _broken(error: BaseException) -> None:
     """A defect of the lanes: end here and now; the supervisor starts anew and publishers resend."""
     log.critical("defect: %s", "".join(traceback.format_exception(error)).rstrip())
-    os._exit(_EXIT_BROKEN)
+    os._exit(EXIT_BROKEN)
 
 
 def main() -> None:

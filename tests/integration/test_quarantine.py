@@ -46,6 +46,8 @@ def end(how: str) -> None:
         os.abort()
     elif how == "exit":
         os._exit(3)
+    elif how == "exit 0":
+        os._exit(0)
     elif how == "segv":
         ctypes.string_at(0)
     elif how == "kill":
@@ -134,7 +136,8 @@ async def test_of_ten_thousand_events_only_those_that_abort_become_dead_letters(
 
 
 @pytest.mark.parametrize(
-    ("how", "told", "restarts_max"), [("exit", "exit code 3", 3), ("segv", "SIGSEGV", 3), ("kill", "SIGKILL", 8)]
+    ("how", "told", "restarts_max"),
+    [("exit", "exit code 3", 3), ("exit 0", "exit code 0", 3), ("segv", "SIGSEGV", 3), ("kill", "SIGKILL", 8)],
 )
 async def test_the_dead_letter_says_how_the_worker_ended(
     make_bus: MakeBus, how: str, told: str, restarts_max: int

@@ -1,0 +1,27 @@
+"""What an exit code says of who ended a process."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from shardbus.processes import was_killed, was_own_fault
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGSYS", "SIGTRAP"])
+def test_a_signal_for_what_a_process_did_is_its_own_fault(name: str):
+    assert was_own_fault(-signal.Signals[name])
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 139])
+def test_an_exit_is_its_own_doing(code: int):
+    assert was_own_fault(code)
+
+
+@pytest.mark.parametrize(
+    "name", ["SIGHUP", "SIGINT", "SIGQUIT", "SIGPIPE", "SIGALRM", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGKILL"]
+)
+def test_a_signal_that_anybody_may_send_is_not(name: str):
+    assert not was_own_fault(-signal.Signals[name])
+    assert was_killed(-signal.Signals[name]) == (name == "SIGKILL")
