@@ -42,7 +42,7 @@ def send(address: str, duration_s: float) -> None:
     with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
         socket.sndhwm = _FRAMES_MAX
         socket.connect(address)
-        workload = UniformKeys(1000, 0, seed=1)
+        workload = UniformKeys(1000, seed=1)
         template = Tick(key="")
         encode = msgspec.msgpack.Encoder().encode
         end_ns = time.monotonic_ns() + int(duration_s * 1e9)

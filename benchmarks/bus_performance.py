@@ -201,9 +201,9 @@ async def faults(options: argparse.Namespace) -> tuple[list[Check], list[Report]
     slowest_s = max((seconds for seconds in recoveries if seconds is not None), default=None)
     checks += [
         scenarios.sound(f"{len(recoveries)} workers killed at 5,000/s, of {report.published:,} events", report),
-        _count("lost", report.lost, 0),
-        _count("out of order", report.out_of_order, 0),
-        _count(f"unannounced repeats, of {report.duplicates:,}", report.duplicates - report.redelivered, 0),
+        scenarios.counted("lost", report.lost),
+        scenarios.counted("out of order", report.out_of_order),
+        scenarios.counted(f"unannounced repeats, of {report.duplicates:,}", report.duplicates - report.redelivered),
         scenarios.at_most_us(
             "killed to first handled again, the slower",
             None if slowest_s is None or None in recoveries else int(slowest_s * 1e6),
@@ -220,8 +220,8 @@ async def _retries(client: shardbus.Client) -> list[Check]:
     ledger = await client.flush(_PATIENCE_S)
     made_calls = await _calls_of(client, "work") - calls
     return [
-        _count("retried until they succeeded", ledger.handled - before.handled, _FLAKY),
-        _count("calls of their handler", made_calls, sum(event.fails + 1 for event in events)),
+        scenarios.counted("retried until they succeeded", ledger.handled - before.handled, _FLAKY),
+        scenarios.counted("calls of their handler", made_calls, sum(event.fails + 1 for event in events)),
     ]
 
 
@@ -233,10 +233,10 @@ async def _dead_letters(client: shardbus.Client) -> list[Check]:
     letters = await client.dead_letters(DeadLetterFilter(type="Work", reason="failed"))
     full = sum(letter.attempts == _ATTEMPTS for letter in letters)
     return [
-        _count("failed for good: dead letters", ledger.dead - before.dead, _DOOMED),
-        _count("calls of their handler", made_calls, _DOOMED * _ATTEMPTS),
-        _count(f"dead letters in the store, each after {_ATTEMPTS} attempts", full, _DOOMED),
-        _count("purged", await client.purge(DeadLetterFilter(type="Work")), _DOOMED),
+        scenarios.counted("failed for good: dead letters", ledger.dead - before.dead, _DOOMED),
+        scenarios.counted("calls of their handler", made_calls, _DOOMED * _ATTEMPTS),
+        scenarios.counted(f"dead letters in the store, each after {_ATTEMPTS} attempts", full, _DOOMED),
+        scenarios.counted("purged", await client.purge(DeadLetterFilter(type="Work")), _DOOMED),
     ]
 
 
@@ -252,18 +252,14 @@ async def _circuit(client: shardbus.Client) -> list[Check]:
     ledger = await client.flush(_PATIENCE_S)
     await client.purge(DeadLetterFilter(type="Fragile"))
     return [
-        _count("calls until the circuit opened", called, _FAILURES),
-        _count("refused while it was open", len(refused), _FRAGILE - _FAILURES),
-        _count("handled once it had closed again", ledger.handled - before.handled, _FRAGILE),
+        scenarios.counted("calls until the circuit opened", called, _FAILURES),
+        scenarios.counted("refused while it was open", len(refused), _FRAGILE - _FAILURES),
+        scenarios.counted("handled once it had closed again", ledger.handled - before.handled, _FRAGILE),
     ]
 
 
 async def _calls_of(client: shardbus.Client, handler: str) -> int:
     return (await client.execute(GetCalls(key="calls"), timeout=_PATIENCE_S)).get(handler, 0)
-
-
-def _count(name: str, found: int, wanted: int) -> Check:
-    return Check(name=name, measured=f"{found:,}", target=f"{wanted:,}", passed=found == wanted)
 
 
 async def measuring(address: str, options: argparse.Namespace) -> tuple[list[Check], list[Report]]:

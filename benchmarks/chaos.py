@@ -26,9 +26,11 @@ import msgspec
 
 import shardbus
 from benchmarks import scenarios
+from benchmarks.scenarios import counted
 from loadgen.collector import totals_of
 from loadgen.injector import RECOVERED_S_MAX, Injector
 from loadgen.processes import Fault, inject, started, started_bus
+from loadgen.report import Totals
 from shardbus import Bus, Context, DeadLetterFilter, Event, Retry
 
 _WORKERS: Final = 4
@@ -247,10 +249,20 @@ async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
             task.result()
 
 
-async def benchmark(options: argparse.Namespace) -> int:
-    """Run, count, and print; the exit code."""
-    seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
-    print(f"seed {seed}", flush=True)
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run came to: its tally, the first publisher's ledger, the bus, the evidence, and the letters of crashes."""
+
+    tally: Tally
+    took_s: float
+    ledger: shardbus.Ledger
+    status: dict[str, Any]
+    totals: Totals
+    others: list[Totals]  # of the publishers that were killed
+    crashed: list[shardbus.DeadLetter]
+
+
+async def _under_fire(options: argparse.Namespace, seed: int) -> Outcome:
+    """Serve a bus, publish, do the faults, and count once everything is quiet."""
     tally = Tally(faults=Counter(), recoveries_s=[], publishers=[])
     stop = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
@@ -275,41 +287,66 @@ async def benchmark(options: argparse.Namespace) -> int:
         others = [totals_of(await client.evidence([publisher], timeout=30.0)) for publisher in tally.publishers]
         crashed = await client.dead_letters(DeadLetterFilter(reason="crashed"), limit=tally.poisoned + 100)
         await client.purge()
-    kinds = ", ".join(f"{count} {kind}" for kind, count in tally.faults.most_common())
-    print(f"\n{options.faults} faults in {took_s:.0f} s: {kinds}")
-    recoveries = sorted(tally.recoveries_s) or [0.0]
-    p50, p99 = recoveries[len(recoveries) // 2], recoveries[int(len(recoveries) * 0.99)]
+    return Outcome(
+        tally=tally,
+        took_s=took_s,
+        ledger=ledger,
+        status=status,
+        totals=totals,
+        others=others,
+        crashed=crashed,
+    )
+
+
+def _promises(outcome: Outcome) -> list[scenarios.Check]:
+    """What must not be there, counted."""
+    tally, ledger, status, totals, others = (
+        outcome.tally, outcome.ledger, outcome.status, outcome.totals, outcome.others
+    )
     left = ledger.published - ledger.handled - ledger.dead - ledger.waiting - ledger.dropped - ledger.in_flight
     dead = sum(status[name] for name in ("dead_letters", "redriven", "purged", "dropped"))
-    blamed = sum(not letter.event["kills"] for letter in crashed)
-
-    def none(name: str, count: int) -> scenarios.Check:
-        return scenarios.Check(name=name, measured=f"{count:,}", target="0", passed=count == 0)
-
-    checks = [
-        none(f"lost, of {ledger.published:,} published", ledger.published - totals.distinct),
-        none("out of order", totals.out_of_order),
-        none(f"unannounced repeats, of {totals.repeats:,} repeats", totals.repeats - totals.announced),
-        none(
+    blamed = sum(not letter.event["kills"] for letter in outcome.crashed)
+    spared = tally.poisoned - (len(outcome.crashed) - blamed)
+    return [
+        counted(f"lost, of {ledger.published:,} published", ledger.published - totals.distinct),
+        counted("out of order", totals.out_of_order),
+        counted(f"unannounced repeats, of {totals.repeats:,} repeats", totals.repeats - totals.announced),
+        counted(
             f"out of order, overtaken or repeated unannounced, of {len(others)} publishers that were killed",
             sum(one.out_of_order + one.missing + one.repeats - one.announced for one in others),
         ),
-        none("missing from the ledger", left),
-        none("in flight at the end", ledger.in_flight),
-        none("waiting at the end", status["waiting"]),
-        none(f"dead letters that should not be, or are not, of {tally.doomed:,}", abs(dead - tally.doomed)),
-        none(f"events that killed their worker and are not dead letters for it, of {tally.poisoned}",
-             tally.poisoned - (len(crashed) - blamed)),
-        none("events that were blamed for a crash and did not bring it about", blamed),
-        none("shards given up", sum(one["state"] == "given-up" for one in status["workers"])),
+        counted("missing from the ledger", left),
+        counted("in flight at the end", ledger.in_flight),
+        counted("waiting at the end", status["waiting"]),
+        counted(f"dead letters that should not be, or are not, of {tally.doomed:,}", abs(dead - tally.doomed)),
+        counted(f"events that killed their worker and are not dead letters for it, of {tally.poisoned}", spared),
+        counted("events that were blamed for a crash and did not bring it about", blamed),
+        counted("shards given up", sum(one["state"] == "given-up" for one in status["workers"])),
+    ]
+
+
+def _recoveries(tally: Tally, options: argparse.Namespace) -> list[scenarios.Check]:
+    times_s = sorted(tally.recoveries_s) or [0.0]
+    p50, p99 = times_s[len(times_s) // 2], times_s[int(len(times_s) * 0.99)]
+    return [
         scenarios.at_most_us("killed to first handled again, p50", int(p50 * 1e6), int(options.p50 * 1e6)),
         scenarios.at_most_us("killed to first handled again, p99", int(p99 * 1e6), int(options.p99 * 1e6)),
     ]
+
+
+async def benchmark(options: argparse.Namespace) -> int:
+    """Run, count, and print; the exit code."""
+    seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
+    print(f"seed {seed}", flush=True)
+    outcome = await _under_fire(options, seed)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in outcome.tally.faults.most_common())
+    print(f"\n{options.faults} faults in {outcome.took_s:.0f} s: {kinds}")
     method = (
         f"{_WORKERS} workers, {options.rate:,.0f} events/s over {_KEYS:,} keys; a tenth fails, a hundredth for good",
         f"stores of {_STORE_ROWS_MAX} rows on disk; who finds one full purges what failed; a store is locked for up to 2 s",
         "the same seed makes the same events and faults in the same order; when they meet is the machine's to decide",
     )
+    checks = [*_promises(outcome), *_recoveries(outcome.tally, options)]
     return scenarios.show(f"chaos, seed {seed}", checks, method)
 
 

@@ -89,6 +89,11 @@ def at_most_us(name: str, value_us: int | None, target_us: int, *, reference: st
     )
 
 
+def counted(name: str, found: int, wanted: int = 0) -> Check:
+    """A count that must be exact; by default nothing of the kind may be there."""
+    return Check(name=name, measured=f"{found:,}", target=f"{wanted:,}", passed=found == wanted)
+
+
 def sound(name: str, report: Report) -> Check:
     """Whether a run kept every promise and its own schedule; without that, its figures mean nothing."""
     return Check(

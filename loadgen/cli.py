@@ -20,6 +20,7 @@ from loadgen.report import EXIT_USAGE, Report
 from loadgen.runner import run
 from loadgen.spec import (
     DRIVERS_MAX,
+    SECONDS_MAX,
     WORKERS_MAX,
     Call,
     FaultSpec,
@@ -371,9 +372,8 @@ def _recording(
         return None
     if type_ is None or key is None:
         raise click.UsageError("--replay needs --type and --key: the events' name on the wire, and the field with their key")
-    if gap is None:
-        return Recording(path=os.path.abspath(replay), type=type_, key=key, time=time_, speed=speed)
-    return Recording(path=os.path.abspath(replay), type=type_, key=key, time=time_, speed=speed, gap_s=gap)
+    gap_s = SECONDS_MAX if gap is None else gap
+    return Recording(path=os.path.abspath(replay), type=type_, key=key, time=time_, speed=speed, gap_s=gap_s)
 
 
 def main() -> None:

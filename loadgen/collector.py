@@ -48,11 +48,6 @@ def _tables(evidence: Iterable[Evidence]) -> dict[int, Counter[int]]:
     return tables
 
 
-def added(parts: Sequence[Counts]) -> Counts:
-    """The ledgers of several publishers as one."""
-    return Counts(**{name: sum(getattr(part, name) for part in parts) for name in Counts.__struct_fields__})
-
-
 class Collector:
     """Asks a bus about a run, through a client of its own that publishes nothing.
 
@@ -95,7 +90,7 @@ class Collector:
         gained = await self._gained()
         uses = self._look(state, driver_pids)
         at_s = sum(one.at_s for one in drivers) / len(drivers)
-        counts = added([one.counts for one in drivers])
+        counts = Counts.sum(one.counts for one in drivers)
         scheduled = None
         if all(one.scheduled is not None for one in drivers):
             scheduled = sum(one.scheduled or 0 for one in drivers)

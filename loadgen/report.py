@@ -362,18 +362,13 @@ def together(results: Sequence[DriverResult]) -> DriverResult:
     one = results[0]
     if len(results) == 1:
         return one
-
-    def sums(name: str) -> Counts:
-        parts = [getattr(result, name) for result in results]
-        return Counts(**{field: sum(getattr(part, field) for part in parts) for field in Counts.__struct_fields__})
-
     return DriverResult(
         scheduled=None if one.scheduled is None else sum(result.scheduled or 0 for result in results),
         sent=sum(result.sent for result in results),
         window_s=max(result.window_s for result in results),
-        before=sums("before"),
-        after=sums("after"),
-        final=sums("final"),
+        before=Counts.sum(result.before for result in results),
+        after=Counts.sum(result.after for result in results),
+        final=Counts.sum(result.final for result in results),
         flush_s=max(result.flush_s for result in results),
         waited_s=sum(result.waited_s for result in results) / len(results),
         send_lag_us=merged([result.send_lag_us for result in results]),

@@ -20,6 +20,7 @@ from loadgen.expect import Expectation
 from loadgen.histogram import Histogram
 from loadgen.injector import Injector
 from loadgen.machine import shares_clock, this_machine
+from loadgen.meters import merged
 from loadgen.processes import DriverProcess, started_bus, started_driver
 from loadgen.report import (
     FaultRecord,
@@ -301,9 +302,6 @@ class _Run:
 
 def _later(before: Progress | None, line: Progress) -> Progress:
     """A driver's latest word, with the send lags of those that nobody has looked at yet."""
-    if before is None or not before.send_lag_us:
+    if before is None:
         return line
-    lags = dict(before.send_lag_us)
-    for late_us, count in line.send_lag_us.items():
-        lags[late_us] = lags.get(late_us, 0) + count
-    return msgspec.structs.replace(line, send_lag_us=lags)
+    return msgspec.structs.replace(line, send_lag_us=merged([before.send_lag_us, line.send_lag_us]))

@@ -5,6 +5,7 @@ Knows nothing of buses, processes or terminals. Every line that a driver writes 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final, Literal
 
 import msgspec
@@ -181,9 +182,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise LoadError(said)
 
     def _contradictions(self) -> tuple[tuple[bool, str], ...]:
-        recording = self.recording
-        paced = self.rate is not None or bool(self.stages)
-        by_time = recording is not None and recording.speed is not None
+        recording, paced, by_time = self.recording, self._has_rate, self._is_by_time
         return (
             (self.duration_s is None and recording is None, "a duration is needed: only a recording ends by itself"),
             (recording is not None and self.template is not None, "a recording has its own fields: give no body for it"),
@@ -207,8 +206,15 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def is_paced(self) -> bool:
         """Whether there is a schedule, which can be kept or not."""
-        by_time = self.recording is not None and self.recording.speed is not None
-        return self.rate is not None or bool(self.stages) or by_time
+        return self._has_rate or self._is_by_time
+
+    @property
+    def _has_rate(self) -> bool:
+        return self.rate is not None or bool(self.stages)
+
+    @property
+    def _is_by_time(self) -> bool:
+        return self.recording is not None and self.recording.speed is not None
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,6 +231,12 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     def finished(self) -> int:
         """Events that reached their outcome; those that wait in a store have not."""
         return self.handled + self.dead
+
+    @staticmethod
+    def sum(parts: Iterable[Counts]) -> Counts:
+        """The ledgers of several publishers as one."""
+        ledgers = list(parts)
+        return Counts(**{name: sum(getattr(one, name) for one in ledgers) for name in Counts.__struct_fields__})
 
 
 # -- what a driver is told

@@ -46,14 +46,11 @@ class UniformKeys:
     are as good as independent; from 32,768 keys on, each has two copies in a lap.
     """
 
-    def __init__(self, keys: int, payload_bytes: int, seed: int) -> None:
-        chance = random.Random(seed)
-        self.payload = chance.randbytes(payload_bytes)
-        """As many random bytes as were asked for."""
+    def __init__(self, keys: int, seed: int) -> None:
         self._copies = max(2, -(-_DECK_MIN // keys))
         names = [f"k{number}" for number in range(keys)]
         self._deck = names * self._copies
-        chance.shuffle(self._deck)
+        random.Random(seed).shuffle(self._deck)
         self._first_lap = _count_up(self._deck)
         self._at = 0
         self._lap = 0
@@ -176,5 +173,5 @@ def workload_of(spec: LoadSpec, driver: int = 0) -> Workload:
     if spec.keys is None:
         return UniqueKeys(f"u{driver}-" if driver else "u")
     if spec.skew.kind == "uniform":
-        return UniformKeys(spec.keys, 0, seed)
+        return UniformKeys(spec.keys, seed)
     return WeightedKeys(weights_of(spec.skew, spec.keys), seed)

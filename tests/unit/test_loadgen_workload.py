@@ -36,14 +36,14 @@ def test_events_are_numbered_from_zero_and_each_keys_ordinals_from_one(
     keys: int, seed: int, sizes: tuple[int, ...]
 ) -> None:
     seen: Counter[str] = Counter()
-    for number, (n, key, ordinal) in enumerate(deal(UniformKeys(keys, 0, seed), 4000, sizes)):
+    for number, (n, key, ordinal) in enumerate(deal(UniformKeys(keys, seed), 4000, sizes)):
         seen[key] += 1
         assert (n, ordinal) == (number, seen[key])
 
 
 @pytest.mark.parametrize("keys", [1, 7, 1000, 40_000])
 def test_ordinals_go_on_when_the_deck_is_dealt_again(keys: int) -> None:
-    workload = UniformKeys(keys, 0, 1)
+    workload = UniformKeys(keys, 1)
     seen: Counter[str] = Counter()
     for _, key, ordinal in deal(workload, 200_000):
         seen[key] += 1
@@ -53,14 +53,14 @@ def test_ordinals_go_on_when_the_deck_is_dealt_again(keys: int) -> None:
 
 def test_uniform_keys_come_equally_often() -> None:
     keys = 1000
-    counts = Counter(key for _, key, _ in deal(UniformKeys(keys, 0, 1), 660_000))
+    counts = Counter(key for _, key, _ in deal(UniformKeys(keys, 1), 660_000))
     # 660,000 events are ten laps of 66 copies, so not only about equally often but exactly.
     assert set(counts.values()) == {660}
 
 
 def test_uniform_keys_come_in_random_order() -> None:
     # Of two neighbours, one in `keys` should be equal; a cycle would have none, a sorted deck nearly all.
-    events = deal(UniformKeys(100, 0, 1), 65_600)
+    events = deal(UniformKeys(100, 1), 65_600)
     pairs = sum(a[1] == b[1] for a, b in itertools.pairwise(events))
     expected, deviation = 656, 26  # binomial: n p, √(n p)
     assert abs(pairs - expected) < 5 * deviation
@@ -68,7 +68,7 @@ def test_uniform_keys_come_in_random_order() -> None:
 
 def test_each_quarter_of_a_deck_is_uniform_too() -> None:
     # χ² of 100 keys in 16,400 events has 99 degrees of freedom: mean 99, deviation √198 = 14.
-    events = deal(UniformKeys(100, 0, 1), 65_600)
+    events = deal(UniformKeys(100, 1), 65_600)
     for quarter in range(4):
         counts = Counter(key for _, key, _ in events[quarter * 16_400 : (quarter + 1) * 16_400])
         chi_squared = sum((counts[f"k{key}"] - 164) ** 2 / 164 for key in range(100))
@@ -83,14 +83,9 @@ def test_unique_keys_never_come_twice() -> None:
 
 
 def test_the_same_seed_makes_the_same_events() -> None:
-    one, same, other = (UniformKeys(50, 8, seed) for seed in (3, 3, 4))
-    assert (one.payload, deal(one, 500)) == (same.payload, deal(same, 500))
-    assert (one.payload, deal(one, 500)) != (other.payload, deal(other, 500))
-
-
-@pytest.mark.parametrize("size", [0, 1, 100_000])
-def test_the_payload_has_the_size_that_was_asked_for(size: int) -> None:
-    assert len(UniformKeys(1, size, 1).payload) == size
+    one, same, other = (deal(UniformKeys(50, seed), 500) for seed in (3, 3, 4))
+    assert one == same
+    assert one != other
 
 
 def test_the_specification_chooses_the_keys() -> None:
