@@ -57,6 +57,7 @@ _ASKED_MAX: Final = 256
 _ANSWERS_MAX: Final = 64  # of up to a megabyte
 _ASKED_S: Final = 20.0  # somebody who wants an answer asks again sooner
 _PAGE_ROWS_MAX: Final = 256  # dead letters a question and answer
+_PAGE_BYTES_MAX: Final = 1024 * 1024  # of their bodies, so that a page of large ones neither blocks nor bloats a worker
 
 
 class _Publisher:
@@ -384,7 +385,8 @@ class Shard:
             del self._asked[asked]  # nobody waits any more, and has been told so
             return
         try:
-            found = await self._store.dead_letters(request.where, request.after, min(request.limit, _PAGE_ROWS_MAX))
+            limit = min(request.limit, _PAGE_ROWS_MAX)
+            found = await self._store.dead_letters(request.where, request.after, limit, _PAGE_BYTES_MAX)
             last = found[-1].row if found else 0
             if what == "dead-letters":
                 self._answer(asked, Answer(asked[1], "", encode_answer(page_of(found))))

@@ -46,6 +46,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from shardbus.errors import ConfigError
 from shardbus.messages import WireKey
 from shardbus.store import (
+    ANY_SIZE,
     ROW_OVERHEAD_BYTES,
     DeadFilter,
     DeadLetter,
@@ -56,6 +57,7 @@ from shardbus.store import (
     StoreError,
     WaitingEvent,
     WaitingLane,
+    fitting,
     row_bytes,
 )
 
@@ -169,6 +171,7 @@ _measure_waiting: Final = select(
     func.coalesce(func.sum(func.length(_waiting.c.body)), 0),
     func.coalesce(func.max(_waiting.c.position), 0),
 )
+_select_dead_sizes: Final = select(func.length(_dead.c.body)).order_by(_dead.c.id)
 _change_waiting: Final = (
     update(_waiting)
     .where(_waiting.c.position == bindparam("at"))
@@ -406,7 +409,9 @@ class SqlStore:
             ]
         return dead, waiting
 
-    async def dead_letters(self, where: DeadFilter, after: int, limit: int) -> list[StoredDeadLetter]:
+    async def dead_letters(
+        self, where: DeadFilter, after: int, limit: int, bytes_max: int = ANY_SIZE
+    ) -> list[StoredDeadLetter]:
         """See `Store.dead_letters`.
 
         Raises:
@@ -428,6 +433,10 @@ class SqlStore:
         if where.events is not None:
             conditions.append(tuple_(_dead.c.publisher, _dead.c.seq).in_(where.events))
         async with self._transaction() as connection:
+            if bytes_max < ANY_SIZE:
+                # How large they are is asked first: a page of the largest would fill the memory of a worker.
+                sizes = (await connection.execute(_select_dead_sizes.where(*conditions).limit(limit))).scalars().all()
+                limit = fitting(sizes, bytes_max)
             rows = (await connection.execute(_select_dead.where(*conditions).limit(limit))).all()
         return [StoredDeadLetter(row[0], _to_dead(row[1:])) for row in rows]
 

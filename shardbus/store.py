@@ -157,6 +157,20 @@ def total_ledger(shards: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return {name: sum(one[name] for one in shards) for name in store_ledger(NOTHING_STORED)}
 
 
+ANY_SIZE: Final = 2**62
+
+
+def fitting(sizes: Iterable[int], bytes_max: int) -> int:
+    """How many of these, in turn, have up to `bytes_max` bytes together; at least the first."""
+    count = total = 0
+    for size in sizes:
+        total += size
+        if count and total > bytes_max:
+            break
+        count += 1
+    return count
+
+
 class Store(Protocol):
     """Keeps a shard's dead letters and waiting events. Every call has one caller: the shard's writer task.
 
@@ -202,8 +216,13 @@ class Store(Protocol):
     async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
         """The sequences from `first` on that this publisher has among the dead and among the waiting, sorted."""
 
-    async def dead_letters(self, where: DeadFilter, after: int, limit: int) -> list[StoredDeadLetter]:
-        """Up to `limit` dead letters that are meant, of rows above `after`, in the order of their rows."""
+    async def dead_letters(
+        self, where: DeadFilter, after: int, limit: int, bytes_max: int = ANY_SIZE
+    ) -> list[StoredDeadLetter]:
+        """Up to `limit` dead letters that are meant, of rows above `after`, in the order of their rows.
+
+        Their bodies have up to `bytes_max` bytes together, but for the first, which is always among them.
+        """
 
     async def purge(self, rows: Sequence[int]) -> int:
         """Remove the dead letters of these rows; return how many there were."""

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from shardbus.messages import WireKey
 from shardbus.store import (
+    ANY_SIZE,
     DeadFilter,
     DeadLetter,
     StoreCounts,
@@ -18,6 +19,7 @@ from shardbus.store import (
     StoreError,
     WaitingEvent,
     WaitingLane,
+    fitting,
     row_bytes,
 )
 
@@ -134,14 +136,17 @@ class MemoryStore:
         )
         return dead, waiting
 
-    async def dead_letters(self, where: DeadFilter, after: int, limit: int) -> list[StoredDeadLetter]:
+    async def dead_letters(
+        self, where: DeadFilter, after: int, limit: int, bytes_max: int = ANY_SIZE
+    ) -> list[StoredDeadLetter]:
         """See `Store.dead_letters`."""
         found = [
             StoredDeadLetter(row, self.rows.dead[identity])
             for identity, row in sorted(self.rows.rows.items(), key=lambda item: item[1])
             if row > after and _is_meant(self.rows.dead[identity], where)
         ]
-        return found[:limit]
+        found = found[:limit]
+        return found[: fitting((len(one.letter.envelope.body) for one in found), bytes_max)]
 
     async def purge(self, rows: Sequence[int]) -> int:
         """See `Store.purge`."""

@@ -292,6 +292,13 @@ async def test_of_an_event_that_dies_twice_in_one_write_the_last_stays(store):
     ]
 
 
+@pytest.mark.parametrize(("bytes_max", "count"), [(1, 1), (3, 1), (5, 1), (6, 2), (8, 2), (9, 3), (15, 5), (100, 5)])
+async def test_a_page_of_dead_letters_is_bounded_by_bytes_and_has_at_least_one(store, bytes_max: int, count: int):
+    await store.write(dead=[dead_letter(seq) for seq in range(5)])  # each has a body of three bytes
+    assert len(await store.dead_letters(DeadFilter(), 0, 9, bytes_max)) == count
+    assert await store.dead_letters(DeadFilter(type="Unheard"), 0, 9, bytes_max) == []
+
+
 async def test_events_of_two_publishers_with_one_sequence_are_two_dead_letters(store):
     letters = [dead_letter(1, first_ns=1), dead_letter(1, first_ns=2, publisher=OTHER)]
     await store.write(dead=letters, waiting=[], done=[])
