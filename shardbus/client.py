@@ -1141,7 +1141,7 @@ def _stamps(stamps: Sequence[int] | None) -> array[int] | None:
         return None
     try:
         packed = array("q", stamps)
-    except (TypeError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"stamps are whole numbers from 0 to 2⁶³ - 1: {error}") from None
     if has_negative(packed):
         _check_stamp(min(packed))
