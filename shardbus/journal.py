@@ -4,6 +4,7 @@ A journal is a flat buffer of 64-bit words, shared between a worker and its supe
 worker writes down what it is about to run, and its successor reads what a dead one was running. It has
 
     the stretch that the leader runs synchronously now: publisher, first sequence, the one behind the last, since when
+    when the worker lived for certain
     the messages whose handlers are suspended: publisher, sequence, since when
     the suspects: what earlier deaths say against a message (`quarantine`), over all incarnations
 
@@ -21,6 +22,7 @@ SUSPENDED: Final = 4096
 FIRST: Final = 2  # of the stretch, in `Journal.running`
 END: Final = 3
 _BEGAN: Final = 4
+ALIVE: Final = 5  # when the worker lived for certain: its leader writes it once a stride, its watchdog all the time
 
 _MAGIC: Final = 0x534841524A4E4C31  # "SHARJNL1"
 _HEADER: Final = 16  # words: magic, rows, rows, then the counters, then the stretch
@@ -82,6 +84,10 @@ class Journal:
         running[_BEGAN] = now_ns
         running[END] = end
 
+    def pulse(self, now_ns: int) -> None:
+        """The worker lives now. Any thread may say so."""
+        self.running[ALIVE] = now_ns
+
     def rest(self) -> None:
         """The leader runs nothing any more."""
         self.running[END] = 0
@@ -115,7 +121,7 @@ class Journal:
 
     def scene(self) -> Scene:
         """What it shows now."""
-        low, high, first, end, began_ns, *_ = self.running.tolist()
+        low, high, first, end, began_ns, alive_ns, *_ = self.running.tolist()
         running = UnderWay(_publisher(low, high), first, end, began_ns) if first < end <= first + _STRETCH_MAX else None
         rows = self._suspended.tolist()
         suspended = [
@@ -124,7 +130,13 @@ class Journal:
             if rows[at + 3]
         ]
         suspended.sort(key=lambda one: (one.began_ns, one.first))
-        return Scene(death=self._words[_DEATHS], running=running, suspended=suspended, suspects=self._read_suspects())
+        return Scene(
+            death=self._words[_DEATHS],
+            alive_ns=alive_ns,
+            running=running,
+            suspended=suspended,
+            suspects=self._read_suspects(),
+        )
 
     def _read_suspects(self) -> dict[Identity, Suspect]:
         words = self._suspects.tolist()
@@ -154,6 +166,7 @@ class Journal:
         self._words[_DEATHS] = (self._words[_DEATHS] + 1) % 64
         # Last: a kill before this line has the same death judged once more, as somebody else's.
         self.rest()
+        self.running[ALIVE] = 0
         for at in range(3, len(self._suspended), _SUSPENDED_ROW):
             if self._suspended[at]:
                 self._suspended[at] = 0
@@ -190,6 +203,11 @@ class Journal:
     def counts(self) -> tuple[int, int, int]:
         """Suspects; of the convicted, those that are not dead letters yet; suspended handlers that ever found no row."""
         return self._words[_SUSPECTED], self._words[_CONVICTED], self._words[_UNWRITTEN]
+
+    @property
+    def deaths(self) -> int:
+        """How many deaths have been judged, of the last 64: it changes when a worker takes the journal over."""
+        return self._words[_DEATHS]
 
     def names_somebody(self) -> bool:
         """Whether anything is under way, so that a death now says something."""

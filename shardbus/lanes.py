@@ -44,10 +44,10 @@ from shardbus.breaker import Admitted, Blocked, Circuit
 from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.context import Context
-from shardbus.journal import END, FIRST, Journal
+from shardbus.journal import ALIVE, END, FIRST, Journal
 from shardbus.messages import Message, WireKey
 from shardbus.metrics import PublisherBook
-from shardbus.quarantine import Convicted, Crowded, Hold, Identity, Quarantine
+from shardbus.quarantine import Convicted, Crowded, Hold, Identity, Quarantine, Run
 from shardbus.registry import Handler, Plan, Registered
 from shardbus.retry import GiveUp, RetryIn
 from shardbus.store import Failure
@@ -417,6 +417,9 @@ class Lanes:
         self._journal = journal
         self._quarantine = quarantine
         self._crowded: dict[int, deque[_Lane]] = {}  # by its head's deaths: a suspect that waits for others
+        self._hush: asyncio.TimerHandle | None = None  # while it is armed, nothing begins but a suspect that is to be alone
+        self._soloist: tuple[Identity, float] | None = None  # that one, and for how many seconds
+        self._solo: _Lane | None = None  # its lane, until what was under way has ended
         self._clean = contextvars.copy_context()
         self._inbox: deque[Inbound] = deque()  # bounded by credit
         self._cursor: Inbound | None = None
@@ -554,6 +557,8 @@ class Lanes:
         for lane in (*self._busy.values(), *self._loose):
             if lane.timer is not None:
                 lane.timer.cancel()
+        if self._hush is not None:
+            self._hush.cancel()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -568,7 +573,7 @@ class Lanes:
             return
         if self._leader is not None:
             self._overtake()
-        if not (self._cursor or self._inbox or self._ready):
+        if not self._may_lead():
             return
         loop = asyncio.get_running_loop()
         token = self._leader = object()
@@ -580,8 +585,21 @@ class Lanes:
         self._armed = True
         loop.call_soon(self._turn, context=self._clean)
 
+    def _may_lead(self) -> bool:
+        """Whether there is something to run that may begin now."""
+        if self._hush is not None:
+            return self._solo is not None and not self._tasks
+        return bool(self._cursor or self._inbox or self._ready)
+
+    def _arm(self) -> None:
+        if not self._armed and not self._closing:
+            self._armed = True
+            asyncio.get_running_loop().call_soon(self._turn, context=self._clean)
+
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        if self._solo is not None and not self._tasks:
+            self._arm()
         if not task.cancelled() and (error := task.exception()) is not None:
             # No handler raises through here, so this is a defect of the lanes: the worker must not go on.
             self._host.broken(error)
@@ -612,7 +630,11 @@ class Lanes:
         """Run messages until there are none, a slice is used up, or this task is overtaken inside a handler."""
         end_ns = self._now() + _SLICE_NS
         ready = self._ready
-        while self._leader is token and not self._closing:
+        if self._solo is not None:
+            await self._run_solo(token)
+            if context != self._clean:
+                end_ns = 0
+        while self._leader is token and not self._closing and self._hush is None and end_ns:
             if ready:
                 lane = ready.popleft()
                 await self._run_head(lane, token)
@@ -650,7 +672,7 @@ class Lanes:
         journal, limit = self._journal, cursor.end
         journal.lead(cursor.session.publisher, cursor.next_seq, cursor.next_seq)
         running = journal.running
-        began_ns = now()
+        began_ns = running[ALIVE] = now()
         while True:
             first = cursor.next_seq
             stride = 1 if cursor.careful else self._stride
@@ -700,7 +722,7 @@ class Lanes:
                 now_ns = now()
                 fits = now_ns - began_ns < _SLICE_NS // 8
                 self._stride = min(_STRIDE_MAX, 2 * self._stride) if fits else max(1, self._stride // 4)
-                began_ns = now_ns
+                began_ns = running[ALIVE] = now_ns
                 if cursor.next_seq < cursor.end and now_ns < end_ns:
                     continue
             break
@@ -752,10 +774,15 @@ class Lanes:
         self.queued -= 1
         if self._quarantine.suspects and not self._may_run(lane, head):
             return
+        await self._run_taken(lane, head, token)
+
+    async def _run_taken(self, lane: _Lane, head: Delivery, token: object) -> None:
         lane.running = head
         if head.key is None:
             self._loose.discard(lane)
-        began_ns = self._now() if self._quarantine.suspects else 0  # it matters for them only
+        began_ns = 0
+        if self._quarantine.suspects:  # it matters for them only
+            began_ns = self._journal.running[ALIVE] = self._now()
         self._journal.lead(head.publisher, head.seq, head.seq + 1, began_ns)
         await self._deliver(head, token)
 
@@ -805,7 +832,42 @@ class Lanes:
                 self.queued += 1
                 self._crowded.setdefault(deaths, deque()).append(lane)
                 return False
+            case Run(alone_s=alone_s) if alone_s:
+                lane.queue.appendleft(head)
+                self.queued += 1
+                self._solo = lane
+                self._soloist = (head.identity, alone_s)
+                self._keep_silent(alone_s)
+                return False
         return True
+
+    def _keep_silent(self, seconds: float) -> None:
+        """Let nothing begin but the soloist, for so long: what else is under way when it dies may have done it."""
+        if self._hush is not None:
+            self._hush.cancel()
+        if not self._closing:
+            self._hush = asyncio.get_running_loop().call_later(seconds, self._break_silence, context=self._clean)
+
+    def _break_silence(self) -> None:
+        """Go on with everything; a soloist that still waits for the end of others begins beside them."""
+        if self._hush is not None:
+            self._hush.cancel()
+        self._hush = self._soloist = None
+        lane, self._solo = self._solo, None
+        if lane is not None:
+            self._continue(lane)
+        self._arm()
+
+    async def _run_solo(self, token: object) -> None:
+        """Run the soloist: nothing else is under way."""
+        lane, self._solo = self._solo, None
+        assert lane is not None
+        assert self._soloist is not None
+        self._keep_silent(self._soloist[1])
+        head = lane.queue.popleft()
+        assert isinstance(head, Delivery)  # a lane that waits keeps its beginning in memory
+        self.queued -= 1
+        await self._run_taken(lane, head, token)
 
     def release(self) -> None:
         """Let suspects run that there is room for now."""
@@ -972,6 +1034,8 @@ class Lanes:
                 self._quarantine.pause(delivery.identity)
             else:
                 self._quarantine.clear(delivery.identity)
+            if self._soloist is not None and self._soloist[0] == delivery.identity:
+                self._break_silence()
             self.release()
         if isinstance(outcome, Later):
             self._postpone(delivery, outcome)

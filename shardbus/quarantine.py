@@ -22,14 +22,23 @@ Identity = tuple[bytes, int]
 """A message: its publisher and sequence."""
 
 SUSPECTS_MAX: Final = 4096  # more are not remembered, those with the fewest deaths first; a journal has as many rows
-_ALONE: Final[Mapping[str, int]] = {"crashed": 1, "memory": 2, "silent": 2, "killed": 4}
-"""How often a suspect must have been alone in a death of this kind to be convicted; once more where others had begun too."""
-_JUST_BEGUN_NS: Final = 100_000_000  # what had run for longer when a SIGKILL came did not bring it about
+_ALONE: Final[Mapping[str, int]] = {"crashed": 1, "memory": 2, "silent": 2, "killed": 7}
+"""How often a suspect must have been alone in a death of this kind to be convicted, once more where another had begun too.
+
+Signals from outside make a row of seven by chance only: once it was alone, a suspect begins at an instant that chance has
+chosen within 2 s (`_HOLD_S`), and is in the next death only if that comes within 150 ms (`_JUST_BEGUN_NS`). By whatever rhythm
+they come, that is at most (0.15 / 2)^6 = 1.8e-7 for each row that begins, and at most one begins with each death.
+"""
+PULSE_S: Final = 0.05  # a worker writes so often that it lives
+_PULSE_NS: Final = 50_000_000
+_JUST_BEGUN_NS: Final = 150_000_000  # what had run for longer when a SIGKILL came did not bring it about
 _SHARE: Final = 8  # one in so many suspects is under way at once
 _HOLD_MIN_S: Final = 0.1
-_HOLD_S: Final = 1.0  # at random, above that: how long one waits that was alone in a death
+_HOLD_S: Final = 2.0  # at random, above that: how long one waits that was alone in a death
 _TRIAL_NS: Final = 5_000_000_000  # a suspect that has run for so long makes room for the next; twice as long each death
 _TRIAL_NS_MAX: Final = 300_000_000_000
+_ALONE_S: Final = 1.0  # for so long nothing else runs beside one that was alone in a death; twice as long each such death
+_ALONE_S_MAX: Final = 16.0
 _FORGET_NS: Final = 60_000_000_000  # what has not come by then had finished, or is a command, or has lost its publisher
 
 
@@ -85,10 +94,11 @@ class UnderWay(msgspec.Struct, frozen=True):
 class Scene(msgspec.Struct, frozen=True, kw_only=True):
     """What a journal shows: the stretch that ran synchronously, handlers that were suspended, and earlier suspects.
 
-    `death` is the number of the death that left it so.
+    `death` is the number of the death that left it so; at `alive_ns` the worker lived for certain (0: unknown).
     """
 
     death: int
+    alive_ns: int = 0
     running: UnderWay | None
     suspended: list[UnderWay]
     suspects: dict[Identity, Suspect]
@@ -103,6 +113,8 @@ def judge(scene: Scene, ended: Ended) -> dict[Identity, Suspect]:
     if len(accused) > 1:
         known = [one for one in known if not suspects[one].free]
     only = known[0] if len(known) == 1 else None
+    # What nobody has suspected before may have done it as well.
+    certain = all(one == only or (one in suspects and suspects[one].free) for one in accused)
     if ended.how == "killed":
         # It happens without them, too: what was alone before was so by chance.
         for identity, one in suspects.items():
@@ -112,7 +124,7 @@ def judge(scene: Scene, ended: Ended) -> dict[Identity, Suspect]:
         before = suspects.get(identity, Suspect())
         if not before.verdict:
             alone = before.alone + (identity == only)
-            convicted = identity == only and alone >= _ALONE[ended.how] + (len(accused) > 1)
+            convicted = (certain or ended.how == "killed") and identity == only and alone >= _ALONE[ended.how] + (len(accused) > 1)
             died = before.died | 1 << scene.death % 64
             suspects[identity] = Suspect(died=died, alone=alone, verdict=ended.told if convicted else "")
     if only is not None and (culprit := suspects[only]).verdict:
@@ -135,13 +147,17 @@ def _accused(scene: Scene, ended: Ended) -> list[Identity]:
     else:
         under_way = running or scene.suspended  # while one runs synchronously, no other does anything
     if ended.how == "killed":
-        since_ns = ended.at_ns - _JUST_BEGUN_NS
+        # A supervisor that is short of time itself notices late, a handler that does not await lets nobody write.
+        died_ns = min(ended.at_ns, scene.alive_ns + _PULSE_NS) if scene.alive_ns else ended.at_ns
+        since_ns = died_ns - _JUST_BEGUN_NS
         under_way = [one for one in under_way if not one.began_ns or one.began_ns >= since_ns]
     return list(dict.fromkeys(identity for one in under_way for identity in one.identities))
 
 
 class Run(msgspec.Struct, frozen=True):
-    """It may run now; if it is a suspect, its trial has begun."""
+    """It may run now; if it is a suspect, its trial has begun. For `alone_s` seconds, nothing else is to run beside it."""
+
+    alone_s: float = 0.0
 
 
 class Hold(msgspec.Struct, frozen=True):
@@ -180,18 +196,26 @@ class Quarantine:
         now_ns: int,
         chance: Callable[[], float],
     ) -> None:
-        self.suspects = dict(suspects)
-        self.convicted = sum(1 for one in suspects.values() if one.verdict)  # to become dead letters
         self._note = note
         self._chance = chance
-        self._since_ns = now_ns
-        self._by_publisher: dict[bytes, set[int]] = {}
-        for publisher, seq in suspects:
-            self._by_publisher.setdefault(publisher, set()).add(seq)
         self._met: set[Identity] = set()
         self._held: set[Identity] = set()
         self._trials: dict[Identity, int] = {}  # under way, and since when
         self._paused: set[Identity] = set()  # wait for their next attempt, and so make room for others
+        self.adopt(suspects, now_ns, solos=True)
+
+    def adopt(self, suspects: Mapping[Identity, Suspect], now_ns: int, *, solos: bool) -> None:
+        """Begin with these; `solos`: whoever was alone in a death runs without anything beside it.
+
+        Not after a kill from outside, perhaps: waiting for others to end, it would begin at an instant that is not chance's.
+        """
+        self.suspects = dict(suspects)
+        self.convicted = sum(1 for one in suspects.values() if one.verdict)  # to become dead letters
+        self._solos = solos
+        self._since_ns = now_ns
+        self._by_publisher: dict[bytes, set[int]] = {}
+        for publisher, seq in suspects:
+            self._by_publisher.setdefault(publisher, set()).add(seq)
         self._group = Counter(one.deaths for one in suspects.values() if not (one.verdict or one.free))
         self._left = Counter(self._group)  # of each group, those that are neither cleared nor free
 
@@ -214,6 +238,8 @@ class Quarantine:
             return Run()
         if suspect.verdict:
             return Convicted(suspect.verdict, suspect.deaths)
+        if identity in self._trials:
+            return Run()
         if identity in self._paused:
             self._paused.discard(identity)
             self._left[suspect.deaths] += 1
@@ -223,6 +249,8 @@ class Quarantine:
         if self.room() <= 0:
             return Crowded(suspect.deaths)
         self._trials[identity] = now_ns
+        if suspect.alone and self._solos:
+            return Run(min(_ALONE_S_MAX, _ALONE_S * 2 ** min(suspect.alone - 1, 16)))
         return Run()
 
     def pause(self, identity: Identity) -> None:
@@ -252,7 +280,7 @@ class Quarantine:
         self._note(identity, None)
 
     def tick(self, now_ns: int) -> None:
-        """Free those that have run for long, and forget those that do not come."""
+        """Free those that have run for long, and forget those that do not come, but for the convicted."""
         for identity, began_ns in list(self._trials.items()):
             suspect = self.suspects[identity]
             if now_ns - began_ns >= min(_TRIAL_NS_MAX, _TRIAL_NS << min(suspect.deaths - 1, 16)):
@@ -263,4 +291,5 @@ class Quarantine:
         if now_ns - self._since_ns >= _FORGET_NS:
             self._since_ns = now_ns
             for identity in self.suspects.keys() - self._met:
-                self.clear(identity)
+                if not self.suspects[identity].verdict:  # a convicted one may lie in the store, or its publisher may come back
+                    self.clear(identity)

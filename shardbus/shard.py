@@ -100,12 +100,10 @@ class Shard:
         self.shard = shard
         self.epoch = epoch
         self.book = book
-        suspects = judge(journal.scene(), predecessor)
-        journal.start_over(suspects)
         self._journal = journal
         self._predecessor = predecessor
-        self._quarantine = Quarantine(suspects, self._note_suspect, now(), chance)
-        journal.tell(len(suspects) - self._quarantine.convicted, self._quarantine.convicted)
+        self._judged = False
+        self._quarantine = Quarantine({}, self._note_suspect, now(), chance)
         self.lanes = Lanes(plans, self, limits, now, chance, journal, self._quarantine)
         self._layout = layout
         self._send = send
@@ -136,19 +134,16 @@ class Shard:
     # -- life
 
     async def start(self) -> None:
-        """Open the store and put what waits in it into lanes, before anything new is taken.
+        """Judge the predecessor's death, open the store, and put what waits there into lanes, before anything new is taken.
+
+        May be called again where the store could not be opened.
 
         Raises:
             StoreError: the store cannot be opened.
         """
-        if self._quarantine.suspects:
-            log.warning(
-                "a worker has ended%s: %d messages were under way and are tried alone now; %d are known to end workers and are "
-                "not run",
-                f" ({self._predecessor.told})" if self._predecessor.told else "",
-                len(self._quarantine.suspects) - self._quarantine.convicted,
-                self._quarantine.convicted,
-            )
+        if not self._judged:
+            self._judged = True
+            self._judge()
         await self._writer.open()
         counts = self._writer.counts
         self._adopts = counts.dead + counts.waiting > 0
@@ -163,6 +158,22 @@ class Shard:
             parked.discard(lane.key)
         for key in parked:
             self.lanes.adopt(key, 0, parked=True)
+
+    def _judge(self) -> None:
+        """Conclude what the predecessor's death says, and begin the journal anew."""
+        scene, ended = self._journal.scene(), self._predecessor
+        suspects = judge(scene, ended)
+        self._journal.start_over(suspects)
+        self._quarantine.adopt(suspects, self._now(), solos=ended.how != "killed")
+        convicted = self._quarantine.convicted
+        self._journal.tell(len(suspects) - convicted, convicted)
+        if any(one.died != scene.suspects.get(identity, Suspect()).died for identity, one in suspects.items()):
+            log.warning(
+                "a worker has ended (%s): of what was under way, %d messages run alone, and %d are not run any more",
+                ended.told,
+                len(suspects) - convicted,
+                convicted,
+            )
 
     async def drain(self, deadline_s: float) -> list[str]:
         """Take nothing new, and wait until everything accepted is finished; return what was not, in words."""

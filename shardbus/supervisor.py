@@ -60,6 +60,7 @@ BOOT_SILENCE_S: Final = 30.0
 _SETTLED_S: Final = 10.0  # a worker that was ready for so long has made progress
 _CHECK_S: Final = 0.5
 _NARROWING_MAX: Final = 24  # deaths in a row that count as progress because they tell who ended the worker
+_MEMORY_S: Final = 5.0  # for so long after the kernel has ended a process for want of memory, a SIGKILL is taken for its own
 _CLIENTS_MAX: Final = 4096
 _LAYOUT: Final = 1
 _encode: Final = msgspec.msgpack.Encoder().encode
@@ -98,7 +99,8 @@ class _Worker:
         self.fruitless = 0
         self.narrowing = 0  # deaths in a row that made no progress but named somebody
         self.replaced = False  # it was silent, so it is being ended
-        self.ended = UNKNOWN_END  # how the last one ended that may have run something
+        self.ended = UNKNOWN_END  # how the last one ended that had taken the journal over
+        self.judged = 0  # the journal's count of deaths when the present one started
         self.given_up = False
         self.boot_error = ""
         self.last_exit = ""
@@ -140,6 +142,7 @@ class Supervisor:
         self._rate: tuple[float, int, float] = (0.0, 0, 0.0)
         self._spare: _Process | None = None
         self._kernel_kills = kernel_kills()
+        self._kernel_killed_at = -_MEMORY_S  # when that count was seen to change
 
     async def run(self, on_ready: Callable[[str], None]) -> list[str]:
         """Start all workers, call `on_ready` with a line for people, serve, drain; return lines on what was not drained.
@@ -295,9 +298,9 @@ class Supervisor:
         worker.boot_error = ""
         worker.beat = None
         worker.stalled_in = ""
-        worker.drained = None
         worker.replaced = False
         worker.drained = None
+        worker.judged = worker.journal.journal.deaths
         worker.heard_at = time.monotonic()
         worker.handled_before = worker.evidence.book.counters().handled
         assignment = Assignment(
@@ -383,7 +386,9 @@ class Supervisor:
         worker.last_exit = worker.boot_error or signal_name(code)
         if code != 0:
             worker.drained = None  # whatever it said, it has not ended so
-        if was_ready:
+        # Else the journal still shows what the one before was running, and that one's end goes with it.
+        took_over = worker.journal.journal.deaths != worker.judged
+        if took_over:
             worker.ended = self._how_it_ended(worker, code)
         rundir.remove_socket(worker.address)
         self._changed.set()
@@ -398,7 +403,7 @@ class Supervisor:
         lived_s = time.monotonic() - worker.ready_at if was_ready else 0.0
         progressed = handled > worker.handled_before or lived_s >= _SETTLED_S
         # A death that names somebody brings the quarantine nearer to who it is, and so does not count; within bounds.
-        narrows = was_ready and bool(worker.ended.how) and worker.journal.journal.names_somebody()
+        narrows = took_over and bool(worker.ended.how) and worker.journal.journal.names_somebody()
         worker.narrowing = 0 if progressed else worker.narrowing + narrows
         narrows = narrows and worker.narrowing <= _NARROWING_MAX
         worker.fruitless = 0 if progressed or narrows else worker.fruitless + 1
@@ -430,11 +435,16 @@ class Supervisor:
             return Ended(how="crashed", told=worker.last_exit, at_ns=now_ns)
         if not was_killed(code):
             return Ended(how="killed", told=worker.last_exit, at_ns=now_ns)
-        kills = kernel_kills()
-        before, self._kernel_kills = self._kernel_kills, kills
-        if kills != before:
+        if self._memory_ran_out():
             return Ended(how="memory", told=f"{worker.last_exit}, out of memory", at_ns=now_ns)
         return Ended(how="killed", told=worker.last_exit, at_ns=now_ns)
+
+    def _memory_ran_out(self) -> bool:
+        """Whether the kernel has ended processes for want of memory just now, as far as it says."""
+        kills, now = kernel_kills(), time.monotonic()
+        if kills != self._kernel_kills:
+            self._kernel_kills, self._kernel_killed_at = kills, now
+        return now - self._kernel_killed_at < _MEMORY_S
 
     def _restart(self, worker: _Worker, rundir: RunDir) -> None:
         if not (self._stopping or self._failure):
@@ -571,7 +581,7 @@ class Supervisor:
         if now - at >= 1.0:
             total = sum(one.evidence.book.counters().handled for one in self._workers)
             self._rate = (now, total, (total - handled) / (now - at) if at else 0.0)
-            self._kernel_kills = kernel_kills()
+            self._memory_ran_out()
 
     def _ready_line(self) -> str:
         workers = f"{self._options.workers} worker{'s' if self._options.workers != 1 else ''}"

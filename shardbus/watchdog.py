@@ -35,12 +35,22 @@ class Watchdog:
         limit_s: how long the loop may stand still before somebody is told.
         what: says what runs; called from the thread, so it must only read.
         tell: called from the thread, once for each time that the loop stands still.
+        pulse: called from the thread every `pulse_s` seconds: the process lives, whatever its loop does.
     """
 
-    def __init__(self, limit_s: float, what: Callable[[], str], tell: Callable[[Stall], object]) -> None:
+    def __init__(
+        self,
+        limit_s: float,
+        what: Callable[[], str],
+        tell: Callable[[Stall], object],
+        pulse: Callable[[], object],
+        pulse_s: float,
+    ) -> None:
         self._limit_s = limit_s
         self._what = what
         self._tell = tell
+        self._pulse = pulse
+        self._pulse_s = pulse_s
         self._loop = asyncio.get_running_loop()
         self._watched = threading.get_ident()
         self._turned_at = time.monotonic()
@@ -66,7 +76,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         told_of = 0.0
-        while not self._closed.wait(_TICK_S):
+        while not self._closed.wait(self._pulse_s):
+            self._pulse()
             turned_at = self._turned_at
             seconds = time.monotonic() - turned_at
             if seconds >= self._limit_s + _TICK_S and turned_at != told_of:

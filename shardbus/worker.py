@@ -28,6 +28,7 @@ from shardbus.event_loop import run
 from shardbus.evidence import SharedBook, SharedJournal
 from shardbus.logs import configure_logging
 from shardbus.processes import EXIT_BOOT, EXIT_BROKEN, ReportPipe, die_with_parent, on_stop_signals
+from shardbus.quarantine import PULSE_S
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.reports import (
     Assignment,
@@ -104,7 +105,13 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         broken=_broken,
         predecessor=spec.predecessor,
     )
-    watchdog = Watchdog(STALL_S, shard.lanes.current, lambda stall: _stalled(stall, pipe))
+    watchdog = Watchdog(
+        STALL_S,
+        shard.lanes.current,
+        tell=lambda stall: _stalled(stall, pipe),
+        pulse=lambda: journal.journal.pulse(monotonic_ns()),
+        pulse_s=PULSE_S,
+    )
     try:
         await _start(shard, spec, pipe)
         # Bound last: what waits in the store is in its lanes before anything new can come.

@@ -137,7 +137,7 @@ async def test_of_ten_thousand_events_only_those_that_abort_become_dead_letters(
 
 @pytest.mark.parametrize(
     ("how", "told", "restarts_max"),
-    [("exit", "exit code 3", 3), ("exit 0", "exit code 0", 3), ("segv", "SIGSEGV", 3), ("kill", "SIGKILL", 8)],
+    [("exit", "exit code 3", 3), ("exit 0", "exit code 0", 3), ("segv", "SIGSEGV", 3), ("kill", "SIGKILL", 12)],
 )
 async def test_the_dead_letter_says_how_the_worker_ended(
     make_bus: MakeBus, how: str, told: str, restarts_max: int

@@ -374,6 +374,7 @@ class World:
         shard, self.shards[at] = self.shards[at], None
         if shard is not None:
             self.died = True
+            shard._journal.pulse(self.now_ns())
             self.ends[at] = ended
             self.journals[at] = bytearray(self.journals[at])  # as it is now: the dead write no more
             self.books[at] = bytearray(self.books[at])
