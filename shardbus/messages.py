@@ -6,6 +6,7 @@ Owns the declaration of messages and the normal form of keys. Knows nothing of r
 from __future__ import annotations
 
 import operator
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -158,10 +159,11 @@ def check_key_type(message_type: type[Message]) -> None:
     if field is None:
         return
     try:
-        annotation = typing.get_type_hints(message_type)[field]
+        annotation = _annotation_of(message_type, field)
     except NameError:  # a forward reference to a local class; checked by value when it is published
         return
     for option in typing.get_args(annotation) if _is_union(annotation) else (annotation,):
+        option = getattr(option, "__supertype__", option)  # what a NewType stands for
         if isinstance(option, type) and option is not bool and issubclass(option, _KEY_TYPES):
             continue
         if typing.get_origin(option) is typing.Annotated or option is Any:
@@ -174,6 +176,14 @@ def check_key_type(message_type: type[Message]) -> None:
         raise RegistrationError(
             f"{message_type.__name__}: its key field {field!r} is a {shown}; a key is a str, an int, bytes or a UUID"
         )
+
+
+def _annotation_of(message_type: type[Message], field: str) -> Any:
+    """A field's annotation, whether or not those of other fields can be resolved. Raises `NameError`."""
+    owner = next(base for base in message_type.__mro__ if field in getattr(base, "__annotations__", {}))
+    alone = types.SimpleNamespace(__annotations__={field: owner.__annotations__[field]})
+    module = sys.modules.get(owner.__module__)
+    return typing.get_type_hints(alone, {} if module is None else vars(module))[field]
 
 
 def _is_union(annotation: Any) -> bool:

@@ -125,17 +125,29 @@ class Registry:
             on_dead_letter: what becomes of the key when this handler gives one of its events up. `"continue"`: its later
                 events go on. `"park"`: they wait in the store until that dead letter is redriven, and then runs first, or
                 purged; commands to the key fail at once meanwhile. Of several handlers, those that gave up decide, and
-                one that parks is enough; an event that does not decode parks where any of its handlers would. An event
-                without a key has no later ones: it never parks anything.
+                one that parks is enough; an event that does not decode parks where any of its handlers would. Only for an
+                event with a key: without one there are no later events.
 
         Raises:
             RegistrationError: not an event type, a key that cannot be one, a name that another type has, a signature
-                that cannot be called so, or options that make no sense.
+                that cannot be called so or is for another type, or options that make no sense.
         """
         if not (isinstance(event_type, type) and issubclass(event_type, Event) and event_type is not Event):
-            raise RegistrationError(f"@bus.on takes a subclass of Event, not {_shown(event_type)}")
+            raise RegistrationError(
+                f"@bus.on takes a subclass of Event, not {_shown(event_type)}; write @bus.on(EventType)"
+            )
         if on_dead_letter not in get_args(OnDeadLetter):
             raise RegistrationError(f"on_dead_letter={on_dead_letter!r}: say 'continue' or 'park'")
+        if on_dead_letter == "park" and event_type.__shardbus_key__ is None:
+            raise RegistrationError(
+                f"{event_type.__name__} has no key that on_dead_letter='park' could park; declare one with key=…"
+            )
+        if retry is not None and not isinstance(retry, Retry):
+            attempts = retry if type(retry) is int and retry > 0 else 3
+            raise RegistrationError(f"retry={retry!r} is no Retry; write retry=Retry(attempts={attempts})")
+        if breaker is not None and not isinstance(breaker, Breaker):
+            failures = breaker if type(breaker) is int and breaker > 0 else 5
+            raise RegistrationError(f"breaker={breaker!r} is no Breaker; write breaker=Breaker(failures={failures})")
         return self._registrar(event_type, retry or Retry(), timeout_s, breaker, on_dead_letter)
 
     def command(
@@ -151,7 +163,9 @@ class Registry:
             RegistrationError: as for `on`, or the command has a handler already.
         """
         if not (isinstance(command_type, type) and issubclass(command_type, Command) and command_type is not Command):
-            raise RegistrationError(f"@bus.command takes a subclass of Command, not {_shown(command_type)}")
+            raise RegistrationError(
+                f"@bus.command takes a subclass of Command, not {_shown(command_type)}; write @bus.command(CommandType)"
+            )
         return self._registrar(command_type, Retry(attempts=1), timeout_s, None, "continue")
 
     def lifespan(self, function: LifespanT) -> LifespanT:
@@ -190,6 +204,8 @@ class Registry:
         on_dead_letter: OnDeadLetter,
     ) -> Callable[[HandlerT], HandlerT]:
         check_key_type(message_type)
+        if timeout_s is not None and (isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float)):
+            raise RegistrationError(f"timeout_s={timeout_s!r}: write seconds as a number, for instance timeout_s=10.0")
         name = wire_name(message_type)
         known = self._types.get(name)
         if known is not None and known is not message_type:
@@ -247,15 +263,35 @@ def _inspect(function: Handler, message_type: type[Message]) -> _Call:
         raise RegistrationError(f"{shown} is not callable; a handler is a function of (message) or (message, context)")
     if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
         raise RegistrationError(f"{shown} yields; a handler of {message_type.__name__} returns")
+    name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
     least, most = _positional_count(function)
     if least > 2 or most < 1:
-        raise RegistrationError(f"{shown}: a handler takes (message) or (message, context)")
+        found = ", ".join(inspect.signature(function).parameters)
+        raise RegistrationError(f"a handler takes (message) or (message, context), and {name} takes ({found})")
+    wanted = _annotated_message(function, message_type)
+    if wanted is not None and not issubclass(message_type, wanted):
+        raise RegistrationError(
+            f"{name} takes {wanted.__name__}, but is registered for {message_type.__name__}; change one of the two"
+        )
     target = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004 - the method itself is inspected
     return _Call(
-        name=f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__qualname__)}",
+        name=name,
         is_async=inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(target),
         wants_context=_wants_context(function, least, most),
     )
+
+
+def _annotated_message(function: Handler, message_type: type[Message]) -> type[Message] | None:
+    """The one message class that a handler says it takes; None: it says nothing, or nothing so plain.
+
+    An annotation that is text is looked up in the handler's module. Where the text is the name of the registered type it is
+    taken for that: a class inside a function is not found there, and one of its name may be.
+    """
+    first = next(iter(inspect.signature(function).parameters.values()))
+    annotation = first.annotation
+    if isinstance(annotation, str) and annotation != message_type.__name__:
+        annotation = getattr(function, "__globals__", {}).get(annotation)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Message) else None
 
 
 def _wants_context(function: Handler, least: int, most: int) -> bool:

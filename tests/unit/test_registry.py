@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, NewType
 
 import pytest
 
@@ -15,6 +15,9 @@ from shardbus.messages import Command, Event
 from shardbus.registry import Registry, WorkerInfo
 
 WORKER = WorkerInfo(bus="shop", shard=1, shards=4)
+
+
+Shelf = NewType("Shelf", str)
 
 
 class Placed(Event, key="order_id"):
@@ -33,6 +36,11 @@ class Unkeyable(Event, key="amount"):
     amount: float
 
 
+class UnkeyableBesideWhatIsUnknown(Event, key="amount"):
+    amount: float
+    note: Unknown = None  # type: ignore[name-defined]  # noqa: F821 - only the type checker may know it
+
+
 class UnkeyableCommand(Command[int], key="amount"):
     amount: float
 
@@ -45,10 +53,16 @@ class OtherPlaced(Event, name="Placed"):
     pass
 
 
-async def takes_event(event: Placed) -> None: ...
+async def takes_event(event: Event) -> None: ...
 
 
-async def takes_event_and_context(event: Placed, context: Context) -> None: ...
+async def takes_event_and_context(event: Event, context: Context) -> None: ...
+
+
+async def takes_shipped(event: Shipped) -> None: ...
+
+
+async def takes_either(event: Shipped | Placed) -> None: ...
 
 
 def plain(event: Placed) -> None: ...
@@ -101,7 +115,7 @@ REFUSED: dict[str, tuple[Callable[[Registry], Any], list[str]]] = {
     ),
     "a decorator without its brackets": (
         lambda bus: bus.on(takes_event),  # type: ignore[arg-type]  # what this row is about
-        ["@bus.on", "takes_event"],
+        ["@bus.on", "takes_event", "write @bus.on(EventType)"],
     ),
     "a command handler of an event": (
         lambda bus: bus.command(Placed),  # type: ignore[arg-type]  # what this row is about
@@ -112,6 +126,35 @@ REFUSED: dict[str, tuple[Callable[[Registry], Any], list[str]]] = {
         lambda bus: bus.on(Unkeyable),
         ["Unkeyable", "'amount'", "float", "a str, an int, bytes or a UUID"],
     ),
+    "a key field that can hold no key, beside an annotation that is not known here": (
+        lambda bus: bus.on(UnkeyableBesideWhatIsUnknown),
+        ["UnkeyableBesideWhatIsUnknown", "'amount'", "float"],
+    ),
+    "a number in the place of a policy for retries": (
+        lambda bus: bus.on(Placed, retry=4),  # type: ignore[arg-type]  # what this row is about
+        ["retry=4", "write retry=Retry(attempts=4)"],
+    ),
+    "a number in the place of a breaker": (
+        lambda bus: bus.on(Placed, breaker=2),  # type: ignore[arg-type]  # what this row is about
+        ["breaker=2", "write breaker=Breaker(failures=2)"],
+    ),
+    "a time-out that is no number": (
+        lambda bus: bus.on(Placed, timeout_s="10"),  # type: ignore[arg-type]  # what this row is about
+        ["timeout_s='10'", "timeout_s=10.0"],
+    ),
+    "a command's time-out that is no number": (
+        lambda bus: bus.command(GetTotal, timeout_s=True),
+        ["timeout_s=True", "timeout_s=10.0"],
+    ),
+    "parking without a key": (
+        lambda bus: bus.on(Shipped, on_dead_letter="park"),
+        ["Shipped has no key", "on_dead_letter='park'", "key=…"],
+    ),
+    "a handler of another event": (
+        lambda bus: bus.on(Placed)(takes_shipped),
+        [f"{__name__}.takes_shipped", "takes Shipped", "registered for Placed"],
+    ),
+    "a handler of an event for a command": (lambda bus: bus.command(GetTotal)(takes_event), ["takes Event", "GetTotal"]),
     "a key field of a command that can hold no key": (
         lambda bus: bus.command(UnkeyableCommand),
         ["UnkeyableCommand", "'amount'", "float"],
@@ -124,11 +167,11 @@ REFUSED: dict[str, tuple[Callable[[Registry], Any], list[str]]] = {
     "a generator": (lambda bus: bus.on(Placed)(yields_plainly), ["yields_plainly", "a handler of Placed returns"]),
     "a handler without parameters": (
         lambda bus: bus.on(Placed)(takes_nothing),
-        ["takes_nothing", "(message) or (message, context)"],
+        [f"{__name__}.takes_nothing", "takes ()", "(message) or (message, context)"],
     ),
     "a handler that needs three arguments": (
         lambda bus: bus.on(Placed)(takes_three),
-        ["takes_three", "(message) or (message, context)"],
+        [f"{__name__}.takes_three", "takes (event, context, more)", "(message) or (message, context)"],
     ),
     "a handler with a keyword that nobody gives": (
         lambda bus: bus.on(Placed)(needs_a_keyword),
@@ -199,6 +242,30 @@ def test_one_function_may_handle_several_events(bus: Registry):
     bus.on(Placed)(takes_event)
     bus.on(Shipped)(takes_event)
     assert set(bus.plans()) == {"Placed", "Shipped"}
+
+
+def test_a_handler_of_a_union_handles_each_of_its_events(bus: Registry):
+    bus.on(Placed)(takes_either)
+    bus.on(Shipped)(takes_either)
+    assert set(bus.plans()) == {"Placed", "Shipped"}
+
+
+def test_a_class_inside_a_function_is_not_mistaken_for_one_of_its_name_outside(bus: Registry):
+    class Shipped(Event, name="Inner"):
+        pass
+
+    @bus.on(Shipped)
+    async def handle(event: Shipped) -> None: ...
+
+    assert set(bus.plans()) == {"Inner"}
+
+
+def test_a_key_may_be_a_new_type_over_a_key_type(bus: Registry):
+    class Shelved(Event, key="at"):
+        at: Shelf
+
+    bus.on(Shelved)
+    assert Shelved.__shardbus_key__ == "at"
 
 
 def test_a_handler_is_named_by_its_module_and_name(bus: Registry):
