@@ -12,7 +12,7 @@ import gzip
 import io
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, Final
@@ -54,7 +54,7 @@ class Reader:
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
 
-    def lines(self) -> Iterator[tuple[int, bytes]]:
+    def lines(self) -> Generator[tuple[int, bytes], None, None]:
         """Line numbers from 1, and lines that are not empty."""
         path = self._recording.path
         try:
@@ -76,6 +76,16 @@ class Reader:
     @staticmethod
     def _open(path: str) -> io.BufferedIOBase | gzip.GzipFile:
         return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+
+
+def check_readable(recording: Recording) -> None:
+    """Read a recording's first line: a file that is not there is to be told before anything is started for it.
+
+    Raises:
+        LoadError: it cannot be read.
+    """
+    with contextlib.closing(Reader(recording).lines()) as lines:
+        next(lines, None)
 
 
 def is_mine(key: Any, driver: int, drivers: int) -> bool:

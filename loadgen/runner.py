@@ -22,6 +22,7 @@ from loadgen.injector import Injector
 from loadgen.machine import shares_clock, this_machine
 from loadgen.meters import merged
 from loadgen.processes import DriverProcess, started_bus, started_driver
+from loadgen.replay import check_readable
 from loadgen.report import (
     FaultRecord,
     Interval,
@@ -103,15 +104,17 @@ async def run_async(
 ) -> Report:
     """As `run`, inside an event loop."""
     watcher = watcher or _Silent()
+    if spec.recording is not None:
+        check_readable(spec.recording)
     async with contextlib.AsyncExitStack() as stack:
         address = await _find_bus(spec, stack, watcher.say)
         client = await stack.enter_async_context(shardbus.connect(address, timeout=_CONNECT_S))
         local = shares_clock(client.address)
         if spec.faults and not local:
             raise LoadError(f"faults need a bus on this host; {client.address} is elsewhere")
-        spec = msgspec.structs.replace(spec, address=client.address, application=None)
-        run_ = _Run(spec, client, watcher, Collector(client, local=local))
-        report = await run_.measure()
+        found = msgspec.structs.replace(spec, address=client.address, application=None)
+        run_ = _Run(found, client, watcher, Collector(client, local=local))
+        report = msgspec.structs.replace(await run_.measure(), load=spec)
         if histogram is not None and report.latency_us is not None:
             histogram.merge(run_.histogram())
         return held_against(report, expectations)
@@ -121,6 +124,7 @@ async def _find_bus(spec: LoadSpec, stack: contextlib.AsyncExitStack, say: Calla
     """The address of a bus that runs, or of one that was started for as long as the stack lives."""
     if spec.application is not None:
         address = _own_address(spec.application, spec.workers)
+        _check_shards(spec.faults, spec.workers)
         say(f"serving {spec.application} at {address} for this run, workers: {spec.workers}")
         await stack.enter_async_context(started_bus(spec.workers, address, application=spec.application))
         return address
@@ -130,9 +134,17 @@ async def _find_bus(spec: LoadSpec, stack: contextlib.AsyncExitStack, say: Calla
         async with shardbus.connect(timeout=_PROBE_S) as client:
             return client.address
     except shardbus.BusUnreachable as nobody:
+        _check_shards(spec.faults, spec.workers)
         say(f"no bus runs at {nobody.address}; starting one for this run, workers: {spec.workers}")
         await stack.enter_async_context(started_bus(spec.workers, nobody.address))
         return nobody.address
+
+
+def _check_shards(faults: Sequence[FaultSpec], shards: int) -> None:
+    """A fault of a shard that the bus has not is told before anything is started."""
+    for fault in faults:
+        if fault.shard is not None and fault.shard >= shards:
+            raise LoadError(f"{fault}: there is no such shard; the bus has {shards}, counted from 0")
 
 
 def _own_address(application: str, workers: int) -> str:
@@ -167,7 +179,7 @@ class _Run:
 
     async def measure(self) -> Report:
         spec, collector = self._spec, self._collector
-        await collector.state()
+        _check_shards(spec.faults, len((await collector.state()).workers))
         await self._drive()
         result = self._result()
         if spec.commands:
@@ -280,8 +292,6 @@ class _Run:
         tasks = []
         for fault in self._spec.faults:
             shard = chance.randrange(max(1, shards)) if fault.shard is None else fault.shard
-            if shard >= shards:
-                raise LoadError(f"{fault}: the bus has {shards} shards, from 0 on")
             tasks.append(asyncio.create_task(self._fault(fault, shard, start_ns)))
         return tasks
 

@@ -85,8 +85,10 @@ def test_a_bus_that_was_named_is_not_started(short_path: Path) -> None:
 def test_the_readmes_shop_is_driven_from_outside_with_expectations(short_path: Path) -> None:
     write_programs(short_path)
     arguments = ["--app", "shop:bus", "--type", "OrderPlaced", "--key", "order_id", "--rate", "300", "--duration", "1"]
-    done = loadgen(short_path, *arguments, "--body", '{"amount": 9.5}', "--expect", "handled==900", "--expect", "lost==0")
+    expected = ["--expect", "handled==900", "--expect", "lost==0", "--json", "report.json"]
+    done = loadgen(short_path, *arguments, "--body", '{"amount": 9.5}', *expected)
     assert done.returncode in QUOTED_OR_REFUSED, done.stdout + done.stderr
+    assert json.loads((short_path / "report.json").read_text())["load"]["application"] == "shop:bus"
     assert "PASS          handled==900: 900" in done.stdout
     unmet = loadgen(short_path, *arguments, "--body", '{"amount": 9.5}', "--expect", "handled>1M")
     assert unmet.returncode in (1, 3, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 
@@ -12,11 +13,11 @@ from hypothesis import strategies as st
 
 import shardbus
 from loadgen.collector import totals_of
-from loadgen.driver import Driver, plan_of
+from loadgen.driver import Driver, _check_command, plan_of
 from loadgen.meters import LagCounts, WaitMeter
 from loadgen.pacer import Stage
 from loadgen.report import Totals, totals_of_commands
-from loadgen.spec import DriverResult, LoadSpec, Payload
+from loadgen.spec import DriverResult, LoadError, LoadSpec, Payload
 from shardbus.demo import GetCount, Tick, bus
 from shardbus.metrics import bucket_bounds_us, bucket_index
 
@@ -164,6 +165,28 @@ async def test_commands_that_fail_and_commands_without_a_reply_are_told_apart():
     assert 0 < final.dead == totals.dead < final.published
     assert final.in_flight == 0
     assert final.published - totals.distinct > 0
+
+
+NOT_TAKEN = [
+    ("LookupError", "no handler of this application takes the command 'GetCount'", True),
+    ("UnknownCommand", "GetCount", True),
+    ("ValidationError", "missing required field", True),
+    ("LookupError", "its handler's own", False),
+]
+
+
+@pytest.mark.parametrize(("error_type", "error", "refused"), NOT_TAKEN)
+async def test_a_command_that_the_application_does_not_take_is_no_load(error_type: str, error: str, refused: bool):
+    class Refusing:
+        address = "ipc:///run/bus"
+
+        async def execute(self, command: GetCount, *, timeout: float) -> None:
+            raise shardbus.CommandFailed("GetCount", error_type, error)
+
+    spec = LoadSpec(rate=5.0, commands=True)
+    expected = pytest.raises(LoadError, match=error_type) if refused else contextlib.nullcontext()
+    with expected:
+        await _check_command(Refusing(), spec)
 
 
 @pytest.mark.parametrize("arrivals", ["even", "poisson"])
