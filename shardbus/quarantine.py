@@ -26,8 +26,8 @@ _ALONE: Final[Mapping[str, int]] = {"crashed": 1, "memory": 2, "silent": 2, "kil
 """How often a suspect must have been alone in a death of this kind to be convicted, once more where another had begun too.
 
 Signals from outside make a row of seven by chance only: once it was alone, a suspect begins at an instant that chance has
-chosen within 2 s (`_HOLD_S`), and is in the next death only if that comes within 150 ms (`_JUST_BEGUN_NS`). By whatever rhythm
-they come, that is at most (0.15 / 2)^6 = 1.8e-7 for each row that begins, and at most one begins with each death.
+chosen within 2 s (`_HOLD_S`), and is in the next death only if that comes within 150 ms (`_JUST_BEGUN_NS`). Whatever their
+rhythm, that is at most (0.15 / 2)^6 = 1.8e-7 for each row that begins, and at most one begins with each death.
 """
 PULSE_S: Final = 0.05  # a worker writes so often that it lives
 _PULSE_NS: Final = 50_000_000
@@ -47,7 +47,8 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
 
     `crashed`: by a signal that processes bring upon themselves, or an exit code. `memory`: by SIGKILL, while the kernel was
     out of memory. `silent`: replaced, because its event loop stood still. `killed`: by a signal that anybody may send.
-    Empty: in good order, or nobody knows. `told` says it in words, `at_ns` when, by the clock of all processes (0: nobody knows).
+    Empty: in good order, or nobody knows. `told` says it in words, `at_ns` when that was noticed, by the clock of all processes
+    (0: nobody knows).
     """
 
     how: Literal["", "crashed", "memory", "silent", "killed"] = ""
@@ -124,7 +125,8 @@ def judge(scene: Scene, ended: Ended) -> dict[Identity, Suspect]:
         before = suspects.get(identity, Suspect())
         if not before.verdict:
             alone = before.alone + (identity == only)
-            convicted = (certain or ended.how == "killed") and identity == only and alone >= _ALONE[ended.how] + (len(accused) > 1)
+            enough = _ALONE[ended.how] + (len(accused) > 1)
+            convicted = identity == only and alone >= enough and (certain or ended.how == "killed")
             died = before.died | 1 << scene.death % 64
             suspects[identity] = Suspect(died=died, alone=alone, verdict=ended.told if convicted else "")
     if only is not None and (culprit := suspects[only]).verdict:
@@ -291,5 +293,5 @@ class Quarantine:
         if now_ns - self._since_ns >= _FORGET_NS:
             self._since_ns = now_ns
             for identity in self.suspects.keys() - self._met:
-                if not self.suspects[identity].verdict:  # a convicted one may lie in the store, or its publisher may come back
+                if not self.suspects[identity].verdict:  # it may lie in the store, or its publisher may come back
                     self.clear(identity)
