@@ -200,6 +200,7 @@ class _Run:
         spec, collector = self._spec, self._collector
         _check_shards(spec.faults, len((await collector.state()).workers))
         await self._drive()
+        machine_load = collector.machine_load()
         result = self._result()
         if spec.commands:
             totals = totals_of_commands(result)
@@ -220,6 +221,7 @@ class _Run:
             observed=Observed(
                 faults=tuple(self._faults),
                 processes=collector.processes(),
+                machine_load=machine_load,
                 unseen=collector.unseen(),
                 shard_latency_us={shard: one for shard, one in found.items() if one is not None},
                 intervals=tuple(self._intervals),
