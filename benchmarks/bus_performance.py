@@ -12,7 +12,6 @@ import contextlib
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import shardbus
 from benchmarks import scenarios
 from benchmarks.scenarios import Check
 from loadgen import LoadSpec, Report, run_async
-from loadgen.processes import started, started_bus
+from loadgen.processes import own_address, started, started_bus
 from loadgen.report import Interval
 from loadgen.source import made
 from loadgen.spec import FaultSpec, LoadError, Template
@@ -181,7 +180,7 @@ def _measured(intervals: Sequence[Interval]) -> list[Interval]:
 async def faults(options: argparse.Namespace) -> tuple[list[Check], list[Report]]:
     """Retries, dead letters, a circuit that opens and closes again, and workers killed under load; all counted."""
     async with contextlib.AsyncExitStack() as stack:
-        address = f"ipc://{tempfile.gettempdir()}/shardbus-benchmarks-faults-{os.getuid()}"
+        address = stack.enter_context(own_address(f"shardbus-benchmarks-faults-{os.getuid()}"))
         application = "benchmarks.bus_performance:bus"
         await stack.enter_async_context(started_bus(1, address, application=application, log_level="error"))
         client = await stack.enter_async_context(shardbus.connect(address))

@@ -12,7 +12,6 @@ import contextlib
 import os
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -26,7 +25,7 @@ import shardbus
 from loadgen import LoadError, LoadSpec, Report, run_async
 from loadgen.histogram import Percentiles, percentiles_us
 from loadgen.machine import Machine, this_machine
-from loadgen.processes import end_as_on_interrupt, started_bus
+from loadgen.processes import end_as_on_interrupt, own_address, started_bus
 from loadgen.spec import Call
 from shardbus.demo import GetCount, Tick
 
@@ -123,12 +122,11 @@ def latency_checks(report: Report, *, p50_us_max: int, p99_us_max: int) -> list[
 async def private_bus(workers: int) -> AsyncIterator[str]:
     """The address of a bus with the demo application that nobody else uses, until the block is left.
 
-    It is always the same one, so that what a bus keeps beyond its end is found again instead of adding up, and that a second
-    benchmark beside this one is refused: each would spoil the other's figures.
+    It is always the same one, so that a second benchmark beside this one is refused: each would spoil the other's figures.
     """
-    address = f"ipc://{tempfile.gettempdir()}/shardbus-benchmarks-{os.getuid()}"
-    async with started_bus(workers, address):
-        yield address
+    with own_address(f"shardbus-benchmarks-{os.getuid()}") as address:
+        async with started_bus(workers, address):
+            yield address
 
 
 async def full_speed(address: str, duration_s: float, call: Call = "publish_many") -> Report:

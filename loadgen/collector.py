@@ -18,9 +18,10 @@ import msgspec
 
 import shardbus
 from loadgen.histogram import Histogram, Percentiles, difference, percentiles_us
+from loadgen.machine import MachineLoad
 from loadgen.meters import merged
 from loadgen.report import BusState, Interval, ProcessUse, Totals, WorkerState
-from loadgen.resources import Usage, Watched
+from loadgen.resources import MachineMeter, Usage, Watched
 from loadgen.spec import Counts, Progress
 from shardbus.metrics import Evidence, bucket_bounds_us
 
@@ -66,6 +67,7 @@ class Collector:
         """The same for each shard."""
         self._tables: dict[int, Counter[int]] = {}
         self._processes = Processes()
+        self._machine = MachineMeter()
         self._supervisor = 0
         self._before: tuple[float, Counts, int | None] | None = None
 
@@ -117,7 +119,8 @@ class Collector:
         )
 
     def begin(self, driver_pids: Sequence[int]) -> None:
-        """Look at all processes now, so that the first interval has a beginning."""
+        """Look at all processes and the machine now, so that the first interval has a beginning."""
+        self._machine = MachineMeter()
         self._look(self.latest, driver_pids)
 
     async def _gained(self) -> Percentiles | None:
@@ -149,6 +152,10 @@ class Collector:
             named |= {f"worker {worker.shard}": worker.pid for worker in state.workers}
             named["supervisor"] = self._supervisor
         return self._processes.look(named, time.monotonic())
+
+    def machine_load(self) -> MachineLoad:
+        """How busy this machine was since the beginning."""
+        return self._machine.load()
 
     def unseen(self) -> tuple[str, ...]:
         """Processes that could not be looked at, at least once."""

@@ -417,7 +417,7 @@ async def drive(part: Part, say: Say, go: Awaitable[int]) -> None:
         if spec.template is None and spec.recording is None:
             await _check_demo(client)
         else:
-            await _check_first(client, driver, spec)
+            await _check_first(client, driver, part)
         say(Started(publisher=client.publisher.hex(), pid=os.getpid(), planned=plan.planned))
         driver.go_at(await go, plan)
         reporting = asyncio.create_task(_report_every_second(driver, say))
@@ -447,14 +447,14 @@ async def _check_demo(client: shardbus.Client) -> None:
         pass  # a bus in trouble; the run will show it
 
 
-async def _check_first(client: shardbus.Client, driver: Driver, spec: LoadSpec) -> None:
+async def _check_first(client: shardbus.Client, driver: Driver, part: Part) -> None:
     """Send the first event of a type that is only known by name, and see that the application knows it, too.
 
     Raises:
         LoadError: it does not, or the body does not decode: all others would fail likewise.
     """
-    if spec.commands:
-        await _check_command(client, spec)
+    if part.spec.commands:
+        await _check_command(client, part.spec)
         return
     first = await driver.send_first()
     try:
@@ -467,10 +467,10 @@ async def _check_first(client: shardbus.Client, driver: Driver, spec: LoadSpec) 
     for letter in reversed(await client.dead_letters(where)):
         if letter.reason in ("unknown-type", "undecodable"):
             application = (await client.status())["bus"]
+            look = f"; it is a dead letter there now (`shardbus dead-letters list --connect {client.address}`)"
             raise LoadError(
                 f"the bus at {client.address} runs {application}, which does not take the event {letter.type!r} "
-                f"{letter.event}: {letter.error or letter.reason}; it is a dead letter there now "
-                "(`shardbus dead-letters list`)"
+                f"{letter.event}: {letter.error or letter.reason}{look if part.lives_on else ''}"
             )
 
 

@@ -23,6 +23,18 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
 
 
+class MachineLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """How busy the machine was during a run, whoever kept it so.
+
+    `busy` and `stolen` (by the host of a virtual machine) are shares of the time of all cores together; `load_average` is
+    that of the last minute, at the end.
+    """
+
+    busy: float
+    stolen: float
+    load_average: float
+
+
 @functools.cache
 def this_machine() -> Machine:
     """The machine that this process runs on."""

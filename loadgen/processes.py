@@ -14,8 +14,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -97,6 +98,21 @@ async def started_bus(
         if not ready.startswith(b"ready"):
             raise LoadError("the bus did not start")
         yield process
+
+
+@contextlib.contextmanager
+def own_address(name: str) -> Iterator[str]:
+    """An address for a bus that is served as long as the block; nothing is left of it.
+
+    The same name makes the same address, so that what a run that was killed has left is found again instead of adding up,
+    and that a second run beside this one is refused.
+    """
+    directory = f"{tempfile.gettempdir()}/{name}"
+    try:
+        yield f"ipc://{directory}"
+    finally:
+        with contextlib.suppress(OSError):  # it was never made, or somebody else serves there by now
+            os.rmdir(directory)
 
 
 class DriverProcess:

@@ -13,9 +13,9 @@ import msgspec
 
 from loadgen.expect import Expectation, Outcome, check, shown
 from loadgen.histogram import Histogram, Percentiles, percentiles_us
-from loadgen.machine import Machine
+from loadgen.machine import Machine, MachineLoad
 from loadgen.meters import merged
-from loadgen.spec import Counts, DriverResult, LoadSpec
+from loadgen.spec import DRIVERS_MAX, Counts, DriverResult, LoadSpec
 
 Verdict = Literal["ok", "failed", "generator-bound", "saturated"]
 
@@ -26,6 +26,9 @@ ACHIEVED_MIN: Final = 0.99  # of the offered rate; below it, somebody did not ke
 SEND_LAG_P99_US_MAX: Final = 5_000  # above it, the generator was not on time, and its latencies would be its own
 BEHIND_S_MAX: Final = 0.1  # … and so much of the load may be under way at the end of a short window
 WAITED_SHARE_MAX: Final = 0.01  # of the window, spent waiting for room; above it, the bus may have made sending late
+DRIVER_CPU_MIN: Final = 0.8  # of a core; a driver that took as much was busy itself, not held up
+MACHINE_BUSY_MIN: Final = 0.9  # of all cores; above it, or with more to run than cores, whoever sleeps wakes up late
+STOLEN_MAX: Final = 0.05  # of all cores, taken by the host of a virtual machine
 OWN_PACE_MIN: Final = 0.9  # of what was due while the generator did not wait; below it, it was too slow by itself
 
 
@@ -125,7 +128,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     Of the whole run: `lost`, `in_flight` (published and not finished when the flush gave up), `duplicates`, `redelivered`,
     `out_of_order`. Of the window: the offered and the achieved rate in events per second (offered None: unpaced), how many
     events were `scheduled` and `sent`, the 99th percentile of the send lag, and the share of the time that publish waited
-    for room.
+    for room. `driver_cpu` is what each driver had of a core; `cpu_count` and `machine_load` (None: not looked at) are this
+    machine's.
     """
 
     lost: int
@@ -141,6 +145,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     waited_share: float
     drivers: int = 1
     commands: bool = False
+    driver_cpu: float = 0.0
+    cpu_count: int = 1
+    machine_load: MachineLoad | None = None
 
 
 def judge(facts: Facts) -> Judgement:
@@ -159,7 +166,7 @@ def judge(facts: Facts) -> Judgement:
     if late and _is_bus_behind(facts, facts.offered_rate, facts.scheduled):
         return Judgement("saturated", (achieved, late))
     if late and _is_generators_fault(facts, facts.scheduled):
-        return Judgement("generator-bound", (late, f"{_processes(facts.drivers)} cannot offer this rate here"))
+        return Judgement("generator-bound", (late, _why_late(facts)))
     if late:
         waited = f"publish waited for room {facts.waited_share:.0%} of the time"
         return Judgement("saturated", (waited, late, achieved))
@@ -168,8 +175,24 @@ def judge(facts: Facts) -> Judgement:
     return Judgement("ok")
 
 
-def _processes(count: int) -> str:
-    return "one driver process" if count == 1 else f"{count} driver processes"
+def _why_late(facts: Facts) -> str:
+    """What kept a generator from its schedule, as far as that is known: itself, the machine, or something unseen."""
+    drivers = "one driver process" if facts.drivers == 1 else f"{facts.drivers} driver processes"
+    each = f"{facts.driver_cpu:.0%} of a core{'' if facts.drivers == 1 else ' each'}"
+    load = facts.machine_load
+    if facts.driver_cpu >= DRIVER_CPU_MIN:
+        more = f"; try --drivers {facts.drivers + 1}" if facts.drivers < DRIVERS_MAX else ""
+        return f"{drivers} cannot offer this rate here (used {each}){more}"
+    if load is not None and _is_busy(load, facts.cpu_count):
+        return (
+            f"this machine was too busy: {drivers} got {each}, the load average was {load.load_average:.1f} on "
+            f"{facts.cpu_count} cores ({load.busy:.0%} busy, {load.stolen:.0%} stolen); free the machine or lower the rate"
+        )
+    return f"{drivers} cannot offer this rate here, and not for want of processor time (used {each})"
+
+
+def _is_busy(load: MachineLoad, cpu_count: int) -> bool:
+    return load.busy >= MACHINE_BUSY_MIN or load.stolen > STOLEN_MAX or load.load_average > cpu_count
 
 
 def _behind_max(facts: Facts) -> float:
@@ -271,6 +294,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     shard_latency_us: dict[int, Percentiles] = {}
     intervals: tuple[Interval, ...] = ()
     machine: Machine
+    machine_load: MachineLoad | None = None
 
     @property
     def exit_code(self) -> int:
@@ -400,6 +424,7 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
 
     faults: tuple[FaultRecord, ...] = ()
     processes: tuple[ProcessUse, ...] = ()
+    machine_load: MachineLoad | None = None
     unseen: tuple[str, ...] = ()
     shard_latency_us: dict[int, Percentiles] = {}
     intervals: tuple[Interval, ...] = ()
@@ -447,6 +472,9 @@ def make_report(
             waited_share=result.waited_s / window_s if window_s else 0.0,
             drivers=spec.drivers,
             commands=spec.commands,
+            driver_cpu=result.cpu_share / spec.drivers,
+            cpu_count=machine.cpu_count,
+            machine_load=observed.machine_load,
         )
     )
     # A command's two instants are both read by its driver, wherever the bus runs.
@@ -484,6 +512,7 @@ def make_report(
         shard_latency_us={} if silence else observed.shard_latency_us,
         intervals=_without_latency(observed.intervals) if silence else observed.intervals,
         machine=machine,
+        machine_load=observed.machine_load,
     )
 
 

@@ -7,9 +7,9 @@ import contextlib
 import hashlib
 import os
 import random
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import UTC, datetime
 from typing import Final, Protocol
 
 import msgspec
@@ -21,7 +21,7 @@ from loadgen.histogram import Histogram
 from loadgen.injector import Injector
 from loadgen.machine import shares_clock, this_machine
 from loadgen.meters import merged
-from loadgen.processes import DriverProcess, started_bus, started_driver
+from loadgen.processes import DriverProcess, own_address, started_bus, started_driver
 from loadgen.replay import check_readable
 from loadgen.report import (
     FaultRecord,
@@ -37,6 +37,7 @@ from loadgen.spec import DriverLine, DriverResult, FaultSpec, LoadError, LoadSpe
 
 _PROBE_S: Final = 1.0  # a bus on this host answers in milliseconds; one under full load still does within this
 _CONNECT_S: Final = 5.0
+_PURGE_S: Final = 5.0
 _SILENCE_S: Final = 20.0  # a driver speaks every second; on a machine in trouble, rather less often
 _READY_S: Final = 600.0  # a long recording is read before its driver is ready
 _HEAD_START_NS: Final = 100_000_000  # from the word to go until the schedule begins
@@ -107,37 +108,55 @@ async def run_async(
     if spec.recording is not None:
         check_readable(spec.recording)
     async with contextlib.AsyncExitStack() as stack:
-        address = await _find_bus(spec, stack, watcher.say)
+        began = datetime.now(UTC)
+        address, lives_on = await _find_bus(spec, stack, watcher.say)
         client = await stack.enter_async_context(shardbus.connect(address, timeout=_CONNECT_S))
+        if not lives_on:
+            # At an address of its own everything is ours; at the default one, others may have left theirs before.
+            since = None if spec.application is not None else began
+            stack.push_async_callback(_leave_nothing, client, shardbus.DeadLetterFilter(since=since))
         local = shares_clock(client.address)
         if spec.faults and not local:
             raise LoadError(f"faults need a bus on this host; {client.address} is elsewhere")
         found = msgspec.structs.replace(spec, address=client.address, application=None)
-        run_ = _Run(found, client, watcher, Collector(client, local=local))
+        run_ = _Run(found, client, watcher, Collector(client, local=local), lives_on=lives_on)
         report = msgspec.structs.replace(await run_.measure(), load=spec)
         if histogram is not None and report.latency_us is not None:
             histogram.merge(run_.histogram())
         return held_against(report, expectations)
 
 
-async def _find_bus(spec: LoadSpec, stack: contextlib.AsyncExitStack, say: Callable[[str], None]) -> str | None:
-    """The address of a bus that runs, or of one that was started for as long as the stack lives."""
+async def _find_bus(
+    spec: LoadSpec, stack: contextlib.AsyncExitStack, say: Callable[[str], None]
+) -> tuple[str | None, bool]:
+    """The address of a bus, and whether it lives on after the run; one that was started ends with the stack."""
     if spec.application is not None:
-        address = _own_address(spec.application, spec.workers)
+        address = stack.enter_context(own_address(_own_name(spec.application, spec.workers)))
         _check_shards(spec.faults, spec.workers)
         say(f"serving {spec.application} at {address} for this run, workers: {spec.workers}")
         await stack.enter_async_context(started_bus(spec.workers, address, application=spec.application))
-        return address
+        return address, False
     if spec.address is not None:
-        return spec.address
+        return spec.address, True
     try:
         async with shardbus.connect(timeout=_PROBE_S) as client:
-            return client.address
+            return client.address, True
     except shardbus.BusUnreachable as nobody:
         _check_shards(spec.faults, spec.workers)
         say(f"no bus runs at {nobody.address}; starting one for this run, workers: {spec.workers}")
         await stack.enter_async_context(started_bus(spec.workers, nobody.address))
-        return nobody.address
+        return nobody.address, False
+
+
+async def _leave_nothing(client: shardbus.Client, where: shardbus.DeadLetterFilter) -> None:
+    """Purge the dead letters of a bus that ends with the run: its store would outlive it, and nobody would look there.
+
+    A key that one of them parked goes on, and may leave another.
+    """
+    with contextlib.suppress(TimeoutError, shardbus.ShardbusError):  # a bus in trouble; its next run finds them
+        async with asyncio.timeout(_PURGE_S):
+            while await client.purge(where):
+                pass
 
 
 def _check_shards(faults: Sequence[FaultSpec], shards: int) -> None:
@@ -147,23 +166,23 @@ def _check_shards(faults: Sequence[FaultSpec], shards: int) -> None:
             raise LoadError(f"{fault}: there is no such shard; the bus has {shards}, counted from 0")
 
 
-def _own_address(application: str, workers: int) -> str:
-    """Where an application is served for a run: always the same place for the same application and number of workers.
-
-    So what a bus keeps beyond its end is found again instead of adding up, and a second run beside this one is refused.
-    """
+def _own_name(application: str, workers: int) -> str:
+    """Where an application is served for a run: the same for the same application and number of workers."""
     digest = hashlib.sha256(f"{application} {workers}".encode()).hexdigest()[:8]
-    return f"ipc://{tempfile.gettempdir()}/loadgen-{os.getuid()}-{digest}"
+    return f"loadgen-{os.getuid()}-{digest}"
 
 
 class _Run:
-    """A run on a bus that was found."""
+    """A run on a bus that was found, and that `lives_on` after it or does not."""
 
-    def __init__(self, spec: LoadSpec, client: shardbus.Client, watcher: Watcher, collector: Collector) -> None:
+    def __init__(
+        self, spec: LoadSpec, client: shardbus.Client, watcher: Watcher, collector: Collector, *, lives_on: bool
+    ) -> None:
         self._spec = spec
         self._client = client
         self._watcher = watcher
         self._collector = collector
+        self._lives_on = lives_on
         self._latest: list[Progress | None] = [None] * spec.drivers
         self._results: list[DriverResult | None] = [None] * spec.drivers
         self._pids: list[int] = []
@@ -181,6 +200,7 @@ class _Run:
         spec, collector = self._spec, self._collector
         _check_shards(spec.faults, len((await collector.state()).workers))
         await self._drive()
+        machine_load = collector.machine_load()
         result = self._result()
         if spec.commands:
             totals = totals_of_commands(result)
@@ -201,6 +221,7 @@ class _Run:
             observed=Observed(
                 faults=tuple(self._faults),
                 processes=collector.processes(),
+                machine_load=machine_load,
                 unseen=collector.unseen(),
                 shard_latency_us={shard: one for shard, one in found.items() if one is not None},
                 intervals=tuple(self._intervals),
@@ -217,7 +238,8 @@ class _Run:
             lines = []
             drivers: list[DriverProcess] = []
             for number in range(spec.drivers):
-                driver = await stack.enter_async_context(started_driver(Part(spec=spec, driver=number)))
+                part = Part(spec=spec, driver=number, lives_on=self._lives_on)
+                driver = await stack.enter_async_context(started_driver(part))
                 drivers.append(driver)
                 lines.append(driver.lines(_SILENCE_S + spec.flush_s, first_s=_READY_S))
             planned: int | None = None

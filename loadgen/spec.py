@@ -243,10 +243,11 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """The first line that a driver reads: the run, and which of its drivers it is."""
+    """The first line that a driver reads: the run, which of its drivers it is, and whether the bus outlives the run."""
 
     spec: LoadSpec
     driver: int
+    lives_on: bool = True
 
 
 class Go(msgspec.Struct, frozen=True, kw_only=True):

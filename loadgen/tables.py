@@ -44,6 +44,8 @@ def rows_of(report: Report) -> list[tuple[str, str]]:
         rows.append(("restarts", f"{restarts:,} since the bus started"))
     machine = report.machine
     rows.append(("machine", f"{machine.cpu_count} × {machine.cpu_model}, Python {machine.python}"))
+    if (load := report.machine_load) is not None:
+        rows.append(("load average", f"{load.load_average:.1f}; cores {load.busy:.0%} busy, {load.stolen:.0%} stolen"))
     rows += [("note", note) for note in report.notes]
     rows += [("PASS" if outcome.met else "FAIL", shown(outcome)) for outcome in report.expectations]
     rows.append(("verdict", "; ".join((report.verdict, *report.reasons))))

@@ -26,10 +26,11 @@ _ROW_STYLES: Final = {"PASS": "green", "FAIL": "red"}
 
 
 def _ms(percentiles: Percentiles | None) -> str:
+    """Provisional figures, so marked: the verdict at the end may be that they are somebody else's."""
     if percentiles is None:
         return "–"
     three = (percentiles.p50, percentiles.p99, percentiles.p99_9)
-    return " / ".join(f"{value / 1000:,.2f}" for value in three) + " ms"
+    return "~ " + " / ".join(f"{value / 1000:,.2f}" for value in three) + " ms"
 
 
 def cells_of(interval: Interval) -> dict[str, str]:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,8 +43,10 @@ def loadgen(directory: Path, *arguments: str, **environment: str) -> subprocess.
         check=False,
     )
     for address in re.findall(r"serving \S+ at (\S+) for this run", done.stderr):
+        # Nothing of it may stay: no dead letter on RAM, no directory.
         digest = hashlib.sha256(address.encode()).hexdigest()[:16]
-        shutil.rmtree(f"/dev/shm/shardbus-{os.getuid()}-{digest}", ignore_errors=True)
+        assert not os.path.exists(f"/dev/shm/shardbus-{os.getuid()}-{digest}")
+        assert not os.path.exists(address.removeprefix("ipc://"))
     return done
 
 
@@ -111,6 +112,19 @@ def test_an_application_that_does_not_take_the_messages_gets_one_of_them_and_no_
     done = loadgen(short_path, "--app", "shop:bus", "--rate", "300", "--duration", "1", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
+    assert "dead-letters list" not in done.stderr
+
+
+async def test_a_dead_letter_in_a_bus_that_lives_on_is_shown_where_it_is(make_bus: MakeBus, short_path: Path) -> None:
+    write_programs(short_path)
+    bus = make_bus("--workers", "1", application="shop:bus")
+    bus.wait_ready()
+    arguments = ["--connect", bus.address, "--rate", "300", "--duration", "1", "--type", "Typo", "--key", "order_id"]
+    done = await asyncio.to_thread(loadgen, short_path, *arguments)
+    assert done.returncode == 2
+    assert f"`shardbus dead-letters list --connect {bus.address}`" in done.stderr
+    async with shardbus.connect(bus.address) as client:
+        assert [letter.type for letter in await client.dead_letters()] == ["Typo"]
 
 
 def recording(directory: Path) -> tuple[str, dict[str, list[int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ import pytest
 
 from loadgen import expect
 from loadgen.histogram import Percentiles
-from loadgen.machine import Machine, shares_clock, this_machine
+from loadgen.machine import Machine, MachineLoad, shares_clock, this_machine
 from loadgen.pacer import Stage
 from loadgen.report import (
     EXIT_CODES,
@@ -30,11 +31,18 @@ from loadgen.report import (
     make_report,
     together,
 )
+from loadgen.resources import MachineMeter
 from loadgen.spec import Counts, DriverResult, LoadSpec, Payload, Recording, Skew, Template
 from loadgen.tables import csv_of, load_text, rows_of
 
 FAST = Percentiles(p50=100, p90=150, p99=200, p99_9=250, max=300)
 MACHINE = Machine(cpu_count=2, cpu_model="a processor", system="Linux", python="3.11", versions={})
+
+
+BUSY = MachineLoad(busy=0.99, stolen=0.01, load_average=7.5)
+CROWDED = MachineLoad(busy=0.5, stolen=0.0, load_average=2.1)
+ROBBED = MachineLoad(busy=0.3, stolen=0.1, load_average=0.5)
+IDLE = MachineLoad(busy=0.3, stolen=0.0, load_average=0.5)
 
 
 def facts(**changes: Any) -> Facts:
@@ -106,6 +114,42 @@ VERDICTS: list[tuple[str, dict[str, Any], Verdict, str]] = [
         "500.0 ms",
     ),
     ("several processes are named", {"send_lag_p99_us": 9_000, "drivers": 3}, "generator-bound", "3 driver processes"),
+    (
+        "a driver that had its core is the limit itself",
+        {"send_lag_p99_us": 9_000, "driver_cpu": 0.93, "machine_load": BUSY},
+        "generator-bound",
+        "one driver process cannot offer this rate here (used 93% of a core); try --drivers 2",
+    ),
+    (
+        "there is a largest number of drivers",
+        {"send_lag_p99_us": 9_000, "driver_cpu": 0.93, "drivers": 8},
+        "generator-bound",
+        "8 driver processes cannot offer this rate here (used 93% of a core each)",
+    ),
+    (
+        "a driver that waited for a core is not",
+        {"send_lag_p99_us": 9_000, "driver_cpu": 0.13, "cpu_count": 2, "machine_load": BUSY},
+        "generator-bound",
+        "one driver process got 13% of a core, the load average was 7.5 on 2 cores (99% busy, 1% stolen); free the machine",
+    ),
+    (
+        "more to run than cores is busy",
+        {"send_lag_p99_us": 9_000, "driver_cpu": 0.2, "cpu_count": 2, "machine_load": CROWDED},
+        "generator-bound",
+        "this machine was too busy",
+    ),
+    (
+        "time that the host took is not there",
+        {"send_lag_p99_us": 9_000, "driver_cpu": 0.2, "cpu_count": 2, "machine_load": ROBBED},
+        "generator-bound",
+        "this machine was too busy",
+    ),
+    (
+        "a late driver on an idle machine was held up by something else",
+        {"send_lag_p99_us": 9_000, "driver_cpu": 0.05, "cpu_count": 2, "machine_load": IDLE},
+        "generator-bound",
+        "cannot offer this rate here, and not for want of processor time (used 5% of a core)",
+    ),
     ("commands without a reply", {"lost": 2, "commands": True}, "failed", "2 commands got no reply"),
     ("a broken promise outweighs saturation", {"lost": 1, "waited_share": 1.0, "sent": 5}, "failed", "1 events"),
     (
@@ -126,6 +170,17 @@ def test_verdict(changes: dict[str, Any], verdict: Verdict, said: str) -> None:
     assert judgement.verdict == verdict
     assert said in "; ".join(judgement.reasons)
     assert bool(judgement.reasons) == (verdict != "ok")
+
+
+def test_how_busy_the_machine_is_is_measured_from_the_beginning_on() -> None:
+    meter = MachineMeter()
+    end = time.process_time() + 0.1
+    while time.process_time() < end:
+        pass
+    load = meter.load()
+    assert 0.0 < load.busy <= 1.0
+    assert 0.0 <= load.stolen <= load.busy
+    assert load.load_average >= 0.0
 
 
 def test_every_broken_promise_is_named() -> None:
@@ -389,6 +444,7 @@ def observed_report(**changes: Any) -> Report:
     seen = Observed(
         faults=(FaultRecord(fault="kill:worker@1s", shard=0, at_s=1.0, recovery_s=0.25),),
         processes=INTERVAL.processes,
+        machine_load=BUSY,
         unseen=("worker 1",),
         intervals=(INTERVAL,),
     )
@@ -408,6 +464,7 @@ def test_faults_processes_and_what_was_not_seen_are_in_the_report() -> None:
     rows = rows_of(observed_report())
     assert ("fault", "kill:worker@1s, shard 0, at 1.0 s: handled again after 0.250 s") in rows
     assert ("process", "worker 0: 50% of a core, 60 MB") in rows
+    assert ("load average", "7.5; cores 99% busy, 1% stolen") in rows
     assert any(caption == "note" and "worker 1" in text for caption, text in rows)
     assert expected(["recovery<300ms", "worker_rss<75MB", "worker_cpu<60%"], observed_report()).verdict == "ok"
 

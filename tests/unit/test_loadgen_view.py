@@ -61,7 +61,7 @@ def test_plain_lines_come_now_and_then_only(capsys: pytest.CaptureFixture[str]) 
 def test_the_figures_are_rate_percentiles_and_the_backlog_of_each_shard() -> None:
     cells = cells_of(INTERVAL)
     assert cells["rate"] == "19,998 of 20,000 events/s"
-    assert cells["p50/p99/p99.9"] == "0.14 / 0.41 / 0.90 ms"
+    assert cells["p50/p99/p99.9"] == "~ 0.14 / 0.41 / 0.90 ms"
     assert cells["backlog"] == "3 0 14"
     assert "dead" not in cells
 
