@@ -47,8 +47,8 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
 
     `crashed`: by a signal that processes bring upon themselves, or an exit code. `memory`: by SIGKILL, while the kernel was
     out of memory. `silent`: replaced, because its event loop stood still. `killed`: by a signal that anybody may send.
-    Empty: in good order, or nobody knows. `told` says it in words, `at_ns` when that was noticed, by the clock of all processes
-    (0: nobody knows).
+    Empty: in good order, or nobody knows. `told` says it in words, `at_ns` when that was noticed, by the clock of all
+    processes (0: nobody knows).
     """
 
     how: Literal["", "crashed", "memory", "silent", "killed"] = ""

@@ -142,12 +142,7 @@ class Registry:
             raise RegistrationError(
                 f"{event_type.__name__} has no key that on_dead_letter='park' could park; declare one with key=…"
             )
-        if retry is not None and not isinstance(retry, Retry):
-            attempts = retry if type(retry) is int and retry > 0 else 3
-            raise RegistrationError(f"retry={retry!r} is no Retry; write retry=Retry(attempts={attempts})")
-        if breaker is not None and not isinstance(breaker, Breaker):
-            failures = breaker if type(breaker) is int and breaker > 0 else 5
-            raise RegistrationError(f"breaker={breaker!r} is no Breaker; write breaker=Breaker(failures={failures})")
+        _check_policies(retry, breaker)
         return self._registrar(event_type, retry or Retry(), timeout_s, breaker, on_dead_letter)
 
     def command(
@@ -327,6 +322,16 @@ def _check_reply(command_type: type[Command[Any]]) -> None:
         msgspec.msgpack.Decoder(reply_type(command_type))
     except TypeError as error:
         raise RegistrationError(f"{command_type.__name__}: its reply cannot travel: {error}") from error
+
+
+def _check_policies(retry: object, breaker: object) -> None:
+    """Refuse what type checkers would: a bare number is the likely mistake."""
+    if retry is not None and not isinstance(retry, Retry):
+        attempts = retry if type(retry) is int and retry > 0 else 3
+        raise RegistrationError(f"retry={retry!r} is no Retry; write retry=Retry(attempts={attempts})")
+    if breaker is not None and not isinstance(breaker, Breaker):
+        failures = breaker if type(breaker) is int and breaker > 0 else 5
+        raise RegistrationError(f"breaker={breaker!r} is no Breaker; write breaker=Breaker(failures={failures})")
 
 
 def _shown(thing: object) -> str:

@@ -169,7 +169,7 @@ class Shard:
         self._journal.tell(len(suspects) - convicted, convicted)
         if any(one.died != scene.suspects.get(identity, Suspect()).died for identity, one in suspects.items()):
             log.warning(
-                "a worker has ended (%s): of what was under way, %d messages run alone, and %d are not run any more",
+                "a worker has ended (%s): %d messages were under way, and are tried alone; %d end workers, and are not run",
                 ended.told,
                 len(suspects) - convicted,
                 convicted,
