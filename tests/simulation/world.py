@@ -345,12 +345,12 @@ class World:
 
         return send
 
-    async def start_shard(self, at: int) -> None:
+    def new_shard(self, at: int) -> Shard:
         self.counters[at] += 1
         self.starting.add(at)
         size = book_bytes(**BOOK)
         store = self.stores[at] = WorldStore(self.rows[at], self.chance)
-        shard = Shard(
+        return Shard(
             shard=at,
             epoch=self.epoch(at),
             layout=1,
@@ -366,7 +366,9 @@ class World:
             chance=self.chance.random,
             predecessor=self.ends[at],
         )
-        self.shards[at] = shard
+
+    async def start_shard(self, at: int) -> None:
+        shard = self.shards[at] = self.new_shard(at)
         await shard.start()
         self.starting.discard(at)
         self.announce()
