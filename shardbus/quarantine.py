@@ -2,12 +2,13 @@
 
 The journal shows what was under way when a worker died. All of that is suspected, and what finishes is cleared. Suspects
 run again alone: one a stretch, and a few at a time, so that each further death leaves an eighth of them. The one that is
-left, and is under way when it happens again, is the culprit.
+left, and is under way when it happens again, is the culprit. Where others were under way that nobody had suspected yet, one
+of them may have done it instead: then it runs once more, and for a while nothing begins beside it.
 
-A death by SIGKILL says little, because anybody may send one. It accuses only what had just begun, and convicts only who was
-alone each time, several times in a row, and begun at an instant that chance had chosen: a handler that kills its process
-does so every time, and somebody outside cannot know the instant. Where the kernel says that it ran out of memory, or the
-event loop stood still, less is enough.
+A death by SIGKILL, or another signal that anybody may send, says little. It accuses only what had just begun, and convicts
+only who was alone each time, several times in a row, and begun at an instant that chance had chosen: a handler that kills
+its process does so every time, and somebody outside cannot know the instant. Where the kernel says that it ran out of
+memory, or the event loop stood still, less is enough.
 """
 
 from __future__ import annotations

@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 
 import pytest
-from world import live
+from world import JOURNAL, VirtualLoop, World, live
+
+from shardbus.journal import Journal
+from shardbus.quarantine import Ended
+from shardbus.store import StoreCounts, StoreError
 
 _FIRST, _, _LAST = os.environ.get("SHARDBUS_SEEDS", "0:1000").partition(":")
 _CHUNK = max(1, (int(_LAST) - int(_FIRST)) // 10)
@@ -32,3 +37,38 @@ def test_every_promise_holds_in_every_seed(start: int) -> None:
 
 def test_a_seed_lives_the_same_life_twice() -> None:
     assert live(7).handlings == live(7).handlings
+
+
+def test_a_death_is_judged_once_though_the_store_cannot_be_opened_at_first(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def locked() -> StoreCounts:
+        raise StoreError("locked")
+
+    async def begin() -> None:
+        world = World(0)
+        dead = Journal(memoryview(world.journals[0]), **JOURNAL)
+        dead.scene()
+        dead.lead(b"p" * 16, 3, 4)
+        world.ends[0] = Ended(how="crashed", told="SIGABRT", at_ns=1)
+        shard = world.new_shard(0)
+        assert (shard._journal.deaths, shard._journal.names_somebody()) == (0, True)
+        store = world.stores[0]
+        assert store is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "open", locked)
+            for _ in range(3):
+                with pytest.raises(StoreError):
+                    await shard.start()
+        await shard.start()
+        assert shard._journal.counts()[0] == shard._journal.deaths == 1
+        await shard.close()
+
+    loop = VirtualLoop()
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_until_complete(begin())
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["a worker has ended (SIGABRT)"]

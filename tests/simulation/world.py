@@ -209,6 +209,7 @@ class World:
         )
         self.parks = self.chance.random() < 0.4  # bad events park their keys, and end well after some redrives
         self.poisoned = not self.parks and self.chance.random() < 0.4  # what is redriven would crash for ever
+        self.poison_weight = random.Random(f"{seed}/poison").choice([2, 2, 10]) if self.poisoned else 0
         self.network = Network(self)
         self.control: list[_Channel] = []
         self.peers = 0
@@ -345,11 +346,11 @@ class World:
 
         return send
 
-    async def start_shard(self, at: int) -> None:
+    def new_shard(self, at: int) -> Shard:
         self.counters[at] += 1
         self.starting.add(at)
         store = self.stores[at] = WorldStore(self.rows[at], self.chance)
-        shard = Shard(
+        return Shard(
             shard=at,
             epoch=self.epoch(at),
             layout=1,
@@ -365,7 +366,9 @@ class World:
             chance=self.chance.random,
             predecessor=self.ends[at],
         )
-        self.shards[at] = shard
+
+    async def start_shard(self, at: int) -> None:
+        shard = self.shards[at] = self.new_shard(at)
         await shard.start()
         self.starting.discard(at)
         self.announce()
@@ -420,7 +423,7 @@ class World:
             key = f"k{chance.randrange(self.keys)}"
             ordinals[key] += 1
             kinds, weights = ["quick", "slow", "bad", "flaky", "stuck", *POISON], [64, 18, 8, 8, 2]
-            kind = chance.choices(kinds, [*weights, 2, 2, 2] if self.poisoned else [*weights, 0, 0, 0])[0]
+            kind = chance.choices(kinds, [*weights, *[self.poison_weight] * len(POISON)])[0]
             if kind in POISON:
                 self.poison.add((number, key, ordinals[key]))
             await client.publish(Note(key=key, n=ordinals[key], sender=number, kind=kind), ordinal=ordinals[key])
