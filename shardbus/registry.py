@@ -142,12 +142,8 @@ class Registry:
             raise RegistrationError(
                 f"{event_type.__name__} has no key that on_dead_letter='park' could park; declare one with key=…"
             )
-        if retry is not None and not isinstance(retry, Retry):
-            attempts = retry if type(retry) is int and retry > 0 else 3
-            raise RegistrationError(f"retry={retry!r} is no Retry; write retry=Retry(attempts={attempts})")
-        if breaker is not None and not isinstance(breaker, Breaker):
-            failures = breaker if type(breaker) is int and breaker > 0 else 5
-            raise RegistrationError(f"breaker={breaker!r} is no Breaker; write breaker=Breaker(failures={failures})")
+        _check_policy("retry", retry, Retry, "attempts", 3)
+        _check_policy("breaker", breaker, Breaker, "failures", 5)
         return self._registrar(event_type, retry or Retry(), timeout_s, breaker, on_dead_letter)
 
     def command(
@@ -320,6 +316,14 @@ def _positional_count(function: Handler) -> tuple[int, int]:
         elif parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
             raise RegistrationError(f"{_shown(function)}: the keyword-only parameter {parameter.name!r} has no default")
     return least, most
+
+
+def _check_policy(option: str, value: object, kind: type[Retry | Breaker], count: str, usual: int) -> None:
+    """Refuse what is no policy; a plain number is most likely meant as its `count`."""
+    if value is not None and not isinstance(value, kind):
+        number = value if type(value) is int and value > 0 else usual
+        told = f"write {option}={kind.__name__}({count}={number})"
+        raise RegistrationError(f"{option}={value!r} is no {kind.__name__}; {told}")
 
 
 def _check_reply(command_type: type[Command[Any]]) -> None:
