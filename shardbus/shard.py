@@ -455,8 +455,8 @@ class Shard:
         """
         if self._quarantine.suspects:
             log.warning(
-                "a worker has ended%s: %d messages were under way and are tried alone now; %d are known to end workers and are "
-                "not run",
+                "a worker has ended%s: %d messages were under way and are tried alone now; %d are known to end workers and "
+                "are not run",
                 f" ({self._predecessor.told})" if self._predecessor.told else "",
                 len(self._quarantine.suspects) - self._quarantine.convicted,
                 self._quarantine.convicted,
@@ -570,7 +570,7 @@ class Shard:
         if columns is not None:
             book = one.book
             if (columns.ordinals or columns.intended_ns) and (book is None or book.retired):
-                book = one.book = self.book.publisher(session.publisher)
+                book = one.book = self.book.publisher(session.publisher, now_ns)
             if book is not None:
                 book.used(now_ns)
             self.lanes.push(
@@ -952,7 +952,7 @@ class Shard:
         stamped = envelope.ordinal or envelope.intended_ns
         delivery = Delivery(
             None,
-            self.book.publisher(envelope.publisher) if stamped else None,
+            self.book.publisher(envelope.publisher, self._now()) if stamped else None,
             envelope.publisher,
             envelope.seq,
             envelope.type,
