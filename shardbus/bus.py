@@ -45,7 +45,7 @@ class Bus(Registry):
             dead_letters_max_rows: how many dead letters and waiting events a shard may hold.
             dead_letters_max_bytes: likewise, bytes of their bodies and 512 for each.
             dead_letters_full: what happens then. `"stop"`: nothing more is acked as stored, so publishers wait.
-                `"drop-oldest"`: the oldest dead letters are dropped, and counted; never one that parks its key.
+                `"drop_oldest"`: the oldest dead letters are dropped, and counted; never one that parks its key.
             close_timeout: seconds that leaving the block waits for what is unfinished.
             on_full: as for `shardbus.connect`.
             on_pressure: likewise.
@@ -63,7 +63,7 @@ class Bus(Registry):
                 f"least 1 and {STORE_BYTES_LEAST:,}"
             )
         if dead_letters_full not in get_args(StoreFull):
-            raise ConfigError(f"dead_letters_full={dead_letters_full!r}: say 'stop' or 'drop-oldest'")
+            raise ConfigError(f"dead_letters_full={dead_letters_full!r}: say 'stop' or 'drop_oldest'")
         check_on_full(on_full)
         block = run_local(
             self,

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, NoReturn, TypeVar, get_args
+from typing import Any, Final, NoReturn, TypeVar, cast, get_args
 from uuid import UUID
 
 import click
@@ -107,7 +107,7 @@ def cli() -> None:
 )
 @click.option(
     "--dead-letters-full",
-    type=click.Choice(get_args(StoreFull)),
+    type=click.Choice([choice.replace("_", "-") for choice in get_args(StoreFull)]),
     default=DEFAULT_LIMITS.store_full,
     show_default=True,
     help="Then nothing more is acked as stored, so publishers wait; or the oldest dead letters are dropped, and counted.",
@@ -122,7 +122,7 @@ def serve(
     dead_letters: str | None,
     dead_letters_max_rows: int,
     dead_letters_max_bytes: int,
-    dead_letters_full: StoreFull,
+    dead_letters_full: str,
     drain_timeout: float,
     log_level: str,
     log_format: str,
@@ -147,7 +147,7 @@ def serve(
             dead_letters=dead_letters,
             store_rows_max=dead_letters_max_rows,
             store_bytes_max=dead_letters_max_bytes,
-            store_full=dead_letters_full,
+            store_full=cast(StoreFull, dead_letters_full.replace("-", "_")),
             drain_s=drain_timeout,
             log_level=log_level,
             log_format=log_format,
