@@ -1033,6 +1033,8 @@ class Client:
     def end(self, error: BusRejected) -> None:
         """The bus has refused this client for good: everybody who waits hears of it, and so does every later call."""
         self._fatal = error
+        for outbox in self._outboxes:
+            outbox.paused = True  # the next `publish` looks, and hears of it
         self._fail_commands(error)
         self._fail_questions(error)
         self._made_progress()
@@ -1124,7 +1126,7 @@ class Client:
             for outbox in self._outboxes:
                 outbox.session.tick(now_ns)
                 self._pump(outbox)
-            self._listen()
+            self._note_silence()
             await asyncio.sleep(_TICK_S)
 
     def _heard(self) -> None:
@@ -1133,7 +1135,7 @@ class Client:
             self._told_silent = False
             log.info("the bus at %s is back", self.address)
 
-    def _listen(self) -> None:
+    def _note_silence(self) -> None:
         """Say once that the bus is gone, where something waits for it: its program may stand still for that."""
         self._silent_ticks += 1
         if self._silent_ticks < _SILENT_TICKS_MAX or self._told_silent or self._table is None:

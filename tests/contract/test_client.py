@@ -145,7 +145,7 @@ async def test_a_defect_of_a_local_bus_ends_its_client_and_is_raised_where_the_b
             with pytest.raises(BusRejected, match="has a defect and cannot go on: ZeroDivisionError: a defect"):
                 await (client.flush() if wait == "flush" else client.execute(Ask(key="stuck"), timeout=3600))
             with pytest.raises(BusRejected):
-                await client.publish(Step(key="b"))
+                await client.publish(Step(key="a"))
 
     with pytest.raises(ZeroDivisionError, match="a defect"):
         await use()
@@ -160,7 +160,7 @@ async def test_a_client_that_waits_for_a_silent_bus_says_so_once_and_when_it_is_
 
         def be_silent() -> None:
             for _ in range(100):  # ticks, in one turn of the loop: nothing can be heard between them
-                client._listen()
+                client._note_silence()
 
         be_silent()
         assert caplog.messages == []  # nothing waits for it
