@@ -8,7 +8,7 @@ from typing import get_args
 
 from msgspec.structs import replace
 
-from shardbus.client import Client, OnFull
+from shardbus.client import Client, ClientBlock, OnFull, check_on_full
 from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.errors import ConfigError
 from shardbus.local import run_local
@@ -40,17 +40,19 @@ class Bus(Registry):
 
         Args:
             shards: how many shards, all in this process.
-            dead_letters: URL of the store, as for `shardbus serve --dead-letters`; default: in memory.
+            dead_letters: URL of the store, as for `shardbus serve --dead-letters`; default: in memory, and gone with the
+                block; what is lost so is logged.
             dead_letters_max_rows: how many dead letters and waiting events a shard may hold.
             dead_letters_max_bytes: likewise, bytes of their bodies and 512 for each.
             dead_letters_full: what happens then. `"stop"`: nothing more is acked as stored, so publishers wait.
-                `"drop-oldest"`: the oldest dead letters are dropped, and counted; never one that parks its key.
+                `"drop_oldest"`: the oldest dead letters are dropped, and counted; never one that parks its key.
             close_timeout: seconds that leaving the block waits for what is unfinished.
             on_full: as for `shardbus.connect`.
             on_pressure: likewise.
 
         Raises:
             NotDelivered: on leaving, if events were left when the time was up.
+            UsageError: an `on_full` that is none.
             ConfigError: a number of shards or a bound out of range, or a store that cannot be opened.
         """
         if not 1 <= shards <= _SHARDS_MAX:
@@ -61,8 +63,9 @@ class Bus(Registry):
                 f"least 1 and {STORE_BYTES_LEAST:,}"
             )
         if dead_letters_full not in get_args(StoreFull):
-            raise ConfigError(f"dead_letters_full={dead_letters_full!r}: say 'stop' or 'drop-oldest'")
-        return run_local(
+            raise ConfigError(f"dead_letters_full={dead_letters_full!r}: say 'stop' or 'drop_oldest'")
+        check_on_full(on_full)
+        block = run_local(
             self,
             shards=shards,
             dead_letters=dead_letters,
@@ -76,3 +79,4 @@ class Bus(Registry):
             on_full=on_full,
             on_pressure=on_pressure,
         )
+        return ClientBlock(block, "bus.local()")

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, NoReturn, TypeVar, get_args
+from typing import Any, Final, NoReturn, TypeVar, cast, get_args
 from uuid import UUID
 
 import click
@@ -24,7 +24,7 @@ from shardbus.errors import ShardbusError, UsageError
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.processes import check_platform
 from shardbus.sql_store import shard_url
-from shardbus.store import StoreError
+from shardbus.store import DEAD_REASONS, StoreError
 from shardbus.supervisor import ServeOptions, Supervisor
 
 ResultT = TypeVar("ResultT")
@@ -51,6 +51,10 @@ _connect_option = click.option(
 def _fail(message: str, code: int = 1) -> NoReturn:
     click.echo(f"shardbus: {message}", err=True)
     sys.exit(code)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
@@ -103,7 +107,7 @@ def cli() -> None:
 )
 @click.option(
     "--dead-letters-full",
-    type=click.Choice(get_args(StoreFull)),
+    type=click.Choice([choice.replace("_", "-") for choice in get_args(StoreFull)]),
     default=DEFAULT_LIMITS.store_full,
     show_default=True,
     help="Then nothing more is acked as stored, so publishers wait; or the oldest dead letters are dropped, and counted.",
@@ -118,7 +122,7 @@ def serve(
     dead_letters: str | None,
     dead_letters_max_rows: int,
     dead_letters_max_bytes: int,
-    dead_letters_full: StoreFull,
+    dead_letters_full: str,
     drain_timeout: float,
     log_level: str,
     log_format: str,
@@ -143,7 +147,7 @@ def serve(
             dead_letters=dead_letters,
             store_rows_max=dead_letters_max_rows,
             store_bytes_max=dead_letters_max_bytes,
-            store_full=dead_letters_full,
+            store_full=cast(StoreFull, dead_letters_full.replace("-", "_")),
             drain_s=drain_timeout,
             log_level=log_level,
             log_format=log_format,
@@ -180,10 +184,10 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
         click.echo(
             f"{found['bus']} at {found['address']}: {'healthy' if found['healthy'] else 'UNHEALTHY'}"
             f"{', draining' if found['draining'] else ''}, up {found['uptime_s']:g} s, "
-            f"{found['handled_per_s']:,.0f} events/s, {found['dead_letters']:,} dead letters, {found['waiting']:,} waiting"
-            f"{', {:,} parked keys'.format(found['parked']) if found['parked'] else ''}"
+            f"{found['handled_per_s']:,.0f} events/s, {_counted(found['dead_letters'], 'dead letter')}, "
+            f"{found['waiting']:,} waiting{', ' + _counted(found['parked'], 'parked key') if found['parked'] else ''}"
         )
-        click.echo("shard     state      pid restarts         handled  backlog     dead     MB  last exit")
+        click.echo("shard     state      pid restarts        outcomes  backlog     dead     MB  last exit")
         for one in found["workers"]:
             click.echo(
                 f"{one['shard']:>5} {one['state']:>9} {one['pid']:>8} {one['restarts']:>8} {one['handled']:>15,} "
@@ -220,6 +224,7 @@ def drain(address: str | None, timeout: float) -> None:
 
 
 _KEYS_SHOWN: Final = 5
+_ERROR_SHOWN: Final = 200  # characters of an error in a list; `show` has all
 _AGO: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -250,7 +255,7 @@ def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--since", type=_parse_since, metavar="TIME", help="Died since: 10m, 2h, 3d ago, or an ISO 8601 time."),
         click.option("--handler", help="A handler that gave up, by its full name."),
-        click.option("--reason", help="failed, timeout, circuit-open, undecodable, unknown-type or crashed."),
+        click.option("--reason", type=click.Choice(DEAD_REASONS), help="Why it is dead."),
         click.option("--key", type=_parse_key, metavar="KEY", help="Text, or int:42, bytes:0a0b, uuid:…, text:int:42."),
         click.option("--type", "type_", help="The event's name on the wire."),
         _connect_option,
@@ -308,7 +313,10 @@ def list_(
     limit: int,
     as_json: bool,
 ) -> None:
-    """Show dead letters of all shards, grouped by error, the most frequent first."""
+    """Show dead letters of all shards, grouped by type, reason, handlers and type of error, the most frequent first.
+
+    Of each group's messages the last is shown, and how many others there are.
+    """
     where = _filter_of(type_, key, reason, handler, since)
     found = _run(_with_client(address, lambda client: client.dead_letters(where, limit=limit)))
     if as_json:
@@ -323,13 +331,15 @@ def list_(
         error = f"{error_type}: {last.error}" if error_type else last.error
         first_line, _, _ = error.partition("\n")
         click.echo(f"{len(letters):>8,} × {name}: {why}{where_to}")
-        click.echo(f"           {first_line}")
+        others = len({letter.error for letter in letters}) - 1
+        more = f" (the last message; {others:,} other{'' if others == 1 else 's'})" if others else ""
+        click.echo(f"           {first_line[:_ERROR_SHOWN]}{more}")
         click.echo(f"           last {last.last_at.astimezone():%Y-%m-%d %H:%M:%S}, key {last.key!r}, id {last.id}")
         if parked := [letter.key for letter in letters if letter.parked]:
             more = f" and {len(parked) - _KEYS_SHOWN:,} more" if len(parked) > _KEYS_SHOWN else ""
             click.echo(f"           parked: {', '.join(map(repr, parked[:_KEYS_SHOWN]))}{more}")
     more = f"; there may be more, see --limit {limit:,}" if len(found) == limit else ""
-    click.echo(f"{len(found):,} dead letter{'' if len(found) == 1 else 's'}{more}")
+    click.echo(f"{_counted(len(found), 'dead letter')}{more}")
 
 
 @dead_letters.command()
@@ -425,7 +435,10 @@ def export(
     handler: str | None,
     since: datetime | None,
 ) -> None:
-    """Write dead letters to a FILE (- is standard output), one JSON object a line. They stay where they are."""
+    """Write dead letters to a FILE (- is standard output), one JSON object a line. They stay where they are.
+
+    `body` is the event as it travelled, msgpack in hexadecimal; `event` shows its fields where it decodes.
+    """
     where = _filter_of(type_, key, reason, handler, since)
     found = _run(_with_client(address, lambda client: client.dead_letters(where, limit=sys.maxsize)))
     for letter in found:

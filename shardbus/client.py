@@ -12,9 +12,11 @@ import logging
 import os
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from itertools import repeat
 from operator import itemgetter
-from typing import Any, Final, Literal, Protocol, TypeVar, cast
+from types import TracebackType
+from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar, cast, get_args
 from uuid import UUID
 
 import msgspec
@@ -66,6 +68,7 @@ log = logging.getLogger("shardbus.client")
 ReplyT = TypeVar("ReplyT")
 
 _TICK_S: Final = 0.1
+_SILENT_TICKS_MAX: Final = 30  # a bus is asked once a second; one that says nothing for so long is gone
 _TURN_SEALS: Final = 8  # a publisher that never waits gives the event loop a turn after so many batches
 _SMALL_BYTES: Final = 1024  # 256 smaller bodies fit into a batch uncounted
 _HEADER_BYTES_MAX: Final = 4096
@@ -144,6 +147,12 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 OnFull = Literal["wait", "reject", "drop_oldest"]
+
+
+def check_on_full(on_full: OnFull) -> None:
+    """Refuse what is no policy for a full outbox. Raises `UsageError`."""
+    if on_full not in get_args(OnFull):
+        raise UsageError(f"on_full={on_full!r}: it is 'wait', 'reject' or 'drop_oldest'")
 
 
 class _Route:
@@ -250,8 +259,7 @@ class Client:
         on_full: OnFull = "wait",
         on_pressure: Callable[[bool], object] | None = None,
     ) -> None:
-        if on_full not in ("wait", "reject", "drop_oldest"):
-            raise UsageError(f"on_full={on_full!r}: it is 'wait', 'reject' or 'drop_oldest'")
+        check_on_full(on_full)
         self.address = address
         self.publisher = os.urandom(16) if publisher is None else publisher
         """The identity of this client as a publisher; 16 bytes."""
@@ -284,6 +292,8 @@ class Client:
         self._asked: dict[int, asyncio.Future[bytes]] = {}
         self._ticker: asyncio.Task[None] | None = None
         self._table_wanted = True
+        self._silent_ticks = 0  # since the bus was heard; by ticks, so that a program that blocks its loop blames nobody
+        self._told_silent = False
         self._fatal: BusRejected | None = None
         self._closing = False  # what is published now would not be waited for
         self._closed = False
@@ -659,7 +669,11 @@ class Client:
         told = f"{route.name}: no reply within {timeout_s:g} s; "
         if seq >= 0 and outbox.session.was_sent(seq):
             return told + "it may still run"
-        return told + f"it was never sent, because shard {outbox.shard} takes nothing now (see `shardbus status`)"
+        session = outbox.session
+        if seq >= session.next_seq and session.state is State.OPEN:
+            return told + "its deadline was over before it could be sent"
+        why = "has not answered yet" if session.state is State.GREETING else "takes nothing now"
+        return told + f"it was never sent, because shard {outbox.shard} {why} (see `shardbus status`)"
 
     # -- what the supervisor knows
 
@@ -797,6 +811,8 @@ class Client:
     def _learn(self, message: Message, kind: type[Message]) -> _Route:
         self._check_open()
         message_type = type(message)
+        if isinstance(message, type) and issubclass(message, Message):
+            raise UsageError(f"got the class {message.__name__}; make one: {message.__name__}(…)")
         if not isinstance(message, kind):
             verb = "publish takes events" if kind is Event else "execute takes commands"
             hint = "; use execute" if isinstance(message, Command) else "; use publish" if isinstance(message, Event) else ""
@@ -942,6 +958,8 @@ class Client:
             self._progress.set()
 
     async def _wait_for_progress(self) -> None:
+        if self._fatal is not None:
+            raise self._fatal  # nothing will come any more
         self._waiters += 1
         try:
             self._progress.clear()
@@ -960,6 +978,7 @@ class Client:
     # -- inside: frames from workers
 
     def _on_worker(self, outbox: _Outbox, data: bytes) -> None:
+        self._heard()
         try:
             frame = decode_to_publisher(data)
             if isinstance(frame, Answer):
@@ -1009,11 +1028,13 @@ class Client:
             outbox.malformed += 1
             self._reopen(outbox)
         elif what.reason != "too-many-publishers":
-            self._end(BusRejected(f"shard {outbox.shard}: {REASONS.get(what.reason, what.reason)}"))
+            self.end(BusRejected(f"shard {outbox.shard}: {REASONS.get(what.reason, what.reason)}"))
 
-    def _end(self, error: BusRejected) -> None:
-        """The bus has refused this client for good: everybody who waits hears of it."""
+    def end(self, error: BusRejected) -> None:
+        """The bus has refused this client for good: everybody who waits hears of it, and so does every later call."""
         self._fatal = error
+        for outbox in self._outboxes:
+            outbox.paused = True  # the next `publish` looks, and hears of it
         self._fail_commands(error)
         self._fail_questions(error)
         self._made_progress()
@@ -1021,6 +1042,7 @@ class Client:
     # -- inside: the supervisor
 
     def _on_control(self, data: bytes) -> None:
+        self._heard()
         try:
             frame = decode_to_client(data)
             if isinstance(frame, TableChanged):
@@ -1048,7 +1070,7 @@ class Client:
             return
         if known is not None and known.slots != table.slots:
             if self.ledger().in_flight:
-                self._end(
+                self.end(
                     BusRejected(
                         f"the bus came back with {len(table.shards)} shards instead of {len(known.shards)}, while events "
                         "were under way; connect again and publish them again"
@@ -1104,7 +1126,29 @@ class Client:
             for outbox in self._outboxes:
                 outbox.session.tick(now_ns)
                 self._pump(outbox)
+            self._note_silence()
             await asyncio.sleep(_TICK_S)
+
+    def _heard(self) -> None:
+        self._silent_ticks = 0
+        if self._told_silent:
+            self._told_silent = False
+            log.info("the bus at %s is back", self.address)
+
+    def _note_silence(self) -> None:
+        """Say once that the bus is gone, where something waits for it: its program may stand still for that."""
+        self._silent_ticks += 1
+        if self._silent_ticks < _SILENT_TICKS_MAX or self._told_silent or self._table is None:
+            return
+        if held := self.ledger().in_flight:
+            self._told_silent = True
+            log.warning(
+                "waiting for the bus at %s, which has said nothing for %g s (events not finished: %d); they go out when it "
+                "is back",
+                self.address,
+                self._silent_ticks * _TICK_S,
+                held,
+            )
 
 
 def _cannot_encode(route: _Route, error: Exception) -> UsageError:
@@ -1163,3 +1207,36 @@ async def open_client(client: Client, *, timeout_s: float, close_timeout_s: floa
         raise
     else:
         await client.close(close_timeout_s)
+
+
+class ClientBlock(AbstractAsyncContextManager[Client]):
+    """A client that is not open yet: `async with` opens it. Whoever uses it otherwise is told how to write it."""
+
+    def __init__(self, block: AbstractAsyncContextManager[Client], call: str) -> None:
+        self._block = block
+        self._call = call
+
+    async def __aenter__(self) -> Client:
+        return await self._block.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, stack: TracebackType | None
+    ) -> bool | None:
+        return await self._block.__aexit__(kind, error, stack)
+
+    def _misused(self) -> UsageError:
+        return UsageError(f"write: async with {self._call} as client")
+
+    def __await__(self) -> NoReturn:
+        raise self._misused()
+
+    def __enter__(self) -> NoReturn:
+        raise self._misused()
+
+    def __exit__(self, *_: object) -> None:
+        """Only there so that `with` comes as far as `__enter__`."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if not name.startswith("_") and hasattr(Client, name):
+            raise self._misused()
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

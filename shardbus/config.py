@@ -20,7 +20,7 @@ PROTOCOL: Final = 2
 """Version of the wire protocol; a peer with another one is rejected with both numbers."""
 
 
-StoreFull = Literal["stop", "drop-oldest"]
+StoreFull = Literal["stop", "drop_oldest"]
 """What a store does when it is full; see `Limits.store_full`."""
 
 
@@ -52,7 +52,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     queued_events_max: int = 8192  # events waiting behind all busy keys; above it, each longer lane goes to the store
     store_rows_max: int = 2_000_000  # dead letters and waiting events of a shard; when full, see `store_full`
     store_bytes_max: int = 1024 * 1024 * 1024  # of their bodies, and 512 a row; likewise
-    # "stop": nothing more is acked as stored, so publishers wait. "drop-oldest": the oldest dead letters make room, and are
+    # "stop": nothing more is acked as stored, so publishers wait. "drop_oldest": the oldest dead letters make room, and are
     # counted as dropped; waiting events and what parks its key never do.
     store_full: StoreFull = "stop"
     store_write_rows_max: int = 1024  # rows of a kind in a transaction; more gain little and hold the others up

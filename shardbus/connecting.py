@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 
 from shardbus.addresses import Address, default_address, parse_address
-from shardbus.client import Client, OnFull, open_client
+from shardbus.client import Client, ClientBlock, OnFull, check_on_full, open_client
 from shardbus.zmq_transport import ZmqConnector
 
 
@@ -36,8 +37,15 @@ def connect(
         NotDelivered: on leaving, if events were left when the time was up.
     """
     parsed = _parsed(address)
-    client = Client(parsed.url, ZmqConnector(), parsed.control, on_full=on_full, on_pressure=on_pressure)
-    return open_client(client, timeout_s=timeout, close_timeout_s=close_timeout)
+    check_on_full(on_full)
+
+    @contextlib.asynccontextmanager
+    async def opened() -> AsyncIterator[Client]:
+        client = Client(parsed.url, ZmqConnector(), parsed.control, on_full=on_full, on_pressure=on_pressure)
+        async with open_client(client, timeout_s=timeout, close_timeout_s=close_timeout):
+            yield client
+
+    return ClientBlock(opened(), "shardbus.connect()")
 
 
 async def ask_bus(address: str | None, what: str, *, connect_timeout: float, timeout: float) -> bytes:

@@ -30,7 +30,7 @@ class Context:
         self._publisher = publisher
         self._seq = seq
         self.attempt = attempt
-        """1 for the first delivery, one more for each that may have run before."""
+        """1 for the first delivery, one more for each that may have run before; goes on over retries and redrives."""
         self.shard = shard
         """The number of the shard that handles the message."""
         self.headers: Mapping[str, str] = _NO_HEADERS if headers is None else headers
@@ -43,7 +43,8 @@ class Context:
 
     @property
     def redelivered(self) -> bool:
-        """Whether the message may have been handled before: an earlier worker died, or was replaced, meanwhile."""
+        """Whether the message may have been handled before: true for every call after the first, whether that is a retry, a
+        redrive, or a worker's in the place of one that died."""
         return self.attempt > 1
 
     @property

@@ -15,7 +15,7 @@ import msgspec
 from shardbus.context import message_id
 from shardbus.errors import RemoteProtocolError, UsageError
 from shardbus.messages import WireKey, from_wire_key, to_wire_key
-from shardbus.store import DeadFilter, StoredDeadLetter
+from shardbus.store import DEAD_REASONS, DeadFilter, StoredDeadLetter
 from shardbus.wire.frames import Ask, brief
 
 QUESTIONS: Final = ("dead-letters", "redrive", "purge")
@@ -73,7 +73,7 @@ class DeadLetterFilter(msgspec.Struct, frozen=True, kw_only=True):
     zone. `ids` are those of `DeadLetter.id`.
 
     Raises:
-        UsageError: a key or an id that is none, or a time without a zone.
+        UsageError: a key, a reason or an id that is none, or a time without a zone.
     """
 
     type: str | None = None
@@ -86,6 +86,8 @@ class DeadLetterFilter(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.since is not None and self.since.tzinfo is None:
             raise UsageError(f"since={self.since}: give a time with its zone, for instance datetime.now(UTC)")
+        if self.reason is not None and self.reason not in DEAD_REASONS:
+            raise UsageError(f"reason={self.reason!r}: it is one of {', '.join(DEAD_REASONS)}")
         self.for_shards()
 
     def for_shards(self) -> tuple[DeadFilter, dict[int, list[tuple[bytes, int]]] | None]:

@@ -81,8 +81,8 @@ class BusUnreachable(ShardbusError):
 
     def __init__(self, address: str, timeout_s: float) -> None:
         super().__init__(
-            f"no bus answered at {address} within {timeout_s:g} s; start one with `shardbus serve`, "
-            "or name another address with --connect or $SHARDBUS_URL"
+            f"no bus answered at {address} within {timeout_s:g} s; start one with `shardbus serve`, or name another "
+            "address: connect(ADDRESS) in Python, --connect in a shell, $SHARDBUS_URL in both"
         )
         self.address = address
         self.timeout_s = timeout_s
@@ -123,7 +123,8 @@ class CommandFailed(ShardbusError):
     """The command's handler raised, or there is none.
 
     `error_type` and `error` are the remote exception's class name and text, `remote_traceback` its traceback
-    as text (empty where the handler was never entered).
+    as text (empty where the handler was never entered). `error_type` is `"UnknownCommand"` where the application has no
+    handler of it, and `"KeyParked"` where its key is parked.
     """
 
     def __init__(self, command: str, error_type: str, error: str, remote_traceback: str = "") -> None:

@@ -991,9 +991,11 @@ class Lanes:
         if delivery.deadline_ns and self._now() >= delivery.deadline_ns:
             self._host.reply(delivery, REPLY_EXPIRED, b"")
             return
+        if plan is UNKNOWN or not plan.is_command:
+            told = f"no handler of this application takes the command {delivery.name!r}"
+            self._host.reply(delivery, REPLY_FAILED, msgspec.msgpack.encode(("UnknownCommand", told, "")))
+            return
         try:
-            if plan is UNKNOWN or not plan.is_command:
-                raise LookupError(f"no handler of this application takes the command {delivery.name!r}")
             message = plan.decode(delivery.body) if delivery.message is None else delivery.message
             outcome = await self._call(plan.handlers[0], message, self._context_of(delivery))
             body = plan.encode_reply(outcome)

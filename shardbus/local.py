@@ -18,7 +18,7 @@ import msgspec
 from shardbus.client import Channel, Client, OnFull, open_client
 from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
-from shardbus.errors import RemoteProtocolError
+from shardbus.errors import BusRejected, RemoteProtocolError
 from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Book, book_bytes
 from shardbus.registry import Registry, WorkerInfo
@@ -143,15 +143,46 @@ async def run_local(
     on_full: OnFull = "wait",
     on_pressure: Callable[[bool], object] | None = None,
 ) -> AsyncIterator[Client]:
-    """Run an application in this process and hand out a client of it; see `Bus.local`."""
-    incarnation = os.urandom(16)
-    loop = asyncio.get_running_loop()
-    broken: asyncio.Future[None] = loop.create_future()
+    """Run an application in this process and hand out a client of it; see `Bus.local`.
+
+    A defect of what runs here ends the client, so that nobody waits for it, and is raised where the block is left.
+    """
+    defects: list[BaseException] = []
+    clients: list[Client] = []
 
     def on_broken(error: BaseException) -> None:
-        if not broken.done():
-            broken.set_exception(error)
+        defects.append(error)
+        for client in clients:
+            client.end(BusRejected(f"the local bus has a defect and cannot go on: {type(error).__name__}: {error}"))
 
+    try:
+        async with _running(
+            registry, shards, dead_letters, stores, limits, close_timeout_s, on_full, on_pressure, on_broken
+        ) as client:
+            clients.append(client)
+            yield client
+    except Exception as error:
+        if defects:
+            raise defects[0] from error
+        raise
+    if defects:
+        raise defects[0]
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    registry: Registry,
+    shards: int,
+    dead_letters: str | None,
+    stores: list[Store] | None,
+    limits: Limits,
+    close_timeout_s: float,
+    on_full: OnFull,
+    on_pressure: Callable[[bool], object] | None,
+    on_broken: Callable[[BaseException], None],
+) -> AsyncIterator[Client]:
+    incarnation = os.urandom(16)
+    loop = asyncio.get_running_loop()
     table = Table(
         incarnation=incarnation,
         layout=1,
@@ -186,6 +217,8 @@ async def run_local(
             stack.push_async_callback(shard.close)
             await shard.start()
             running.append(shard)
+        if stores is None and dead_letters is None:
+            stack.callback(_tell_what_ends, running)
         ticker = loop.create_task(_tick(running))
         stack.callback(ticker.cancel)
         client = Client("local", bus, _CONTROL, limits=limits, on_full=on_full, on_pressure=on_pressure)
@@ -193,8 +226,19 @@ async def run_local(
             yield client
         for shard in running:
             await shard.drain(close_timeout_s)
-    if broken.done():
-        broken.result()
+
+
+def _tell_what_ends(shards: list[Shard]) -> None:
+    """What lies in the memory of this process only ends with the block: say how much that is."""
+    dead = sum(shard.counts.dead for shard in shards)
+    waiting = sum(shard.counts.waiting for shard in shards)
+    if dead or waiting:
+        log.warning(
+            "the local bus ends, and with it what its store has in memory: dead letters: %d, waiting events: %d; "
+            "bus.local(dead_letters=URL) keeps them",
+            dead,
+            waiting,
+        )
 
 
 async def _tick(shards: list[Shard]) -> None:

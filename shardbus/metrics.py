@@ -15,7 +15,6 @@ one word a key, so that no kill at any instant can make it wrong.
 
 from __future__ import annotations
 
-import time
 from itertools import compress
 from operator import eq
 from typing import Final
@@ -159,8 +158,8 @@ class Book:
             if book.latencies_us:
                 book.write_latencies()
 
-    def publisher(self, publisher: bytes) -> PublisherBook:
-        """The book of a publisher. When all rows are taken, the one that was used least recently is given away."""
+    def publisher(self, publisher: bytes, now_ns: int) -> PublisherBook:
+        """The book of a publisher, used now. When all rows are taken, the one that was used least recently is given away."""
         book = self._books.get(publisher)
         if book is None:
             row = self._row_of(publisher)
@@ -169,7 +168,7 @@ class Book:
                 self._rows[row * _ROW + _ID] = int.from_bytes(publisher[:8], "little")
                 self._rows[row * _ROW + _ID + 1] = int.from_bytes(publisher[8:], "little")
             book = self._books[publisher] = PublisherBook(self, row, publisher)
-        self._rows[book.row * _ROW + _USED] = time.monotonic_ns()
+        self._rows[book.row * _ROW + _USED] = now_ns
         return book
 
     def _row_of(self, publisher: bytes) -> int | None:

@@ -142,7 +142,8 @@ class Registry:
             raise RegistrationError(
                 f"{event_type.__name__} has no key that on_dead_letter='park' could park; declare one with key=…"
             )
-        _check_policies(retry, breaker)
+        _check_policy("retry", retry, Retry, "attempts", 3)
+        _check_policy("breaker", breaker, Breaker, "failures", 5)
         return self._registrar(event_type, retry or Retry(), timeout_s, breaker, on_dead_letter)
 
     def command(
@@ -317,21 +318,19 @@ def _positional_count(function: Handler) -> tuple[int, int]:
     return least, most
 
 
+def _check_policy(option: str, value: object, kind: type[Retry | Breaker], count: str, usual: int) -> None:
+    """Refuse what is no policy; a plain number is most likely meant as its `count`."""
+    if value is not None and not isinstance(value, kind):
+        number = value if type(value) is int and value > 0 else usual
+        told = f"write {option}={kind.__name__}({count}={number})"
+        raise RegistrationError(f"{option}={value!r} is no {kind.__name__}; {told}")
+
+
 def _check_reply(command_type: type[Command[Any]]) -> None:
     try:
         msgspec.msgpack.Decoder(reply_type(command_type))
     except TypeError as error:
         raise RegistrationError(f"{command_type.__name__}: its reply cannot travel: {error}") from error
-
-
-def _check_policies(retry: object, breaker: object) -> None:
-    """Refuse what type checkers would: a bare number is the likely mistake."""
-    if retry is not None and not isinstance(retry, Retry):
-        attempts = retry if type(retry) is int and retry > 0 else 3
-        raise RegistrationError(f"retry={retry!r} is no Retry; write retry=Retry(attempts={attempts})")
-    if breaker is not None and not isinstance(breaker, Breaker):
-        failures = breaker if type(breaker) is int and breaker > 0 else 5
-        raise RegistrationError(f"breaker={breaker!r} is no Breaker; write breaker=Breaker(failures={failures})")
 
 
 def _shown(thing: object) -> str:

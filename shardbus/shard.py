@@ -269,7 +269,7 @@ class Shard:
         if columns is not None:
             book = one.book
             if (columns.ordinals or columns.intended_ns) and (book is None or book.retired):
-                book = one.book = self.book.publisher(session.publisher)
+                book = one.book = self.book.publisher(session.publisher, now_ns)
             if book is not None:
                 book.used(now_ns)
             self.lanes.push(
@@ -652,7 +652,7 @@ class Shard:
         stamped = envelope.ordinal or envelope.intended_ns
         delivery = Delivery(
             None,
-            self.book.publisher(envelope.publisher) if stamped else None,
+            self.book.publisher(envelope.publisher, self._now()) if stamped else None,
             envelope.publisher,
             envelope.seq,
             envelope.type,

@@ -563,8 +563,9 @@ class SqlStore:
         found = await connection.scalar(select(_meta.c.value).where(_meta.c.name == "shards"))
         if found not in (None, str(shards)) and holds_rows:
             raise StoreError(
-                f"the store {self._name} holds dead letters or waiting events of a bus with {found} shards; serve with "
-                f"--workers {found}, or name another store with --dead-letters"
+                f"the store {self._name} holds dead letters or waiting events of a bus with {found} "
+                f"shard{'' if found == '1' else 's'}; serve with --workers {found}, or name another store with "
+                "--dead-letters"
             )
         await self._set_meta(connection, "shards", str(shards))
 

@@ -12,6 +12,9 @@ import msgspec
 
 from shardbus.messages import WireKey
 
+DEAD_REASONS: Final = ("failed", "timeout", "circuit-open", "undecodable", "unknown-type", "crashed")
+"""Why an event is dead: `Failure.reason` is one of these."""
+
 ROW_OVERHEAD_BYTES: Final = 512
 """What a row is taken to need beside its event's body: key, headers, error, indices."""
 
@@ -39,8 +42,8 @@ def row_bytes(envelope: Envelope) -> int:
 class Failure(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Why an event was not handled.
 
-    `handlers` names those that gave up (none where the event was never decoded); `reason` is one of `failed`, `timeout`,
-    `circuit-open`, `undecodable`, `unknown-type`, `crashed`. `place` identifies the traceback.
+    `handlers` names those that gave up (none where the event was never decoded); `reason` is one of `DEAD_REASONS`. `place`
+    identifies the traceback.
     """
 
     handlers: tuple[str, ...]

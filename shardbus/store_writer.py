@@ -113,7 +113,7 @@ class StoreWriter:
         counts, limits = self.counts, self._limits
         rows += counts.dead + counts.waiting + len(self._dead) + self._waiting_rows
         size += counts.bytes + self._dead_bytes + self._waiting_bytes
-        if limits.store_full == "drop-oldest":
+        if limits.store_full == "drop_oldest":
             rows -= counts.dead - counts.parked
             size -= counts.droppable_bytes
         return rows <= limits.store_rows_max and size <= limits.store_bytes_max and not self.failing
@@ -200,7 +200,7 @@ class StoreWriter:
 
     async def _write(self) -> bool:
         """One transaction of what there is room for; whether there was anything."""
-        if self._limits.store_full == "drop-oldest":
+        if self._limits.store_full == "drop_oldest":
             await self._make_room()
         done = self._take_done()
         rows = self._limits.store_rows_max - self.counts.dead - self.counts.waiting + len(done)

@@ -8,6 +8,7 @@ looked at again after every send.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -109,7 +110,7 @@ class Router(_Socket):
     """A bound socket: many peers, each with an identity that ZeroMQ gives it.
 
     Raises:
-        ConfigError: the address is in use or cannot be bound.
+        ConfigError: the address is in use, its host cannot be found, or it cannot be bound.
     """
 
     def __init__(self, context: zmq.Context[Any], address: str, on_frame: Callable[[bytes, bytes], None]) -> None:
@@ -121,6 +122,11 @@ class Router(_Socket):
             self._socket.close(0)
             if error.errno == zmq.EADDRINUSE:
                 raise ConfigError(f"{address} is in use: another program listens there") from error
+            if error.errno == errno.ENODEV:
+                raise ConfigError(
+                    f"cannot listen at {address}: its host cannot be found here; name an address of this machine, for "
+                    "instance tcp://127.0.0.1:7400"
+                ) from error
             raise ConfigError(f"cannot listen at {address}: {error}") from error
         self._listen()
 

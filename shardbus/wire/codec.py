@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from typing import Annotated, Any, Final
 
@@ -148,10 +148,6 @@ class Columns:
         self.ordinals = ordinals
         self.intended_ns = intended_ns
         self.extras = extras
-
-    def name_column(self) -> Iterable[str]:
-        """A name for each message."""
-        return repeat(self.names) if isinstance(self.names, str) else self.names
 
 
 _column: Final = msgspec.Meta(max_length=DEFAULT_LIMITS.batch_events_max)

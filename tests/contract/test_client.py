@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from shardbus import (
     Bus,
+    BusRejected,
     Client,
     ClientClosed,
     Command,
@@ -17,10 +20,13 @@ from shardbus import (
     Context,
     Event,
     NotDelivered,
+    Retry,
     UsageError,
+    connect,
 )
 from shardbus.config import Limits
 from shardbus.local import run_local
+from shardbus.retry import GiveUp, RetryIn
 from shardbus.testing import MemoryStore
 
 
@@ -66,6 +72,118 @@ async def running(limits: Limits | None = None, close_timeout_s: float = 5.0) ->
         bus, stores=[MemoryStore()], limits=limits or Limits(), close_timeout_s=close_timeout_s
     ) as client:
         yield client
+
+
+# -- what is written wrongly
+
+
+@pytest.mark.parametrize(
+    ("open_it", "told"),
+    [(bus.local, "async with bus.local() as client"), (connect, "async with shardbus.connect() as client")],
+    ids=["local", "connect"],
+)
+async def test_whoever_forgets_async_with_is_told_to_write_it(open_it: Callable[[], Any], told: str):
+    with pytest.raises(UsageError) as raised:
+        await open_it()
+    assert str(raised.value) == f"write: {told}"
+    with pytest.raises(UsageError, match="write: async with"), open_it():
+        pass
+    for name in ("publish", "execute", "flush", "dead_letters"):
+        with pytest.raises(UsageError, match="write: async with"):
+            getattr(open_it(), name)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        open_it().nonsense  # noqa: B018 - asking for it is the test
+
+
+async def test_a_class_is_not_published_in_the_place_of_one_of_its_events():
+    async with running() as client:
+        with pytest.raises(UsageError, match=r"got the class Step; make one: Step\(…\)"):
+            await client.publish(Step)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="got the class Ask"):
+            await client.execute(Ask)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("open_it", [bus.local, connect], ids=["local", "connect"])
+def test_a_policy_for_a_full_outbox_that_is_none_is_refused_at_the_call(open_it: Callable[..., Any]):
+    with pytest.raises(UsageError, match="on_full='drop-oldest': it is 'wait', 'reject' or 'drop_oldest'"):
+        open_it(on_full="drop-oldest")
+
+
+async def test_a_command_that_no_handler_takes_has_a_type_of_error_of_its_own():
+    other = Bus("other")
+    async with other.local() as client:
+        with pytest.raises(CommandFailed, match="no handler of this application takes the command 'Ask'") as raised:
+            await client.execute(Ask(key="a"))
+    assert (raised.value.error_type, raised.value.remote_traceback) == ("UnknownCommand", "")
+
+
+# -- a bus that breaks
+
+
+class Defect(Retry):
+    """A policy with a defect: the lanes that ask it are not to be trusted any more."""
+
+    def decide(self, failures: int, error: BaseException, chance: float) -> RetryIn | GiveUp:
+        raise ZeroDivisionError("a defect")
+
+
+@pytest.mark.parametrize("wait", ["flush", "execute", "leave"])
+async def test_a_defect_of_a_local_bus_ends_its_client_and_is_raised_where_the_block_is_left(wait: str):
+    other = Bus("defect")
+
+    @other.on(Step, retry=Defect())
+    async def fail(event: Step) -> None:
+        raise ValueError
+
+    other.command(Ask)(answer)
+
+    async def use() -> None:
+        async with other.local(close_timeout=3600) as client:
+            await client.publish(Step(key="a"))
+            if wait == "leave":
+                return
+            with pytest.raises(BusRejected, match="has a defect and cannot go on: ZeroDivisionError: a defect"):
+                await (client.flush() if wait == "flush" else client.execute(Ask(key="stuck"), timeout=3600))
+            with pytest.raises(BusRejected):
+                await client.publish(Step(key="a"))
+
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        await use()
+
+
+# -- a bus that goes silent, and one that ends
+
+
+async def test_a_client_that_waits_for_a_silent_bus_says_so_once_and_when_it_is_back(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "shardbus.client")
+    async with running() as client:
+
+        def be_silent() -> None:
+            for _ in range(100):  # ticks, in one turn of the loop: nothing can be heard between them
+                client._note_silence()
+
+        be_silent()
+        assert caplog.messages == []  # nothing waits for it
+        await client.publish(Step(key="a"))
+        be_silent()
+        (told,) = caplog.messages
+        assert "waiting for the bus at local" in told
+        assert "(events not finished: 1)" in told
+        await client.flush(10)
+        assert caplog.messages == [told, "the bus at local is back"]
+
+
+async def test_a_local_bus_says_what_ends_with_it(caplog: pytest.LogCaptureFixture):
+    other = Bus("ends")
+
+    @other.on(Step, retry=Retry(attempts=1))
+    async def fail(event: Step) -> None:
+        raise ValueError
+
+    async with other.local() as client:
+        await client.publish(Step(key="a"))
+        assert (await client.flush(10)).dead == 1
+    assert "dead letters: 1, waiting events: 0" in caplog.messages[-1]
 
 
 # -- publishing many

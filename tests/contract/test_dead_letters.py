@@ -106,6 +106,8 @@ async def test_dead_letters_of_all_shards_are_found_by_what_they_are(application
         assert len(await client.dead_letters(limit=7)) == 7
         by_type = await client.dead_letters(DeadLetterFilter(type="Other"))
         assert [letter.key for letter in by_type] == [42]
+        with pytest.raises(UsageError, match="reason='bogus': it is one of failed, timeout, circuit-open"):
+            DeadLetterFilter(reason="bogus")
         assert await client.dead_letters(DeadLetterFilter(key=("42",))) == []
         assert await client.dead_letters(DeadLetterFilter(key=(42,))) == by_type
         assert len(await client.dead_letters(DeadLetterFilter(key=("k3",)))) == 3

@@ -36,7 +36,8 @@ class Step(Event, key="key"):
     n: int = 0
 
 
-class Loose(Event):
+class Loose(Event, key="key"):
+    key: str | None = None
     n: int = 0
 
 
@@ -288,7 +289,7 @@ async def test_of_several_handlers_those_that_gave_up_decide(run: Run, bad: str,
         assert len(letter.handlers) == (2 if bad == "both" else 1)
 
 
-async def test_an_event_without_a_key_parks_nothing(run: Run):
+async def test_an_event_whose_key_is_none_parks_nothing(run: Run):
     bus = Bus("loose")
 
     @bus.on(Loose, retry=ONCE, on_dead_letter="park")

@@ -79,13 +79,13 @@ async def numbers(client: Client) -> list[int]:
 
 
 async def test_the_oldest_dead_letters_make_room_by_rows_and_are_counted(run: Run):
-    async with run(store_rows_max=10, store_full="drop-oldest") as client:
+    async with run(store_rows_max=10, store_full="drop_oldest") as client:
         for start in range(0, 100, 7):
             await publish(client, *range(start, min(start + 7, 100)))
             assert (await client.flush(10)).in_flight == 0
         assert await numbers(client) == list(range(90, 100))
         assert await ledger(client) == (10, 0, 0, 90)
-    async with run(store_rows_max=10, store_full="drop-oldest") as client:
+    async with run(store_rows_max=10, store_full="drop_oldest") as client:
         await client.purge()
         await publish(client, 100)
         await client.flush(10)
@@ -93,14 +93,14 @@ async def test_the_oldest_dead_letters_make_room_by_rows_and_are_counted(run: Ru
 
 
 async def test_many_at_once_are_dropped_without_a_publisher_waiting(run: Run):
-    async with run(store_rows_max=10, store_full="drop-oldest") as client:
+    async with run(store_rows_max=10, store_full="drop_oldest") as client:
         await client.publish_many([Bad(key=f"k{n % 50}", n=n) for n in range(1500)])
         assert (await client.flush(30)).dead == 1500
         assert await ledger(client) == (10, 0, 0, 1490)
 
 
 async def test_redriving_from_a_full_store_drops_nothing(run: Run):
-    async with run(store_rows_max=10, store_full="drop-oldest") as client:
+    async with run(store_rows_max=10, store_full="drop_oldest") as client:
         await publish(client, *range(10))
         await client.flush(10)
         assert await client.redrive(rate=40) == 10
@@ -110,7 +110,7 @@ async def test_redriving_from_a_full_store_drops_nothing(run: Run):
 
 
 async def test_the_oldest_dead_letters_make_room_by_bytes(run: Run):
-    async with run(store_bytes_max=30_000, store_full="drop-oldest") as client:
+    async with run(store_bytes_max=30_000, store_full="drop_oldest") as client:
         await publish(client, *range(20), size=4000)
         await client.flush(10)
         assert await numbers(client) == [14, 15, 16, 17, 18, 19]
@@ -122,7 +122,7 @@ async def test_the_oldest_dead_letters_make_room_by_bytes(run: Run):
 
 
 async def test_what_parks_its_key_and_what_waits_is_never_dropped(run: Run):
-    async with run(store_rows_max=10, store_full="drop-oldest") as client:
+    async with run(store_rows_max=10, store_full="drop_oldest") as client:
         await publish(client, 0)
         await client.publish_many([Parking(key="p")] * 5)
         await client.flush(10)
@@ -175,7 +175,7 @@ class Slow(MemoryStore):
         return found
 
 
-@pytest.mark.parametrize("full", ["stop", "drop-oldest"])
+@pytest.mark.parametrize("full", ["stop", "drop_oldest"])
 async def test_what_is_redriven_into_a_full_store_dies_again_where_it_was_and_is_not_dropped(full: Any):
     store = Slow()
     async with run_local(bus, stores=[store], limits=Limits(store_rows_max=10, store_full=full)) as client:
@@ -199,7 +199,7 @@ async def test_the_bound_counts_what_a_predecessor_left(run: Run):
     async with run() as client:
         await publish(client, *range(8), size=4000)
         await client.flush(10)
-    async with run(store_bytes_max=25_000, store_full="drop-oldest") as client:
+    async with run(store_bytes_max=25_000, store_full="drop_oldest") as client:
         await publish(client, 8, size=4000)
         await client.flush(10)
         assert await numbers(client) == [4, 5, 6, 7, 8]
@@ -216,7 +216,7 @@ def test_bounds_that_make_no_sense_are_refused(options: dict[str, Any]):
 
 
 async def test_a_bus_in_this_process_takes_bounds():
-    async with bus.local(dead_letters_max_rows=3, dead_letters_full="drop-oldest") as client:
+    async with bus.local(dead_letters_max_rows=3, dead_letters_full="drop_oldest") as client:
         await publish(client, *range(10))
         await client.flush(10)
         assert await numbers(client) == [7, 8, 9]

@@ -40,6 +40,7 @@ async def test_dead_letters_are_listed_shown_exported_redriven_and_purged(make_b
 
     listed = run("list")
     assert "21 × Stumbled: failed in accounts.stumble" in listed
+    assert "(the last message; 6 others)" in listed
     assert "21 dead letters" in listed
     assert "3 dead letters" in run("list", "--key", "a1", "--reason", "failed", "--handler", "accounts.stumble")
     assert "0 dead letters" in run("list", "--type", "Added")
@@ -112,6 +113,7 @@ async def test_parked_keys_are_marked_counted_and_survive_the_bus(make_bus: Make
     [
         (("show", "nonsense"), "is no id of a dead letter"),
         (("list", "--since", "yesterday"), "is no time"),
+        (("purge", "--reason", "bogus"), "'bogus' is not one of 'failed', 'timeout', 'circuit-open'"),
         (("list", "--key", "int:x"), "'x' is no int"),
         (("purge", "--key", "uuid:1"), "'1' is no uuid"),
         (("redrive",), "or else say --all"),

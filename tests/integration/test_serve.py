@@ -200,6 +200,14 @@ def test_a_lifespan_that_raises_ends_the_start(make_bus: MakeBus) -> None:
     assert "its lifespan raised OSError: no database here" in refused.stderr
 
 
+def test_a_host_that_cannot_be_found_is_told_as_that(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1", application="accounts:nothing")
+    bus.close()
+    refused = bus.shardbus("serve", "accounts:bus", "--bind", "tcp://nohost.invalid:9999", "--workers", "1")
+    assert refused.returncode == 2
+    assert "cannot listen at tcp://nohost.invalid:9999: its host cannot be found here" in refused.stderr
+
+
 async def test_a_client_without_a_bus_says_so(short_path: Path) -> None:
     with pytest.raises(shardbus.BusUnreachable, match="no bus answered at ipc://"):
         async with shardbus.connect(f"ipc://{short_path}", timeout=0.3):

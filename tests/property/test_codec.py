@@ -95,7 +95,7 @@ def test_a_batch_arrives_as_it_was_published(published: list[Message]):
     assert len(batch) == len(published)
     columns = decode_batch(batch.seal(), len(published))
 
-    names = [name for name, _ in zip(columns.name_column(), published, strict=False)]
+    names = [columns.names] * len(published) if isinstance(columns.names, str) else columns.names
     assert names == [message.name for message in published]
     assert list(columns.keys) == [message.key for message in published]
     assert [type(key) for key in columns.keys] == [type(message.key) for message in published]

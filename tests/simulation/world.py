@@ -203,7 +203,7 @@ class World:
         self.limits = replace(
             LIMITS,
             store_rows_max=self.chance.choice([2000, 2000, 10]),
-            store_full=self.chance.choice(["stop", "stop", "drop-oldest"]),
+            store_full=self.chance.choice(["stop", "stop", "drop_oldest"]),
             store_write_rows_max=self.chance.choice([1024, 2]),  # 2: what belongs together is written apart
             lane_wait_s_max=0.5,
         )

@@ -8,6 +8,7 @@ import pytest
 
 from shardbus.metrics import BUCKETS, Book, book_bytes, bucket_bounds_us, bucket_index
 
+TICKS = itertools.count(1)
 PUBLISHER = b"p" * 16
 OTHER = b"q" * 16
 SIZES = {"keys": 8, "publishers": 2}
@@ -20,7 +21,7 @@ def buffer() -> memoryview:
 
 def test_ordinals_in_order_are_distinct_and_nothing_else(buffer: memoryview):
     book = Book(buffer, **SIZES)
-    mine = book.publisher(PUBLISHER)
+    mine = book.publisher(PUBLISHER, next(TICKS))
     for ordinal in (1, 2, 3):
         mine.note("a", ordinal, 1)
     mine.note(b"a", 1, 1)
@@ -50,7 +51,7 @@ def test_what_is_not_in_order_is_told_apart(
 ):
     book = Book(buffer, **SIZES)
     for ordinal, attempt in noted:
-        book.publisher(PUBLISHER).note("a", ordinal, attempt)
+        book.publisher(PUBLISHER, next(TICKS)).note("a", ordinal, attempt)
     found = book.evidence(0, PUBLISHER)
     assert found is not None
     assert (found.distinct, found.repeats, found.announced) == (distinct, repeats, announced)
@@ -58,10 +59,10 @@ def test_what_is_not_in_order_is_told_apart(
 
 
 def test_a_successor_goes_on_where_its_predecessor_was_killed(buffer: memoryview):
-    Book(buffer, **SIZES).publisher(PUBLISHER).note("a", 1, 1)
+    Book(buffer, **SIZES).publisher(PUBLISHER, next(TICKS)).note("a", 1, 1)
     book = Book(buffer, **SIZES)
-    book.publisher(PUBLISHER).note("a", 1, 2)
-    book.publisher(PUBLISHER).note("a", 2, 2)
+    book.publisher(PUBLISHER, next(TICKS)).note("a", 1, 2)
+    book.publisher(PUBLISHER, next(TICKS)).note("a", 2, 2)
     found = book.evidence(0, PUBLISHER)
     assert found is not None
     assert (found.distinct, found.repeats, found.announced, found.missing) == (2, 1, 1, 0)
@@ -71,7 +72,7 @@ def test_more_keys_than_there_is_room_for_leave_the_count_right(buffer: memoryvi
     book = Book(buffer, **SIZES)
     for key in range(3 * SIZES["keys"]):
         for ordinal in (1, 2):
-            book.publisher(PUBLISHER).note(f"k{key}", ordinal, 1)
+            book.publisher(PUBLISHER, next(TICKS)).note(f"k{key}", ordinal, 1)
     found = book.evidence(0, PUBLISHER)
     assert found is not None
     assert (found.distinct, found.repeats, found.missing) == (6 * SIZES["keys"], 0, 0)
@@ -79,11 +80,11 @@ def test_more_keys_than_there_is_room_for_leave_the_count_right(buffer: memoryvi
 
 def test_the_row_that_was_used_least_recently_is_given_away_and_its_owner_takes_nothing_more(buffer: memoryview):
     book = Book(buffer, **SIZES)
-    first = book.publisher(PUBLISHER)
+    first = book.publisher(PUBLISHER, next(TICKS))
     first.note("a", 1, 1)
     first.measured(7)
-    book.publisher(OTHER).note("a", 1, 1)
-    book.publisher(b"r" * 16).note("a", 1, 1)
+    book.publisher(OTHER, next(TICKS)).note("a", 1, 1)
+    book.publisher(b"r" * 16, next(TICKS)).note("a", 1, 1)
     assert first.retired
     assert book.evidence(0, PUBLISHER) is None
     first.note("a", 2, 1)
@@ -97,7 +98,7 @@ def test_the_row_that_was_used_least_recently_is_given_away_and_its_owner_takes_
 
 def test_latencies_are_counted_once_they_are_written(buffer: memoryview):
     book = Book(buffer, **SIZES)
-    mine = book.publisher(PUBLISHER)
+    mine = book.publisher(PUBLISHER, next(TICKS))
     mine.note("a", 1, 1)
     for latency_us in (5, 5, 3_000_000, -4):
         mine.measured(latency_us)
