@@ -2,7 +2,7 @@
 
 The bare loop is two processes over one ZeroMQ PUSH/PULL pair, with the events, keys and batches of `loadgen` and the
 handler of the demo application: build, encode, pack, send; receive, unpack, decode, await the handler. No bus: no routing,
-no acks, no order, no evidence, nothing kept for a resend. Bare loop and bus take turns in one run.
+no acks, no order, no evidence, nothing kept for a resend. Bare loop and bus take turns in one run, for about a minute.
 """
 
 from __future__ import annotations

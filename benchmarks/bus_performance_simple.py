@@ -1,6 +1,7 @@
 """The bus without resilience features: what one publisher and one worker carry, and how late at 20,000 events/s.
 
 No retries, no breakers, no dead letters, nobody killed. Acks, order and evidence are no features that could be left out.
+Takes about 40 seconds.
 """
 
 from __future__ import annotations

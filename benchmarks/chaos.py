@@ -4,7 +4,7 @@ Workers get SIGKILL, SIGSTOP for up to a second, and SIGTERM; the supervisor get
 second publisher gets SIGKILL, and another takes its place; a dead worker's store is locked by another process; some handlers
 block their worker's event loop until it is replaced; some events kill whoever handles them; one event in ten fails, some of
 them for good; and the stores are small, so that they fill up, until somebody purges their dead letters. Every event is
-stamped, so the shards' evidence shows what was lost, overtaken or repeated unannounced.
+stamped, so the shards' evidence shows what was lost, overtaken or repeated unannounced. Takes about 0.8 s a fault.
 """
 
 from __future__ import annotations

@@ -77,14 +77,15 @@ def at_least(name: str, rate: float, target: float, *, reference: str = "") -> C
     )
 
 
-def at_most_us(name: str, value_us: int | None, target_us: int, *, reference: str = "") -> Check:
-    """A time in microseconds that must stay within its target; None was not measured, which fails."""
+def at_most_us(name: str, value_us: int | None, target_us: int, *, reference: str = "", why: str = "") -> Check:
+    """A time in microseconds that must stay within its target; None was not measured, which fails; `why` says why not."""
     return Check(
         name=name,
         measured="not measured" if value_us is None else f"{value_us / 1000:,.3f} ms",
         target=f"≤ {target_us / 1000:,.3f} ms",
         passed=value_us is not None and value_us <= target_us,
         reference=reference,
+        why=why if value_us is None else "",
     )
 
 
@@ -107,11 +108,12 @@ def sound(name: str, report: Report) -> Check:
 def latency_checks(report: Report, *, p50_us_max: int, p99_us_max: int) -> list[Check]:
     """The three targets of a paced run: its verdict, and two percentiles from the intended instant to the handler's end."""
     p50_us, p99_us = (report.latency_us.p50, report.latency_us.p99) if report.latency_us else (None, None)
+    silence = report.notes[0].removeprefix("no latency: ") if report.latency_us is None and report.notes else ""
     at = f"at {report.offered_rate or 0:,.0f}/s, workers: {len(report.workers)}"
     return [
         sound(f"paced run {at}", report),
-        at_most_us(f"latency p50 {at}", p50_us, p50_us_max),
-        at_most_us(f"latency p99 {at}", p99_us, p99_us_max, reference=REFERENCE_P99),
+        at_most_us(f"latency p50 {at}", p50_us, p50_us_max, why=silence),
+        at_most_us(f"latency p99 {at}", p99_us, p99_us_max, reference=REFERENCE_P99, why=silence),
     ]
 
 

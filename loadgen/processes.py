@@ -102,7 +102,7 @@ async def started_bus(
 
 @contextlib.contextmanager
 def own_address(name: str) -> Iterator[str]:
-    """An address for a bus that is served as long as the block; nothing is left of it.
+    """An address for a bus that is served no longer than the block; its directory ends with it.
 
     The same name makes the same address, so that what a run that was killed has left is found again instead of adding up,
     and that a second run beside this one is refused.

@@ -164,15 +164,28 @@ def judge(facts: Facts) -> Judgement:
     slow = facts.achieved_rate < (1 - _behind_max(facts)) * facts.offered_rate
     achieved = f"{facts.achieved_rate:,.0f} of {facts.offered_rate:,.0f} events/s were finished in the measured window"
     if late and _is_bus_behind(facts, facts.offered_rate, facts.scheduled):
-        return Judgement("saturated", (achieved, late))
+        return _saturated(facts, achieved, late)
     if late and _is_generators_fault(facts, facts.scheduled):
         return Judgement("generator-bound", (late, _why_late(facts)))
     if late:
         waited = f"publish waited for room {facts.waited_share:.0%} of the time"
-        return Judgement("saturated", (waited, late, achieved))
+        return _saturated(facts, waited, late, achieved)
     if slow:
-        return Judgement("saturated", (achieved,))
+        return _saturated(facts, achieved)
     return Judgement("ok")
+
+
+def _saturated(facts: Facts, *reasons: str) -> Judgement:
+    """A bus that did not keep up. Where the machine was busy, that is told beside it, for the reader to weigh."""
+    load = facts.machine_load
+    if load is not None and _is_busy(load, facts.cpu_count):
+        reasons += (f"this machine was busy: {_load_text(load, facts.cpu_count)}",)
+    return Judgement("saturated", reasons)
+
+
+def _load_text(load: MachineLoad, cpu_count: int) -> str:
+    shares = f"{load.busy:.0%} busy, {load.stolen:.0%} stolen"
+    return f"the load average was {load.load_average:.1f} on {cpu_count} cores ({shares})"
 
 
 def _why_late(facts: Facts) -> str:
@@ -185,8 +198,8 @@ def _why_late(facts: Facts) -> str:
         return f"{drivers} cannot offer this rate here (used {each}){more}"
     if load is not None and _is_busy(load, facts.cpu_count):
         return (
-            f"this machine was too busy: {drivers} got {each}, the load average was {load.load_average:.1f} on "
-            f"{facts.cpu_count} cores ({load.busy:.0%} busy, {load.stolen:.0%} stolen); free the machine or lower the rate"
+            f"this machine was too busy: {drivers} got {each}, {_load_text(load, facts.cpu_count)}; free the machine or "
+            "lower the rate"
         )
     return f"{drivers} cannot offer this rate here, and not for want of processor time (used {each})"
 

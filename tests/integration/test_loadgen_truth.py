@@ -1,7 +1,11 @@
 """That the figures of loadgen are right: held against arithmetic that needs no bus.
 
-Nothing here depends on how fast the machine is: stalls and service times are long beside everything that a machine adds,
-and they are measured where they happen.
+Stalls and service times are long beside what a machine adds, they are measured where they happen, and the arithmetic is
+done on the instants of the run itself. A machine that is busy with others adds delays all the same, and a bound of 3 % is
+not loosened for it. So a run that says of itself that it was disturbed (generator-bound, or a send lag whose p99 is above
+a tenth of the bound) and is wrong is made again, twice at most; a run that was clean is judged at once.
+
+The same arithmetic without processes, on thousands of events, is in `tests/unit/test_loadgen_arithmetic.py`.
 """
 
 from __future__ import annotations
@@ -10,35 +14,51 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Final
 
-import pytest
+import msgspec
 from buses import RunningBus
+from queueing import NS, WITHIN, differences, lindley, percentiles_of
 
 import shardbus
 from loadgen.collector import totals_of
 from loadgen.driver import Driver, plan_of
 from loadgen.histogram import Percentiles, percentiles_us
 from loadgen.injector import Injector
-from loadgen.spec import LoadSpec, Template
+from loadgen.machine import this_machine
+from loadgen.report import BusState, Totals, make_report
+from loadgen.spec import DriverResult, LoadSpec, Template
 from shardbus.demo import GetCount
 
 MakeBus = Callable[..., RunningBus]
 
-WITHIN = 0.03
-_NS = 1_000_000_000
+TURNS_MAX: Final = 3
 
 
-def percentiles_of(times_s: Sequence[float]) -> Percentiles:
-    found = percentiles_us((round(seconds * 1e6), 1) for seconds in times_s)
-    assert found is not None
-    return found
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """A run: what is wrong with its figures, and whether it says of itself that it was disturbed."""
+
+    wrong: list[str]
+    disturbed: bool
 
 
-def assert_equal(found: Percentiles, expected: Percentiles, names: Sequence[str]) -> None:
-    for name in names:
-        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=WITHIN), (name, found, expected)
+async def judged(measure: Callable[[], Awaitable[Measured]]) -> list[str]:
+    """What is wrong with a measurement that was clean, or else with the best of some."""
+    for _ in range(TURNS_MAX):
+        found = await measure()
+        if not found.wrong or not found.disturbed:
+            break
+    return found.wrong
+
+
+def is_disturbed(spec: LoadSpec, result: DriverResult, totals: Totals, expected: Percentiles, names: Sequence[str]) -> bool:
+    bus = BusState(workers=(), waiting=0)
+    report = make_report(spec, result, totals, bus, address="here", one_clock=True, machine=this_machine())
+    bound_us = WITHIN * min(getattr(expected, name) for name in names)
+    assert report.send_lag_us is not None
+    return report.verdict == "generator-bound" or report.send_lag_us.p99 > bound_us / 10
 
 
 async def one_after_another(client: shardbus.Client, until_s: float) -> Counter[int]:
@@ -56,33 +76,44 @@ async def test_a_worker_that_stands_still_gives_the_percentiles_of_arithmetic_an
     make_bus: MakeBus,
 ) -> None:
     # Slow enough that what piled up is handled in no time once the worker goes on.
-    rate, seconds, stop_at_s, stop_s = 200.0, 8.0, 1.0, 3.0
+    spec = LoadSpec(rate=200.0, duration_s=8.0, warmup_s=0.0, keys=100)
+    stop_at_s, stop_s = 1.0, 3.0
     bus = make_bus("--workers", "1", application=None)
     bus.wait_ready()
-    spec = LoadSpec(rate=rate, duration_s=seconds, warmup_s=0.0, keys=100)
-    async with shardbus.connect(bus.address) as client, shardbus.connect(bus.address) as other:
-        start_ns = time.monotonic_ns() + _NS // 10
-        driver = Driver(spec, client, plan_of(spec), start_ns)
+    names = ("p90", "p99", "p99_9", "max")
 
-        async def stall() -> float:
-            await asyncio.sleep(0.1 + stop_at_s)
-            return await Injector(other).stop(0, stop_s)
+    async def measure() -> Measured:
+        plan = plan_of(spec)
+        async with shardbus.connect(bus.address) as client, shardbus.connect(bus.address) as other:
+            start_ns = time.monotonic_ns() + NS // 10
+            driver = Driver(spec, client, plan, start_ns)
 
-        result, stopped_s, closed_us = await asyncio.gather(
-            driver.run(), stall(), one_after_another(other, start_ns / _NS + seconds)
-        )
-        totals = totals_of(await other.evidence([client.publisher]))
-    assert result.sent == totals.samples == seconds * rate
-    # An event that is due while the worker stands still waits until it goes on; all others wait for nothing to speak of.
-    waits = [stopped_s - n / rate for n in range(int(stopped_s * rate))]
-    expected = percentiles_of(waits + [0.0] * (int(seconds * rate) - len(waits)))
-    assert totals.latency_us is not None
-    assert_equal(totals.latency_us, expected, ("p90", "p99", "p99_9", "max"))
-    # The closed loop sent nothing while it waited: one bad time among many good ones.
-    closed = percentiles_us(closed_us.items())
-    assert closed is not None
-    assert closed.max == pytest.approx(stopped_s * 1e6, rel=WITHIN)
-    assert closed.p99 * 10 < totals.latency_us.p99
+            async def stall() -> tuple[int, int]:
+                await asyncio.sleep(0.1 + stop_at_s)
+                stopped_s = await Injector(other).stop(0, stop_s)
+                ended_ns = time.monotonic_ns()
+                return ended_ns - round(stopped_s * NS), ended_ns
+
+            result, (began_ns, ended_ns), closed_us = await asyncio.gather(
+                driver.run(), stall(), one_after_another(other, start_ns / NS + spec.planned_s)
+            )
+            totals = totals_of(await other.evidence([client.publisher]))
+        assert result.sent == totals.samples
+        # An event that is due while the worker stands still waits until it goes on; all others wait for nothing to speak of.
+        assert plan.arrivals is not None
+        intended_ns = plan.arrivals(start_ns).intended_ns(0, result.sent)
+        expected = percentiles_of([(ended_ns - due) / NS if began_ns <= due < ended_ns else 0.0 for due in intended_ns])
+        wrong = differences(totals.latency_us, expected, names)
+        # The closed loop sent nothing while it waited: one bad time among many good ones.
+        closed = percentiles_us(closed_us.items())
+        assert closed is not None
+        stopped = percentiles_of([(ended_ns - began_ns) / NS])
+        wrong += [f"closed loop: {text}" for text in differences(closed, stopped, ("max",))]
+        if totals.latency_us is None or closed.p99 * 10 >= totals.latency_us.p99:
+            wrong.append(f"the closed loop's p99 is {closed.p99:,} µs")
+        return Measured(wrong=wrong, disturbed=is_disturbed(spec, result, totals, expected, names))
+
+    assert await judged(measure) == []
 
 
 QUEUE = """
@@ -97,13 +128,13 @@ class Work(Event, key="key"):
     n: int
 
 
-class GetTimes(Command[list[tuple[int, int]]], key="key"):
+class GetTimes(Command[list[tuple[int, int, int]]], key="key"):
     key: str
     first: int
 
 
 bus = Bus("queue")
-times: list[tuple[int, int]] = []
+times: list[tuple[int, int, int]] = []
 LENGTHS_S = __LENGTHS__
 
 
@@ -111,37 +142,18 @@ LENGTHS_S = __LENGTHS__
 async def work(event: Work) -> None:
     began_ns = time.monotonic_ns()
     await asyncio.sleep(LENGTHS_S[event.n % len(LENGTHS_S)])
-    times.append((event.n, time.monotonic_ns() - began_ns))
+    times.append((event.n, began_ns, time.monotonic_ns()))
 
 
 @bus.command(GetTimes)
-async def get_times(command: GetTimes) -> list[tuple[int, int]]:
+async def get_times(command: GetTimes) -> list[tuple[int, int, int]]:
     return times[command.first : command.first + 500]
 """
 
 
-class GetTimes(shardbus.Command[list[tuple[int, int]]], key="key"):
+class GetTimes(shardbus.Command[list[tuple[int, int, int]]], key="key"):
     key: str
     first: int
-
-
-def lindley(arrivals_ns: Sequence[int], services_ns: Sequence[int]) -> list[float]:
-    """Response times in seconds of one server that takes one event after another (D. V. Lindley, 1952).
-
-    An event waits for what is left of the one before: W' = max(0, W + S - A), where A is the time between the two.
-    """
-    found: list[float] = []
-    wait_ns = 0
-    for at, service_ns in enumerate(services_ns):
-        if at:
-            wait_ns = max(0, wait_ns + services_ns[at - 1] - (arrivals_ns[at] - arrivals_ns[at - 1]))
-        found.append((wait_ns + service_ns) / _NS)
-    return found
-
-
-def test_the_recursion_itself_is_right() -> None:
-    # Arrivals at 0, 1, 2, 10; each takes 3: ends at 3, 6, 9, 13.
-    assert lindley([0, _NS, 2 * _NS, 10 * _NS], [3 * _NS] * 4) == [3.0, 5.0, 7.0, 3.0]
 
 
 async def test_response_times_of_one_key_are_those_of_its_arrivals_and_service_times(
@@ -152,35 +164,41 @@ async def test_response_times_of_one_key_are_those_of_its_arrivals_and_service_t
     (short_path / "queue_app.py").write_text(QUEUE.replace("__LENGTHS__", repr(lengths_s)))
     bus = make_bus("--workers", "1", application="queue_app:bus")
     bus.wait_ready()
-    spec = LoadSpec(
-        rate=1.8,
-        arrivals="poisson",
-        duration_s=20.0,
-        warmup_s=0.0,
-        keys=1,
-        seed=5,
-        template=Template(type="Work", key="key", body={"n": "{n}"}),
-    )
-    plan = plan_of(spec)
-    async with shardbus.connect(bus.address) as client:
-        start_ns = time.monotonic_ns() + _NS // 10
-        result = await Driver(spec, client, plan, start_ns).run()
-        await client.flush(60.0)
-        totals = totals_of(await client.evidence([client.publisher]))
-        times: list[tuple[int, int]] = []
-        while page := await client.execute(GetTimes(key="k0", first=len(times))):
-            times += page
-    assert [n for n, _ in times] == list(range(result.sent))
-    assert totals.samples == result.sent > 20
-    assert plan.arrivals is not None
-    arrivals = plan.arrivals(start_ns)
-    arrivals.scheduled(plan.length_ns)
-    arrivals_ns = arrivals.intended_ns(0, result.sent)
-    services_ns = [service_ns for _, service_ns in times]
-    responses_s = lindley(arrivals_ns, services_ns)
-    # It is queueing that is tested: a good part of the events found the one before still there.
-    waited = sum(response * _NS > service + 1 for response, service in zip(responses_s, services_ns, strict=True))
-    assert waited > result.sent / 4
-    expected = percentiles_of(responses_s)
-    assert totals.latency_us is not None
-    assert_equal(totals.latency_us, expected, ("p50", "p90", "p99", "p99_9", "max"))
+    template = Template(type="Work", key="key", body={"n": "{n}"})
+    spec = LoadSpec(rate=1.8, arrivals="poisson", duration_s=12.0, warmup_s=0.0, keys=1, seed=5, template=template)
+    names = ("p50", "p90", "p99", "p99_9", "max")
+    before = 0
+
+    async def measure() -> Measured:
+        nonlocal before
+        plan = plan_of(spec)
+        async with shardbus.connect(bus.address) as client:
+            start_ns = time.monotonic_ns() + NS // 10
+            result = await Driver(spec, client, plan, start_ns).run()
+            await client.flush(60.0)
+            totals = totals_of(await client.evidence([client.publisher]))
+            times: list[tuple[int, int, int]] = []
+            while page := await client.execute(GetTimes(key="k0", first=before + len(times))):
+                times += page
+            before += len(times)
+        assert [n for n, _, _ in times] == list(range(result.sent))
+        assert totals.samples == result.sent > 12
+        assert plan.arrivals is not None
+        arrivals = plan.arrivals(start_ns)
+        arrivals.scheduled(plan.length_ns)
+        arrivals_ns = arrivals.intended_ns(0, result.sent)
+        # What the handler itself saw leaves next to no room for the machine.
+        seen = percentiles_of([(end - due) / NS for (_, _, end), due in zip(times, arrivals_ns, strict=True)])
+        wrong = [f"seen by the handler: {text}" for text in differences(totals.latency_us, seen, names)]
+        services_ns = [end - began for _, began, end in times]
+        responses_s = lindley(arrivals_ns, services_ns)
+        # It is queueing that is tested: a good part of the events found the one before still there.
+        waited = sum(response * NS > service + 1 for response, service in zip(responses_s, services_ns, strict=True))
+        assert waited > result.sent / 4
+        expected = percentiles_of(responses_s)
+        return Measured(
+            wrong=wrong + differences(totals.latency_us, expected, names),
+            disturbed=is_disturbed(spec, result, totals, expected, names),
+        )
+
+    assert await judged(measure) == []

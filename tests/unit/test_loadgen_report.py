@@ -150,6 +150,12 @@ VERDICTS: list[tuple[str, dict[str, Any], Verdict, str]] = [
         "generator-bound",
         "cannot offer this rate here, and not for want of processor time (used 5% of a core)",
     ),
+    (
+        "a bus that fell behind on a busy machine is saturated, and the reader is told of the machine",
+        {"achieved_rate": 10_000.0, "cpu_count": 2, "machine_load": BUSY},
+        "saturated",
+        "this machine was busy: the load average was 7.5 on 2 cores (99% busy, 1% stolen)",
+    ),
     ("commands without a reply", {"lost": 2, "commands": True}, "failed", "2 commands got no reply"),
     ("a broken promise outweighs saturation", {"lost": 1, "waited_share": 1.0, "sent": 5}, "failed", "1 events"),
     (

@@ -1,0 +1,62 @@
+"""Targets of the benchmarks: what passes, and why one failed."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from benchmarks.scenarios import at_most_us, counted, latency_checks
+from loadgen.histogram import Percentiles
+from loadgen.machine import Machine
+from loadgen.report import Report
+from loadgen.spec import LoadSpec
+
+REPORT = Report(
+    verdict="ok",
+    reasons=(),
+    notes=(),
+    offered_rate=20_000.0,
+    achieved_rate=20_000.0,
+    published=1,
+    handled=1,
+    dead_lettered=0,
+    lost=0,
+    not_delivered=0,
+    waiting=0,
+    duplicates=0,
+    redelivered=0,
+    out_of_order=0,
+    unchecked=0,
+    latency_us=Percentiles(p50=100, p90=150, p99=900, p99_9=950, max=999),
+    latency_samples=1,
+    send_lag_us=None,
+    publish_wait_s=0.0,
+    flush_s=0.0,
+    window_s=1.0,
+    generator_cpu=0.1,
+    generator_rss_bytes=1,
+    load=LoadSpec(rate=20_000.0),
+    address="ipc:///run/bus",
+    workers=(),
+    machine=Machine(cpu_count=2, cpu_model="a processor", system="Linux", python="3.11", versions={}),
+)
+
+
+@pytest.mark.parametrize(("found", "wanted", "passed"), [(0, 0, True), (1, 0, False), (5, 5, True), (4, 5, False)])
+def test_a_count_is_exact_or_it_fails(found: int, wanted: int, passed: bool) -> None:
+    assert counted("lost", found, wanted).passed == passed
+    assert counted("lost", 0).passed
+
+
+def test_a_time_that_was_measured_is_held_against_its_bound() -> None:
+    assert [check.passed for check in latency_checks(REPORT, p50_us_max=100, p99_us_max=899)] == [True, True, False]
+    assert at_most_us("p99", 900, 899, why="not asked for").why == ""
+
+
+def test_a_latency_that_was_refused_fails_and_says_why() -> None:
+    refused = msgspec.structs.replace(
+        REPORT, verdict="generator-bound", latency_us=None, notes=("no latency: the run is generator-bound",)
+    )
+    _, p50, p99 = latency_checks(refused, p50_us_max=100, p99_us_max=1000)
+    assert [check.passed for check in (p50, p99)] == [False, False]
+    assert (p50.measured, p50.why) == ("not measured", "the run is generator-bound")

@@ -1,0 +1,91 @@
+"""That the figures of loadgen are right, in virtual time: the real schedule, books and sums, with a server of arithmetic.
+
+Nothing here runs, so nothing depends on the machine, and there may be as many events as a percentile needs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+from queueing import NS, differences, lindley, percentiles_of
+
+from loadgen.collector import totals_of
+from loadgen.histogram import Percentiles
+from loadgen.pacer import Arrivals, Evenly, Poisson, Profile, Stage
+from shardbus.metrics import Book, book_bytes
+
+DIGITS = 0.002  # what three significant digits leave open
+NAMES = ("p50", "p90", "p99", "p99_9", "max")
+START_NS = 7_000_000_123
+
+
+def sent_on_time(arrivals: Arrivals, until_ns: int) -> list[int]:
+    """The intended instants of a schedule, asked for as the driver does, at a clock that is moved by hand."""
+    instants: list[int] = []
+    now_ns = START_NS
+    while now_ns < until_ns:
+        due = arrivals.due(len(instants), now_ns)
+        if due.count:
+            instants += arrivals.intended_ns(len(instants), due.count)
+        else:
+            now_ns = min(now_ns + due.wait_ns, until_ns)
+    return instants
+
+
+def measured(intended_ns: Sequence[int], ends_ns: Sequence[int]) -> Percentiles | None:
+    """What loadgen says of events that were handled at these instants, by two shards in turns."""
+    buffers = [memoryview(bytearray(book_bytes(keys=8, publishers=2))) for _ in range(2)]
+    books = [Book(buffer, keys=8, publishers=2) for buffer in buffers]
+    publishers = [book.publisher(b"p" * 16) for book in books]
+    for at, (intended, end_ns) in enumerate(zip(intended_ns, ends_ns, strict=True)):
+        publishers[at % 2].measured((end_ns - intended) // 1000)
+    evidence = []
+    for shard, book in enumerate(books):
+        book.write_latencies()
+        found = book.evidence(shard, b"p" * 16)
+        assert found is not None
+        evidence.append(found)
+    totals = totals_of(evidence)
+    assert totals.samples == len(intended_ns)
+    return totals.latency_us
+
+
+def ends_of(intended_ns: Sequence[int], services_ns: Sequence[int]) -> list[int]:
+    """When one server has handled each event: it begins when the event has come and the one before is done."""
+    ends: list[int] = []
+    free_ns = 0
+    for intended, service_ns in zip(intended_ns, services_ns, strict=True):
+        free_ns = max(free_ns, intended) + service_ns
+        ends.append(free_ns)
+    return ends
+
+
+def test_the_recursion_itself_is_right() -> None:
+    # Arrivals at 0, 1, 2, 10; each takes 3: ends at 3, 6, 9, 13.
+    assert lindley([0, NS, 2 * NS, 10 * NS], [3 * NS] * 4) == [3.0, 5.0, 7.0, 3.0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_response_times_of_one_server_are_those_of_lindleys_recursion(seed: int) -> None:
+    chance = random.Random(seed)
+    arrivals = Poisson(START_NS, Profile((Stage(1000.0, 10.0),)), random.Random(f"{seed}/arrivals"))
+    intended_ns = sent_on_time(arrivals, START_NS + 10 * NS)
+    services_ns = [round(chance.expovariate(1 / 800_000)) for _ in intended_ns]  # busy for four fifths of the time
+    responses_s = lindley(intended_ns, services_ns)
+    assert len(intended_ns) > 9000
+    waited = sum(response * NS > service + 1 for response, service in zip(responses_s, services_ns, strict=True))
+    assert waited > len(intended_ns) / 2
+    found = measured(intended_ns, ends_of(intended_ns, services_ns))
+    assert differences(found, percentiles_of(responses_s), NAMES, within=DIGITS) == []
+
+
+def test_a_server_that_stands_still_is_late_for_every_event_that_was_due_meanwhile() -> None:
+    rate, stop_ns, go_on_ns = 200, START_NS + NS, START_NS + 4 * NS
+    intended_ns = sent_on_time(Evenly(START_NS, Profile((Stage(rate, 8.0),))), START_NS + 8 * NS)
+    assert len(intended_ns) == 8 * rate
+    ends_ns = [go_on_ns if stop_ns <= instant < go_on_ns else instant for instant in intended_ns]
+    waits = [3.0 - n / rate for n in range(3 * rate)]
+    expected = percentiles_of(waits + [0.0] * (5 * rate))
+    assert differences(measured(intended_ns, ends_ns), expected, ("p90", "p99", "p99_9", "max"), within=DIGITS) == []
