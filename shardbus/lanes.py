@@ -632,7 +632,7 @@ class Lanes:
         ready = self._ready
         if self._solo is not None:
             await self._run_solo(token)
-            if context != self._clean:
+            if _differ(context, self._clean):
                 end_ns = 0
         while self._leader is token and not self._closing and self._hush is None and end_ns:
             if ready:
