@@ -187,8 +187,8 @@ async def sessions(address: str, count: int) -> tuple[Percentiles, int]:
         times_us[(time.perf_counter_ns() - began_ns) // 1000] += 1
     end_s = time.monotonic() + _SESSIONS_S
     async with shardbus.connect(address) as client:
-        # This client has published nothing, so no worker counts it.
-        while left := sum(worker["publishers"] for worker in (await client.status())["workers"]):
+        # Each worker counts this client, too, as soon as it has reported since.
+        while left := sum(max(0, worker["publishers"] - 1) for worker in (await client.status())["workers"]):
             if time.monotonic() > end_s:
                 break
             await asyncio.sleep(0.2)
