@@ -68,6 +68,7 @@ SCHEMA_VERSION: Final = 5
 _ROWS_MAX: Final = 512  # rows of one statement: 19 columns of them stay far below SQLite's 32,766 parameters
 _PLACES_MAX: Final = 1024  # places whose traceback is known to be stored; when full, it starts over
 _BUSY_TIMEOUT_S: Final = 0.3  # how long SQLite waits for another's lock before it says `database is locked`
+_OPEN_TIMEOUT_S: Final = 2.0  # the same while it is opened: a predecessor that was cancelled lets go a little later
 
 # EXCLUSIVE comes before WAL: only then does SQLite keep the index of the log in its own memory. On a RAM-backed place
 # that is full, a mapped index would kill the process (SIGBUS). It also keeps a second worker out of the same file.
@@ -524,7 +525,8 @@ class SqlStore:
         connection = await self._engine.connect()
         try:
             if self._sqlite:
-                for pragma in (f"busy_timeout={int(_BUSY_TIMEOUT_S * 1000)}", *_SQLITE_PRAGMAS):
+                waits = [f"busy_timeout={int(seconds * 1000)}" for seconds in (_OPEN_TIMEOUT_S, _BUSY_TIMEOUT_S)]
+                for pragma in (waits[0], *_SQLITE_PRAGMAS, waits[1]):
                     await connection.exec_driver_sql(f"PRAGMA {pragma}")
                 await connection.commit()
         except BaseException:

@@ -14,7 +14,7 @@ from shardbus import Bus, Client, ConfigError, Event, NotDelivered, Retry
 from shardbus.config import Limits
 from shardbus.local import run_local
 from shardbus.sql_store import SqlStore, sqlite_file_url
-from shardbus.store import DeadFilter, Store, StoredDeadLetter
+from shardbus.store import ANY_SIZE, DeadFilter, Store, StoredDeadLetter
 from shardbus.testing import MemoryRows, MemoryStore
 
 SMALL = {"batch_bytes_target": 20_000, "event_bytes_max": 20_000}
@@ -168,8 +168,10 @@ class Slow(MemoryStore):
         self.asked = asyncio.Event()
         self.gate = asyncio.Event()
 
-    async def dead_letters(self, where: DeadFilter, after: int, limit: int) -> list[StoredDeadLetter]:
-        found = await super().dead_letters(where, after, limit)
+    async def dead_letters(
+        self, where: DeadFilter, after: int, limit: int, bytes_max: int = ANY_SIZE
+    ) -> list[StoredDeadLetter]:
+        found = await super().dead_letters(where, after, limit, bytes_max)
         self.asked.set()
         await self.gate.wait()
         return found
