@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 
-def test_a_short_run_under_fire_keeps_every_promise(tmp_path: Path) -> None:
+def test_a_short_run_under_fire_keeps_every_promise(short_path: Path) -> None:
     limits = ["--p50", "3600", "--p99", "3600"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.chaos", "--faults", "15", "--rate", "1000", "--seed", "3", *limits],
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(short_path)},
         capture_output=True,
         text=True,
         timeout=110,
