@@ -38,7 +38,7 @@ def measured(intended_ns: Sequence[int], ends_ns: Sequence[int]) -> Percentiles 
     """What loadgen says of events that were handled at these instants, by two shards in turns."""
     buffers = [memoryview(bytearray(book_bytes(keys=8, publishers=2))) for _ in range(2)]
     books = [Book(buffer, keys=8, publishers=2) for buffer in buffers]
-    publishers = [book.publisher(b"p" * 16) for book in books]
+    publishers = [book.publisher(b"p" * 16, START_NS) for book in books]
     for at, (intended, end_ns) in enumerate(zip(intended_ns, ends_ns, strict=True)):
         publishers[at % 2].measured((end_ns - intended) // 1000)
     evidence = []
