@@ -15,7 +15,7 @@ one word a key, so that no kill at any instant can make it wrong.
 
 from __future__ import annotations
 
-from itertools import compress
+from itertools import compress, repeat
 from operator import eq
 from typing import Final
 
@@ -237,9 +237,11 @@ class Book:
         if row is None:
             return None
         words = self._rows[row * _ROW : (row + 1) * _ROW].tolist()
-        of_row = map(eq, self._owners.tolist(), iter(lambda: row + 1, None))
+        # Before the ring has come round once, what lies behind its position was never used: loadgen asks every second.
+        used = self._keys if self._owners[self._keys - 1] else self._words[3]
+        of_row = map(eq, self._owners[:used].tolist(), repeat(row + 1))
         # A gap's ordinals are part of the last ordinal and never came; what was retired was counted when it was forgotten.
-        last = sum(compress(self.last.tolist(), of_row))
+        last = sum(compress(self.last[:used].tolist(), of_row))
         histogram = self._histograms[row * BUCKETS : (row + 1) * BUCKETS].tolist()
         return Evidence(
             shard=shard,
@@ -252,7 +254,7 @@ class Book:
             unchecked=words[_UNCHECKED],
             dead=words[_DEAD],
             samples=words[_SAMPLES],
-            latency=[(index, count) for index, count in enumerate(histogram) if count],
+            latency=list(compress(enumerate(histogram), histogram)),
         )
 
 
