@@ -260,8 +260,10 @@ class Driver:
             if due.count:
                 await self._send_due(arrivals, min(due.count, BATCH), now_ns, measured=measured)
                 # What was published leaves with this turn: where sending takes longer than the next event is away, there
-                # would be no other before a batch is full.
+                # would be no other before a batch is full. And a nap, or every event would be a frame of its own.
                 await asyncio.sleep(0)
+                if due.count < BATCH:
+                    await _idle(_NAP_NS_MIN)
             else:
                 edge_ns = self._end_ns if measured else self._warm_ns
                 await _idle(min(due.wait_ns, edge_ns - now_ns))
