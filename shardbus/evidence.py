@@ -37,39 +37,48 @@ def _map_file(path: str, size: int) -> mmap.mmap:
         os.close(descriptor)
 
 
-class SharedBook:
-    """A book in a file. Close it when done; the file stays.
+class _Shared:
+    """A mapped file that somebody has a layout for. Close it when done; the file stays."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self._map = _map_file(path, size)
+        self._view = memoryview(self._map)
+
+    def close(self) -> None:
+        """Unmap it."""
+        self._release()
+        self._view.release()
+        self._map.close()
+
+    def _release(self) -> None:
+        raise NotImplementedError
+
+
+class SharedBook(_Shared):
+    """A book in a file.
 
     Raises:
         OSError: the file cannot be made or mapped.
     """
 
     def __init__(self, path: str, *, keys: int = KEYS, publishers: int = PUBLISHERS) -> None:
-        self._map = _map_file(path, book_bytes(keys=keys, publishers=publishers))
-        self._view = memoryview(self._map)
+        super().__init__(path, book_bytes(keys=keys, publishers=publishers))
         self.book = Book(self._view, keys=keys, publishers=publishers)
 
-    def close(self) -> None:
-        """Unmap it."""
+    def _release(self) -> None:
         self.book.release()
-        self._view.release()
-        self._map.close()
 
 
-class SharedJournal:
-    """A journal in a file. Close it when done; the file stays.
+class SharedJournal(_Shared):
+    """A journal in a file.
 
     Raises:
         OSError: the file cannot be made or mapped.
     """
 
     def __init__(self, path: str) -> None:
-        self._map = _map_file(path, journal_bytes())
-        self._view = memoryview(self._map)
+        super().__init__(path, journal_bytes())
         self.journal = Journal(self._view)
 
-    def close(self) -> None:
-        """Unmap it."""
+    def _release(self) -> None:
         self.journal.release()
-        self._view.release()
-        self._map.close()
