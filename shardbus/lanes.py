@@ -30,9 +30,8 @@ import asyncio
 import contextvars
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import compress, islice, repeat
-from operator import length_hint
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from types import CodeType, TracebackType
 from typing import Any, Final, Protocol
 
@@ -44,19 +43,19 @@ from shardbus.breaker import Admitted, Blocked, Circuit
 from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.context import Context
+from shardbus.inbound import UNKNOWN, Delivery, Inbound
 from shardbus.journal import ALIVE, END, FIRST, Journal
-from shardbus.messages import Message, WireKey
-from shardbus.metrics import PublisherBook
+from shardbus.messages import WireKey
 from shardbus.quarantine import Convicted, Crowded, Hold, Identity, Quarantine, Run
-from shardbus.registry import Handler, Plan, Registered
+from shardbus.registry import Plan, Registered
 from shardbus.retry import GiveUp, RetryIn
 from shardbus.store import Failure
-from shardbus.wire.codec import Columns, Extra
 from shardbus.wire.frames import REPLY_EXPIRED, REPLY_FAILED, REPLY_OK
 from shardbus.wire.session import WorkerSession
 
 _SLICE_NS: Final = 2_000_000  # a leader gives the event loop a turn about every two milliseconds
-_STRIDE_MAX: Final = 16  # messages between two looks at the clock, which cost 60 ns; fewer where handlers are slow
+_NOTE_NS: Final = _SLICE_NS // 4  # evidence is at most so much, and a stride, behind what has run
+_STRIDE_MAX: Final = 32  # messages between two looks at the clock, which cost 60 ns; fewer where handlers are slow
 _ERROR_CHARS_MAX: Final = 2000
 _TRACEBACK_CHARS_MAX: Final = 32_000
 _PLACES_MAX: Final = 1024
@@ -64,7 +63,6 @@ _OUR_FILES: Final = (__file__, asyncio.timeouts.__file__)  # between a worker's 
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
 
 CRASHED: Final = "crashed"  # the reason of a dead letter whose handling ends its worker
-UNKNOWN: Final = Plan(Message, ())  # stands for every type that has no handler here
 
 
 class Later(msgspec.Struct, frozen=True):
@@ -72,80 +70,6 @@ class Later(msgspec.Struct, frozen=True):
 
     delay_s: float
     ran: bool
-
-
-class Delivery:
-    """One message on its way through a lane, apart from its batch. Built only where the fast path does not apply."""
-
-    __slots__ = (
-        "attempt",
-        "body",
-        "book",
-        "deadline_ns",
-        "due_ns",
-        "extra",
-        "gave_up",
-        "intended_ns",
-        "journalled",
-        "key",
-        "message",
-        "name",
-        "ordinal",
-        "plan",
-        "position",
-        "publisher",
-        "seq",
-        "session",
-        "todo",
-    )
-
-    def __init__(
-        self,
-        session: WorkerSession | None,
-        book: PublisherBook | None,
-        publisher: bytes,
-        seq: int,
-        name: str,
-        plan: Plan,
-        key: WireKey,
-        body: bytes,
-        ordinal: int,
-        intended_ns: int,
-        attempt: int,
-        extra: Extra | None = None,
-        deadline_ns: int = 0,
-        position: int = 0,
-        message: Any = None,
-    ) -> None:
-        self.session = session  # None: it came from the store, nobody waits for its ack
-        self.book = book
-        self.publisher = publisher
-        self.seq = seq
-        self.name = name
-        self.plan = plan
-        self.key = key
-        self.body = body
-        self.ordinal = ordinal
-        self.intended_ns = intended_ns
-        self.attempt = attempt
-        self.extra = extra
-        self.deadline_ns = deadline_ns  # of a command, by the worker's clock; 0: an event
-        self.position = position  # its row in the store; 0: none
-        self.message = message  # decoded already; None: not yet, or it does not decode
-        self.due_ns = 0  # not before, by the worker's clock
-        self.todo: dict[str, int] | None = None  # handlers still to run → how often each has failed; None: all, never
-        self.gave_up: tuple[Failure, ...] = ()
-        self.journalled = -1  # its row in the journal, while its handler is suspended
-
-    @property
-    def identity(self) -> Identity:
-        """What the journal knows it by."""
-        return self.publisher, self.seq
-
-    @property
-    def is_event(self) -> bool:
-        """Not a command: it counts in the ledger, and the store may take it."""
-        return self.extra is None or not self.extra.timeout_ns
 
 
 class _Stored:
@@ -164,6 +88,9 @@ class LaneHost(Protocol):
     """What lanes ask of the worker around them. No call blocks; what is written is acked by the host once committed."""
 
     shard: int
+
+    def pull(self) -> bool:
+        """Take one more frame, which may push a batch; False where none is there."""
 
     def touched(self, session: WorkerSession) -> None:
         """Something of this session finished: an ack is due at the end of the turn."""
@@ -221,176 +148,6 @@ class _Lane:
         return all(isinstance(one, _Stored) or one.position for one in self.queue)  # a command is in memory only
 
 
-_Row = tuple[WireKey, Handler | None, Any, int, int]
-"""Key, handler, message, ordinal, intended instant."""
-
-
-class Inbound:
-    """A batch that was taken, as the leader's cursor over it.
-
-    `rows` is shared by the leaders that work on it one after another; what was done in order is reported as one range. A row
-    does not say its sequence: that follows from how far the iterator has come, so it costs nothing where nobody asks.
-    """
-
-    __slots__ = (
-        "_keys",
-        "_messages",
-        "_plans",
-        "_run_start",
-        "_skip",
-        "asked_ns",
-        "attempt",
-        "book",
-        "careful",
-        "columns",
-        "end",
-        "first",
-        "rows",
-        "session",
-        "wanted",
-    )
-
-    def __init__(
-        self,
-        session: WorkerSession,
-        book: PublisherBook | None,
-        first: int,
-        count: int,
-        attempt: int,
-        skip: tuple[int, ...],
-        columns: Columns,
-        asked_ns: int,
-    ) -> None:
-        self.session = session
-        self.book = book
-        self.first = first
-        self.end = first + count
-        self.attempt = attempt
-        self.columns = columns
-        self.asked_ns = asked_ns  # when its commands were sent, by this worker's clock
-        self._run_start = first
-        self._skip = skip
-        self.wanted: bytearray | None = None  # where some are skipped: 1 for each row that is not
-        self.careful = False
-        self._keys = iter(columns.keys)
-        self._plans: Plan | list[Plan] = UNKNOWN
-        self._messages: list[Any] | None = None
-        self.rows: Iterator[_Row] = iter(())
-
-    def open(self, plans: Mapping[str, Plan], *, careful: bool) -> None:
-        """Decode the bodies and set up `rows`: key, handler, message, ordinal, intended instant of each message.
-
-        The handler is None where the message needs more than a call: another kind of handler, or a body that does not
-        decode. A batch with a suspect in it is opened with care: nothing is decoded yet, and each message runs by itself.
-        """
-        self.careful = careful
-        columns = self.columns
-        names = columns.names
-        handlers: Iterable[Handler | None]
-        if isinstance(names, str):
-            plan = self._plans = plans.get(names, UNKNOWN)
-            handlers = repeat(plan.simple)
-            self._messages = None if careful else _all_decoded(map(plan.decode, columns.bodies))
-        else:
-            several = self._plans = [plans.get(name, UNKNOWN) for name in names]
-            handlers = [plan.simple for plan in several]
-            pairs = zip(several, columns.bodies, strict=True)
-            self._messages = None if careful else _all_decoded(plan.decode(body) for plan, body in pairs)
-        if self._messages is None:
-            handlers = repeat(None)
-        elif columns.extras:
-            handlers = list(islice(handlers, len(columns.keys)))
-            for at, extra in columns.extras.items():
-                if extra.timeout_ns:
-                    handlers[at] = None  # a command, whatever its name is here
-        stamped = self.book is not None
-        self.rows = zip(
-            self._keys,  # first: it is the one that ends
-            handlers,
-            self._messages or repeat(None),
-            columns.ordinals if stamped and columns.ordinals else repeat(0),
-            columns.intended_ns if stamped and columns.intended_ns else repeat(0),
-            strict=False,
-        )
-        if skip := self._skip:
-            wanted = bytearray(b"\x01") * (self.end - self.first)
-            for at in range(0, len(skip), 2):
-                low, high = skip[at] - self.first, skip[at + 1] - self.first
-                wanted[low:high] = bytes(high - low)
-            self.wanted = wanted
-            self.rows = compress(self.rows, wanted)
-
-    @property
-    def next_seq(self) -> int:
-        """The sequence of the row that comes next; the present one's is one less."""
-        return self.end - length_hint(self._keys)
-
-    def stretch(self, first: int, length: int) -> tuple[int, int]:
-        """Where the next `length` rows lie, from sequence `first` on: the first of them, and the one behind the last."""
-        wanted = self.wanted
-        if wanted is None:
-            return first, min(first + length, self.end)
-        at = wanted.find(1, first - self.first)
-        if at < 0:
-            return self.end, self.end
-        first = self.first + at
-        for _ in range(length):
-            at = wanted.find(1, at) + 1
-            if not at:
-                return first, self.end
-        return first, self.first + at
-
-    def finish_before(self, seq: int) -> int:
-        """Report what was done in order below `seq`; return how many messages that were."""
-        start, self._run_start = self._run_start, seq
-        return self.session.finish_range(start, seq) if start < seq else 0
-
-    def hold(self) -> int:
-        """As `finish_before` the present row, and leave that one to whoever takes it out of the batch."""
-        seq = self.next_seq - 1
-        done = self.finish_before(seq)
-        self._run_start = seq + 1
-        return done
-
-    def plan_at(self, at: int) -> Plan:
-        """The plan of a row."""
-        return self._plans if isinstance(self._plans, Plan) else self._plans[at]
-
-    def delivery(self) -> Delivery:
-        """The present row, apart."""
-        columns = self.columns
-        at = self.next_seq - 1 - self.first
-        stamped = self.book is not None
-        extra = columns.extras.get(at) if columns.extras else None
-        return Delivery(
-            self.session,
-            self.book,
-            self.session.publisher,
-            self.first + at,
-            columns.names if isinstance(columns.names, str) else columns.names[at],
-            self.plan_at(at),
-            columns.keys[at],
-            columns.bodies[at],
-            columns.ordinals[at] if stamped and columns.ordinals is not None else 0,
-            columns.intended_ns[at] if stamped and columns.intended_ns is not None else 0,
-            self.attempt,
-            extra,
-            self.asked_ns + extra.timeout_ns if extra is not None and extra.timeout_ns else 0,
-            message=None if self._messages is None else self._messages[at],
-        )
-
-
-def _all_decoded(messages: Iterable[Any]) -> list[Any] | None:
-    """The messages of a batch, or None where one cannot be decoded: then each is, beside its handler.
-
-    All at once because that takes 130 ns a message less than decoding and handling by turns (seen in turns in one run).
-    """
-    try:
-        return list(messages)
-    except BaseException:  # whatever a message's own checks raise
-        return None
-
-
 class Lanes:
     """The lanes of one shard.
 
@@ -417,7 +174,9 @@ class Lanes:
         self._journal = journal
         self._quarantine = quarantine
         self._crowded: dict[int, deque[_Lane]] = {}  # by its head's deaths: a suspect that waits for others
-        self._hush: asyncio.TimerHandle | None = None  # while it is armed, nothing begins but a suspect that is to be alone
+        self._hush: asyncio.TimerHandle | None = (
+            None  # while it is armed, nothing begins but a suspect that is to be alone
+        )
         self._soloist: tuple[Identity, float] | None = None  # that one, and for how many seconds
         self._solo: _Lane | None = None  # its lane, until what was under way has ended
         self._clean = contextvars.copy_context()
@@ -528,14 +287,17 @@ class Lanes:
     def running(self) -> list[str]:
         """What is running or waiting in memory, for people: one line a busy key, the longest lanes first."""
         lanes = sorted(
-            (lane for lane in (*self._busy.values(), *self._loose) if not lane.asleep), key=lambda lane: -len(lane.queue)
+            (lane for lane in (*self._busy.values(), *self._loose) if not lane.asleep),
+            key=lambda lane: -len(lane.queue),
         )
         told = [
             f"key {lane.key!r}: {lane.running.name if lane.running else 'nothing'} is running, {len(lane.queue)} behind it"
             for lane in lanes
         ]
         told += [f"without a key: {delivery.name} is running" for delivery in self._keyless.values()]
-        unstarted = sum(inbound.end - inbound.next_seq for inbound in (self._cursor, *self._inbox) if inbound is not None)
+        unstarted = sum(
+            inbound.end - inbound.next_seq for inbound in (self._cursor, *self._inbox) if inbound is not None
+        )
         return [*told, f"{unstarted:,} messages had not begun"] if unstarted else told
 
     def current(self) -> str:
@@ -640,7 +402,7 @@ class Lanes:
                 await self._run_head(lane, token)
             elif self._cursor is not None or self._inbox:
                 await self._run_batch(self._cursor or self._open(self._inbox.popleft()), token, context, end_ns)
-            else:
+            elif not self._host.pull():
                 break
             if _differ(context, self._clean) or self._now() >= end_ns:
                 break
@@ -658,31 +420,28 @@ class Lanes:
     async def _run_batch(self, cursor: Inbound, token: object, context: contextvars.Context, end_ns: int) -> None:
         """Run messages of a batch, in strides, until its end or that of the leader's slice.
 
-        The clock is looked at between strides only, so a stride is short where a message has taken long.
+        The clock is looked at between strides only, so a stride is short where a message has taken long. Evidence is noted
+        once a batch, and of a slow one every half millisecond: a worker that dies takes that of so much with it.
 
-        The hot path of a worker: about 0.5 µs a message, so what is rare is elsewhere, and what is constant is local.
+        The hot path of a worker, so what is rare is elsewhere, and what is constant is local.
         """
         busy, now, clean, rows = self._busy, self._now, self._clean, cursor.rows
-        book = cursor.book
-        positions: dict[WireKey, int] = {} if book is None else book.positions
-        known: Any = None if book is None else book.known  # a stamp implies a book
-        last: Any = None if book is None else book.last
-        note: Any = None if book is None else book.note
-        latencies: dict[int, int] = {} if book is None else book.latencies_us
+        timed, ended = cursor.timed, cursor.ended_ns.append
         journal, limit = self._journal, cursor.end
-        journal.lead(cursor.session.publisher, cursor.next_seq, cursor.next_seq)
+        first = cursor.next_seq
+        journal.lead(cursor.session.publisher, first, first)
         running = journal.running
         began_ns = running[ALIVE] = now()
+        note_ns = began_ns + _NOTE_NS
         while True:
-            first = cursor.next_seq
             stride = 1 if cursor.careful else self._stride
             end = first + stride
             if end > limit or cursor.wanted is not None:
                 first, end = cursor.stretch(first, stride)
             running[FIRST], running[END] = first, end
             # The tuples are not kept, so `zip` uses one again and again.
-            for key, simple, message, ordinal, intended_ns in islice(rows, stride):
-                if simple is None or key in busy:
+            for message, simple, key in islice(rows, stride):
+                if simple is None or (busy and key in busy):
                     self._host.handled(cursor.hold())
                     delivery = cursor.delivery()
                     if key in busy:
@@ -704,15 +463,8 @@ class Lanes:
                         if self._leader is not token:
                             self._settle(self._overtaken(token, key), None)
                             return
-                        if ordinal:
-                            at = positions.get(key)
-                            if at is not None and known[at] == ordinal - 1:
-                                known[at] = last[at] = ordinal
-                            else:
-                                note(key, ordinal, cursor.attempt)
-                        if intended_ns:
-                            latency_us = (now() - intended_ns) // 1000
-                            latencies[latency_us] = latencies.get(latency_us, 0) + 1
+                        if timed:
+                            ended(now())
                 try:
                     if context != clean:
                         break
@@ -723,13 +475,17 @@ class Lanes:
                 fits = now_ns - began_ns < _SLICE_NS // 8
                 self._stride = min(_STRIDE_MAX, 2 * self._stride) if fits else max(1, self._stride // 4)
                 began_ns = running[ALIVE] = now_ns
-                if cursor.next_seq < cursor.end and now_ns < end_ns:
+                first = cursor.next_seq
+                if first < limit and now_ns < end_ns:
+                    if now_ns >= note_ns:
+                        cursor.note_before(first)
+                        note_ns = now_ns + _NOTE_NS
                     continue
             break
         # What was done so far is acked now, because the rest may take long.
         after = cursor.next_seq
         self._host.handled(cursor.finish_before(after))
-        if after == cursor.end:
+        if after == limit:
             self._cursor = None
         self._host.touched(cursor.session)
 
@@ -968,9 +724,7 @@ class Lanes:
             round_.again(handler, round_.failures_before(handler), delay_s + self._chance() * min(1.0, delay_s))
         else:
             told = f"the circuit of {handler.name} is {circuit.state.value}"
-            round_.gave_up.append(
-                Failure(handlers=(handler.name,), reason="circuit-open", error_type="", error=told)
-            )
+            round_.gave_up.append(Failure(handlers=(handler.name,), reason="circuit-open", error_type="", error=told))
 
     @staticmethod
     def _outcome(delivery: Delivery, round_: _Round) -> Failure | Later | None:
@@ -1099,9 +853,7 @@ class Lanes:
         if any(isinstance(one, Delivery) and not one.position for one in lane.queue) and not self._spill(lane):
             if not self._closing:
                 loop = asyncio.get_running_loop()
-                lane.timer = loop.call_later(
-                    self._limits.lane_wait_s_max, self._lay_down, lane, context=self._clean
-                )
+                lane.timer = loop.call_later(self._limits.lane_wait_s_max, self._lay_down, lane, context=self._clean)
             return
         lane.stored = True
         if lane.queue:
@@ -1197,7 +949,9 @@ class Lanes:
                 self._loose.add(loose)
                 self._continue(loose)
             if self.queued > self._limits.queued_events_max:
-                head.due_ns = self._now() + int(self._limits.lane_wait_s_max * 1e9)  # the rest when some of them have run
+                head.due_ns = self._now() + int(
+                    self._limits.lane_wait_s_max * 1e9
+                )  # the rest when some of them have run
         else:
             lane.queue.extendleft(reversed(rows))
         self._continue(lane)
@@ -1259,9 +1013,7 @@ class Lanes:
     # -- failures
 
     def _undecodable(self, error: BaseException) -> Failure:
-        return Failure(
-            handlers=(), reason="undecodable", error_type=type(error).__name__, error=_text_of(error)
-        )
+        return Failure(handlers=(), reason="undecodable", error_type=type(error).__name__, error=_text_of(error))
 
     def _judge(self, handler: Registered, error: BaseException, reason: str) -> Failure:
         """What to write of a handler that gave up."""

@@ -15,6 +15,7 @@ one word a key, so that no kill at any instant can make it wrong.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import compress, repeat
 from operator import eq
 from typing import Final
@@ -261,9 +262,9 @@ class Book:
 class PublisherBook:
     """One publisher's part of a book.
 
-    The lanes read `positions` and write `last` themselves where an ordinal is the next one, because that is every event;
-    all else comes through `irregular`. They count into `latencies_us` (microseconds → how often), which is written before
-    the ack, because there many events share a value. A retired book has lost its row and takes nothing more.
+    Where an ordinal is the next one, that is a word to write, because that is every event; all else is `irregular`.
+    `latencies_us` (microseconds → how often) is written before the ack, because there many events share a value. A retired
+    book has lost its row and takes nothing more.
     """
 
     __slots__ = (
@@ -290,6 +291,25 @@ class PublisherBook:
         self.retired = False
         self._overtaken: set[tuple[WireKey, int]] = set()
         self._use_ns = 0
+
+    def note_all(self, keys: Iterable[WireKey], ordinals: Iterable[int], attempt: int) -> None:
+        """Events with these keys and ordinals reached their outcomes in this order; ordinal 0: it has none."""
+        positions, known, last = self.positions, self.known, self.last
+        for key, ordinal in zip(keys, ordinals, strict=True):
+            if ordinal:
+                at = positions.get(key)
+                if at is not None and known[at] == ordinal - 1:
+                    known[at] = last[at] = ordinal
+                else:
+                    self.irregular(key, ordinal, attempt)
+
+    def measure_all(self, intended_ns: Iterable[int], ended_ns: Iterable[int]) -> None:
+        """Events with these intended instants were handled at those; 0: it has none."""
+        latencies = self.latencies_us
+        for ended, intended in zip(ended_ns, intended_ns, strict=True):
+            if intended:
+                latency_us = (ended - intended) // 1000
+                latencies[latency_us] = latencies.get(latency_us, 0) + 1
 
     def note(self, key: WireKey, ordinal: int, attempt: int) -> None:
         """An event with this ordinal reached its outcome."""

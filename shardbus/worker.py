@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import traceback
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from msgspec.structs import replace
@@ -46,7 +46,7 @@ from shardbus.shard import Shard
 from shardbus.sql_store import SqlStore
 from shardbus.store import StoreError
 from shardbus.watchdog import Stall, Watchdog
-from shardbus.zmq_transport import ZmqListener
+from shardbus.zmq_transport import Router, ZmqListener
 
 log = logging.getLogger("shardbus.worker")
 
@@ -85,7 +85,7 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
     evidence = SharedBook(spec.evidence_path)
     journal = SharedJournal(spec.journal_path)
     listener = ZmqListener()
-    sends: list[Any] = []
+    routers: list[Router] = []
     shard = Shard(
         shard=spec.shard,
         epoch=spec.epoch,
@@ -94,7 +94,8 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         store=SqlStore(spec.store_url, shards=spec.shards),
         book=evidence.book,
         journal=journal.journal,
-        send=lambda peer, frame: sends[0](peer, frame),  # noqa: PLW0108 - the list is filled once the socket is bound
+        send=lambda peer, frame: routers[0].send(peer, frame),  # noqa: PLW0108 - the list is filled once the socket is bound
+        pull=lambda: bool(routers) and routers[0].pull(),
         now=monotonic_ns,
         limits=replace(
             DEFAULT_LIMITS,
@@ -115,7 +116,7 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
     try:
         await _start(shard, spec, pipe)
         # Bound last: what waits in the store is in its lanes before anything new can come.
-        sends.append(listener.bind(spec.address, shard.receive).send)
+        routers.append(listener.bind(spec.address, shard.receive, burst=1))
         on_stop_signals(stop.set)
         gc.collect()
         gc.freeze()

@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("store_writer",),
     ("dead_letters", "reports"),
     ("metrics",),
+    ("inbound",),
     ("lanes",),
     # adapters: one effect each
     ("evidence", "sql_store", "zmq_transport", "processes", "rundir", "logs", "application", "event_loop", "watchdog"),
