@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from typing import Final
 
 from shardbus.journal import Journal, journal_bytes
-from shardbus.metrics import Book, book_bytes
+from shardbus.metrics import Book, Recorder, book_bytes
 
 KEYS: Final = 65_536
 PUBLISHERS: Final = 16
+_FULL_S: Final = 0.0005
 EVIDENCE_BYTES: Final = book_bytes(keys=KEYS, publishers=PUBLISHERS) + journal_bytes()
 
 
@@ -54,16 +56,31 @@ class _Shared:
         raise NotImplementedError
 
 
-class SharedBook(_Shared):
-    """A book in a file.
+class SharedRecorder(_Shared):
+    """A worker's side of a book in a file. Where the log is full, it waits for the supervisor, without which it ends anyway.
 
     Raises:
         OSError: the file cannot be made or mapped.
     """
 
-    def __init__(self, path: str, *, keys: int = KEYS, publishers: int = PUBLISHERS) -> None:
-        super().__init__(path, book_bytes(keys=keys, publishers=publishers))
-        self.book = Book(self._view, keys=keys, publishers=publishers)
+    def __init__(self, path: str) -> None:
+        super().__init__(path, book_bytes(keys=KEYS, publishers=PUBLISHERS))
+        self.recorder = Recorder(self._view, keys=KEYS, publishers=PUBLISHERS, full=lambda: time.sleep(_FULL_S))
+
+    def _release(self) -> None:
+        self.recorder.release()
+
+
+class SharedBook(_Shared):
+    """The supervisor's side of a book in a file.
+
+    Raises:
+        OSError: the file cannot be made or mapped.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, book_bytes(keys=KEYS, publishers=PUBLISHERS))
+        self.book = Book(self._view, keys=KEYS, publishers=PUBLISHERS)
 
     def _release(self) -> None:
         self.book.release()

@@ -12,11 +12,11 @@ from operator import length_hint
 from typing import Any, Final
 
 from shardbus.messages import Message, WireKey
-from shardbus.metrics import PublisherBook
+from shardbus.metrics import Recorder
 from shardbus.quarantine import Identity
 from shardbus.registry import Handler, Plan
 from shardbus.store import Failure
-from shardbus.wire.codec import Columns, Extra
+from shardbus.wire.codec import Columns, Extra, stamp_at
 from shardbus.wire.session import WorkerSession
 
 UNKNOWN: Final = Plan(Message, ())  # stands for every type that has no handler here
@@ -28,7 +28,6 @@ class Delivery:
     __slots__ = (
         "attempt",
         "body",
-        "book",
         "deadline_ns",
         "due_ns",
         "extra",
@@ -50,7 +49,6 @@ class Delivery:
     def __init__(
         self,
         session: WorkerSession | None,
-        book: PublisherBook | None,
         publisher: bytes,
         seq: int,
         name: str,
@@ -66,7 +64,6 @@ class Delivery:
         message: Any = None,
     ) -> None:
         self.session = session  # None: it came from the store, nobody waits for its ack
-        self.book = book
         self.publisher = publisher
         self.seq = seq
         self.name = name
@@ -116,12 +113,12 @@ class Inbound:
         "_skip",
         "asked_ns",
         "attempt",
-        "book",
         "careful",
         "columns",
         "end",
         "ended_ns",
         "first",
+        "recorder",
         "rows",
         "session",
         "timed",
@@ -131,7 +128,7 @@ class Inbound:
     def __init__(
         self,
         session: WorkerSession,
-        book: PublisherBook | None,
+        recorder: Recorder | None,
         first: int,
         count: int,
         attempt: int,
@@ -140,7 +137,7 @@ class Inbound:
         asked_ns: int,
     ) -> None:
         self.session = session
-        self.book = book
+        self.recorder = recorder  # None: nobody stamped its events
         self.first = first
         self.end = first + count
         self.attempt = attempt
@@ -151,7 +148,7 @@ class Inbound:
         self._skip = skip
         self.wanted: bytearray | None = None  # where some are skipped: 1 for each row that is not
         self.careful = False
-        self.timed = book is not None and columns.intended_ns is not None
+        self.timed = recorder is not None and columns.intended_ns is not None
         self.ended_ns: list[int] = []  # where timed: when each row ended that was handled and is not noted yet
         self._items: Iterator[Any] = iter(columns.keys)
         self._plans: Plan | list[Plan] = UNKNOWN
@@ -219,22 +216,27 @@ class Inbound:
     def note_before(self, seq: int) -> None:
         """Write the evidence of the rows below `seq` that were handled in order since the last time."""
         start, self._noted = self._noted, seq
-        book = self.book
-        if book is None or start >= seq:
+        recorder = self.recorder
+        if recorder is None or start >= seq:
             return
-        part = slice(start - self.first, seq - self.first)
-        columns, wanted = self.columns, self.wanted
-        if columns.ordinals is not None:
-            keys, ordinals = columns.keys[part], columns.ordinals[part]
-            if wanted is None:
-                book.note_all(keys, ordinals, self.attempt)
-            else:
-                book.note_all(compress(keys, wanted[part]), compress(ordinals, wanted[part]), self.attempt)
-        if self.timed:
-            assert columns.intended_ns is not None  # that is what makes it timed
-            intended_ns = columns.intended_ns[part]
-            book.measure_all(intended_ns if wanted is None else compress(intended_ns, wanted[part]), self.ended_ns)
-            self.ended_ns.clear()
+        low, high = start - self.first, seq - self.first
+        columns, publisher, ended_ns = self.columns, self.session.publisher, self.ended_ns
+        ordinals, intended_ns = columns.ordinals, columns.intended_ns
+        if self.wanted is None:
+            recorder.note_all(
+                publisher,
+                self.attempt,
+                columns.keys[low:high],
+                None if ordinals is None else ordinals[8 * low : 8 * high],
+                None if intended_ns is None else intended_ns[8 * low : 8 * high],
+                ended_ns,
+            )
+        else:
+            ended = iter(ended_ns)
+            for at in compress(range(low, high), self.wanted[low:high]):
+                ordinal, intended = stamp_at(ordinals, at), stamp_at(intended_ns, at)
+                recorder.note(publisher, columns.keys[at], ordinal, self.attempt, intended, next(ended, 0), dead=False)
+        ended_ns.clear()
 
     def finish_before(self, seq: int) -> int:
         """Report what was done in order below `seq`; return how many messages that were."""
@@ -257,19 +259,17 @@ class Inbound:
         """The present row, apart."""
         columns = self.columns
         at = self.next_seq - 1 - self.first
-        stamped = self.book is not None
         extra = columns.extras.get(at) if columns.extras else None
         return Delivery(
             self.session,
-            self.book,
             self.session.publisher,
             self.first + at,
             columns.names if isinstance(columns.names, str) else columns.names[at],
             self.plan_at(at),
             columns.keys[at],
             columns.bodies[at],
-            columns.ordinals[at] if stamped and columns.ordinals is not None else 0,
-            columns.intended_ns[at] if stamped and columns.intended_ns is not None else 0,
+            stamp_at(columns.ordinals, at),
+            stamp_at(columns.intended_ns, at),
             self.attempt,
             extra,
             self.asked_ns + extra.timeout_ns if extra is not None and extra.timeout_ns else 0,

@@ -116,6 +116,9 @@ class LaneHost(Protocol):
     def load(self, key: WireKey, after: int, upto: int, limit: int, then: Callable[[list[Delivery]], None]) -> None:
         """Read waiting events of a key back, behind `after`, once the one at `upto` is written; hand them to `then`."""
 
+    def note(self, delivery: Delivery, *, dead: bool) -> None:
+        """A stamped event reached its outcome: write the evidence before it is acked."""
+
     def handled(self, count: int) -> None:
         """So many messages reached an outcome."""
 
@@ -798,14 +801,8 @@ class Lanes:
             return
         parks = outcome is not None and delivery.key is not None and delivery.plan.parks(outcome.handlers)
         self._host.handled(1)
-        book = delivery.book
-        if book is not None and delivery.is_event:
-            if delivery.ordinal:
-                book.note(delivery.key, delivery.ordinal, delivery.attempt)
-            if delivery.intended_ns and outcome is None:
-                book.measured((self._now() - delivery.intended_ns) // 1000)
-            if outcome is not None:
-                book.note_dead()
+        if (delivery.ordinal or delivery.intended_ns) and delivery.is_event:
+            self._host.note(delivery, dead=outcome is not None)
         if outcome is not None:
             self._host.bury(delivery, outcome, parks=parks)
         else:

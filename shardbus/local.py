@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -20,7 +21,7 @@ from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.errors import BusRejected, RemoteProtocolError
 from shardbus.journal import Journal, journal_bytes
-from shardbus.metrics import Book, book_bytes
+from shardbus.metrics import Book, Evidence, Recorder, book_bytes
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.shard import Shard
@@ -31,11 +32,14 @@ from shardbus.wire.frames import Answer, decode_to_supervisor, encode_frame
 log = logging.getLogger("shardbus.local")
 
 _CONTROL: Final = "local:control"
-_BOOK_KEYS: Final = 4096
-_BOOK_PUBLISHERS: Final = 4
+_BOOK: Final = {"keys": 4096, "publishers": 4, "log_bytes": 1024 * 1024}
 _JOURNAL: Final = {"suspended": 1, "suspects": 1}  # nobody survives to read it
 _SILENCE_CHECK_S: Final = 1.0
 _encode: Final = msgspec.msgpack.Encoder().encode
+
+
+def _fold(book: Book) -> None:
+    book.fold(monotonic_ns())
 
 
 class _LocalChannel:
@@ -60,8 +64,9 @@ class _LocalChannel:
 class _LocalBus:
     """The shards, and in the supervisor's place a few answers."""
 
-    def __init__(self, name: str, shards: list[Shard], table: Table) -> None:
-        self.shards = shards
+    def __init__(self, name: str, table: Table) -> None:
+        self.shards: list[Shard] = []
+        self.books: list[Book] = []
         self._name = name
         self._table = table
         self._peers: dict[bytes, Callable[[bytes], None]] = {}
@@ -95,18 +100,23 @@ class _LocalBus:
         bodies: dict[str, Callable[[], Any]] = {
             "table": lambda: self._table,
             "status": self._status,
-            "evidence": lambda: [
-                found
-                for publisher in msgspec.msgpack.decode(ask.body, type=list[bytes])
-                for shard in self.shards
-                if (found := shard.book.evidence(shard.shard, publisher)) is not None
-            ],
+            "evidence": lambda: self._evidence(msgspec.msgpack.decode(ask.body, type=list[bytes])),
         }
         body = bodies.get(ask.what)
         if body is None:
             back.send(encode_frame(Answer(ask.request, f"a local bus cannot be asked for {ask.what!r}", b"")))
         else:
             back.send(encode_frame(Answer(ask.request, "", _encode(body()))))
+
+    def _evidence(self, publishers: list[bytes]) -> list[Evidence]:
+        for book in self.books:
+            _fold(book)
+        return [
+            found
+            for publisher in publishers
+            for shard, book in enumerate(self.books)
+            if (found := book.evidence(shard, publisher)) is not None
+        ]
 
     def _status(self) -> dict[str, Any]:
         ledgers = [store_ledger(shard.counts) for shard in self.shards]
@@ -119,7 +129,7 @@ class _LocalBus:
                     "pid": os.getpid(),
                     "epoch": 1,
                     "restarts": 0,
-                    "handled": shard.book.counters().handled,
+                    "handled": shard.recorder.counters().handled,
                     "backlog": shard.backlog,
                     "rss_bytes": 0,
                     "store_failing": shard.store_failing,
@@ -193,21 +203,22 @@ async def _running(
             for shard in range(shards)
         ],
     )
-    running: list[Shard] = []
-    bus = _LocalBus(registry.name, running, table)
+    bus = _LocalBus(registry.name, table)
+    running = bus.shards
     async with contextlib.AsyncExitStack() as stack:
         for address in table.shards:
             await stack.enter_async_context(
                 registry.running(WorkerInfo(bus=registry.name, shard=address.shard, shards=shards))
             )
-            size = book_bytes(keys=_BOOK_KEYS, publishers=_BOOK_PUBLISHERS)
+            buffer = memoryview(bytearray(book_bytes(**_BOOK)))
+            book = Book(buffer, **_BOOK)
             shard = Shard(
                 shard=address.shard,
                 epoch=address.epoch,
                 layout=1,
                 plans=registry.plans(),
                 store=stores[address.shard] if stores else SqlStore(_url_of(dead_letters, address.shard)),
-                book=Book(memoryview(bytearray(size)), keys=_BOOK_KEYS, publishers=_BOOK_PUBLISHERS),
+                recorder=Recorder(buffer, full=partial(_fold, book), **_BOOK),
                 journal=Journal(memoryview(bytearray(journal_bytes(**_JOURNAL))), **_JOURNAL),
                 send=bus.send,
                 now=monotonic_ns,
@@ -217,6 +228,7 @@ async def _running(
             stack.push_async_callback(shard.close)
             await shard.start()
             running.append(shard)
+            bus.books.append(book)
         if stores is None and dead_letters is None:
             stack.callback(_tell_what_ends, running)
         ticker = loop.create_task(_tick(running))

@@ -1,12 +1,16 @@
 """What a shard can prove of its work, and the layout in which it says so.
 
-A book is a flat buffer of 64-bit words, shared between a worker and its supervisor (`evidence` owns the mapping). The
-worker writes it after the handler and before the ack, outside the application's code, so it survives a SIGKILL and holds
-for anybody's application. It has
+A book is a flat buffer of 64-bit words, shared between a worker and its supervisor (`evidence` owns the mapping). It has
 
     counters of the shard
     a row for each publisher that stamps its events, and its latency histogram
     the last ordinal of each (publisher, key), in a ring: when it is full, the key that entered first is forgotten
+    a log: a ring of records that say which stamped events reached their outcome
+
+The worker appends to the log, after the handlers and before the ack, outside the application's code, so it survives a
+SIGKILL and holds for anybody's application. The supervisor folds the log into the rest. To append costs the worker a copy of
+the columns that it has, a few nanoseconds an event; to hold every event against the last one of its key costs 0.2 µs, and is
+done where no event waits for it.
 
 An ordinal counts one publisher's events of one key: 1, 2, 3, … So the next ordinal is in order, a lower one is a repeat
 (or a late one, if it was missing), and a gap is missing until it comes. `distinct` follows from the last ordinals alone,
@@ -15,7 +19,8 @@ one word a key, so that no kill at any instant can make it wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import struct
+from collections.abc import Callable, Iterable, Sequence
 from itertools import compress, repeat
 from operator import eq
 from typing import Final
@@ -24,6 +29,7 @@ import msgspec
 
 from shardbus.messages import WireKey
 from shardbus.routing import stable_hash
+from shardbus.wire.codec import pack_keys, unpack_keys
 
 # -- latency buckets: whole microseconds up to 2,047, then 1,024 buckets for each power of two (3 significant digits,
 #    as in HdrHistogram, http://hdrhistogram.org), up to 2³⁶ µs (19 hours)
@@ -84,8 +90,11 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 COUNTERS: Final = Counters.__struct_fields__
-_MAGIC: Final = 0x5348415244423031  # "SHARDB01"
-_HEADER: Final = 16  # words: magic, keys, publishers, ring position, then the counters
+_MAGIC: Final = 0x5348415244423032  # "SHARDB02"
+_HEADER: Final = 16  # words: magic, keys, publishers, size of the log, place in the ring of keys, head, tail, counters
+_KEY_RING_AT: Final = 4
+_HEAD_AT: Final = 5  # bytes that were ever appended to the log; the worker's
+_TAIL_AT: Final = 6  # of them, those that are folded; the supervisor's
 _COUNTERS_AT: Final = 8
 _ROW: Final = 16  # words a publisher
 _ID, _USED, _RETIRED, _REPEATS, _ANNOUNCED, _OUT_OF_ORDER, _MISSING, _UNCHECKED, _DEAD, _SAMPLES = (
@@ -101,24 +110,166 @@ _ID, _USED, _RETIRED, _REPEATS, _ANNOUNCED, _OUT_OF_ORDER, _MISSING, _UNCHECKED,
     10,
 )
 _ORDINAL_MAX: Final = 2**40  # of one publisher's events of one key
-_USE_NOTE_NS: Final = 100_000_000  # how exactly it is known when a row was used last
 _OVERTAKEN_MAX: Final = 65_536  # ordinals that were overtaken and are remembered one by one, for each publisher
 
+# A record: its size in bytes, publisher, events, bytes of keys, attempt, dead ones, which columns follow the keys.
+# The first field alone, with the highest bit set, is a gap up to the end of the ring.
+_RECORD: Final = struct.Struct("<Q16sIIIII4x")
+_GAP: Final = 1 << 63
+_ORDINALS, _TIMES = 1, 2
+_LOG_BYTES: Final = 2 * 1024 * 1024  # 0.15 s of a worker at full speed
+_GATHERED_MAX: Final = 256  # events that were noted one by one, to a record
 
-class Book:
-    """The evidence of one shard, over a buffer that starts as zeros and may already hold a predecessor's evidence."""
 
-    def __init__(self, buffer: memoryview, *, keys: int, publishers: int) -> None:
-        words = buffer.cast("B").cast("Q")
-        assert len(words) * 8 == book_bytes(keys=keys, publishers=publishers)
-        if words[0] != _MAGIC or words[1] != keys or words[2] != publishers:
+class _Mapped:
+    """The parts of a book's buffer, which starts as zeros and may already hold what predecessors wrote."""
+
+    def __init__(self, buffer: memoryview, *, keys: int, publishers: int, log_bytes: int = _LOG_BYTES) -> None:
+        octets = buffer.cast("B")
+        words = octets.cast("Q")
+        assert len(octets) == book_bytes(keys=keys, publishers=publishers, log_bytes=log_bytes)
+        if words[:4].tolist() != [_MAGIC, keys, publishers, log_bytes]:
             if any(words[:_HEADER]):  # another layout was here; a buffer that is new is zeros, and stays untouched
-                words[:] = memoryview(bytes(len(words) * 8)).cast("Q")
-            words[1], words[2] = keys, publishers
+                words[:] = memoryview(bytes(len(octets))).cast("Q")
+            words[1], words[2], words[3] = keys, publishers, log_bytes
             words[0] = _MAGIC
         self._words = words
         self._keys = keys
         self._publishers = publishers
+        self._log_bytes = log_bytes
+        self._log = octets[len(octets) - log_bytes :]
+        octets.release()
+
+    def counters(self) -> Counters:
+        """The shard's counters now."""
+        return Counters(**{name: self._words[_COUNTERS_AT + at] for at, name in enumerate(COUNTERS)})
+
+    def release(self) -> None:
+        """Let go of the buffer."""
+        self._log.release()
+        self._words.release()
+
+
+class Recorder(_Mapped):
+    """The worker's side of a book: counts, and appends to the log.
+
+    Where the log is full, `full` is called until there is room: it waits for the supervisor, or does its work.
+    """
+
+    def __init__(
+        self,
+        buffer: memoryview,
+        *,
+        keys: int,
+        publishers: int,
+        full: Callable[[], object],
+        log_bytes: int = _LOG_BYTES,
+    ) -> None:
+        super().__init__(buffer, keys=keys, publishers=publishers, log_bytes=log_bytes)
+        self._full = full
+        self._head = self._words[_HEAD_AT]
+        self._tail = self._words[_TAIL_AT]  # as it was seen last
+        # Single events of one publisher and attempt, gathered until something else comes, or an ack.
+        self._of: tuple[bytes, int] = (b"", 0)
+        self._noted_keys: list[WireKey] = []
+        self._ordinals: list[int] = []
+        self._intended_ns: list[int] = []
+        self._ended_ns: list[int] = []
+        self._dead = 0
+
+    def count(self, counter: str, by: int = 1) -> None:
+        """Add to one of `COUNTERS`."""
+        self._words[_COUNTERS_AT + COUNTERS.index(counter)] += by
+
+    def add_handled(self, by: int) -> None:
+        """Add to `handled`: the counter that is written once a slice."""
+        self._words[_COUNTERS_AT] += by
+
+    def note(
+        self, publisher: bytes, key: WireKey, ordinal: int, attempt: int, intended_ns: int, ended_ns: int, *, dead: bool
+    ) -> None:
+        """An event reached its outcome; 0: it has no ordinal, or no intended instant. Written by `flush`."""
+        if self._of != (publisher, attempt) or len(self._noted_keys) >= _GATHERED_MAX:
+            self.flush()
+            self._of = (publisher, attempt)
+        self._noted_keys.append(key)
+        self._ordinals.append(ordinal)
+        self._intended_ns.append(0 if dead else intended_ns)
+        self._ended_ns.append(ended_ns)
+        self._dead += dead
+
+    def flush(self) -> None:
+        """Write what was noted one by one: before an ack says that it is finished."""
+        keys = self._noted_keys
+        if keys:
+            dead, self._dead = self._dead, 0
+            columns = struct.Struct(f"<{len(keys)}q").pack
+            times = columns(*self._intended_ns), columns(*self._ended_ns)
+            self._append(*self._of, keys, columns(*self._ordinals), *times, dead)
+            for column in (keys, self._ordinals, self._intended_ns, self._ended_ns):
+                column.clear()
+
+    def note_all(
+        self,
+        publisher: bytes,
+        attempt: int,
+        keys: Sequence[WireKey],
+        ordinals: bytes | None,
+        intended_ns: bytes | None,
+        ended_ns: Sequence[int],
+    ) -> None:
+        """Events were handled in this order. Stamps as they came, 8 bytes each, where 0 is none; None: none has one."""
+        self.flush()  # what was noted before comes before
+        ended = struct.pack(f"<{len(ended_ns)}q", *ended_ns) if intended_ns is not None else None
+        self._append(publisher, attempt, keys, ordinals, intended_ns, ended, 0)
+
+    def _append(
+        self,
+        publisher: bytes,
+        attempt: int,
+        keys: Sequence[WireKey],
+        ordinals: bytes | None,
+        intended_ns: bytes | None,
+        ended_ns: bytes | None,
+        dead: int,
+    ) -> None:
+        packed = pack_keys(keys)
+        columns = [column for column in (ordinals, intended_ns, ended_ns) if column is not None]
+        size = _RECORD.size + len(packed) + sum(map(len, columns))
+        size += -size % 8
+        at = self._room_for(size)
+        log = self._log
+        which = (ordinals is not None) * _ORDINALS + (intended_ns is not None) * _TIMES
+        _RECORD.pack_into(log, at, size, publisher, len(keys), len(packed), attempt, dead, which)
+        at += _RECORD.size
+        for part in (packed, *columns):
+            end = at + len(part)
+            log[at:end] = part
+            at = end
+        self._head += size
+        self._words[_HEAD_AT] = self._head  # last: now it is there
+
+    def _room_for(self, size: int) -> int:
+        """Where a record of `size` bytes is to be written, in one piece."""
+        at = self._head % self._log_bytes
+        gap = self._log_bytes - at if self._log_bytes - at < size else 0
+        while self._head + gap + size - self._tail > self._log_bytes:
+            self._tail = self._words[_TAIL_AT]
+            if self._head + gap + size - self._tail > self._log_bytes:
+                self._full()
+        if gap:
+            self._log[at : at + 8] = (_GAP | gap).to_bytes(8, "little")
+            self._head += gap
+            at = 0
+        return at
+
+
+class Book(_Mapped):
+    """The supervisor's side: folds the log, and tells what the shard can prove."""
+
+    def __init__(self, buffer: memoryview, *, keys: int, publishers: int, log_bytes: int = _LOG_BYTES) -> None:
+        super().__init__(buffer, keys=keys, publishers=publishers, log_bytes=log_bytes)
+        words = self._words
         at = _HEADER
         self._rows = words[at : at + publishers * _ROW]
         at += publishers * _ROW
@@ -136,28 +287,65 @@ class Book:
         }
         self._seen: list[tuple[PublisherBook, WireKey] | None] = [None] * keys
         self._books: dict[bytes, PublisherBook] = {}
+        # A predecessor may have been killed while it folded the next record.
+        self._doubtful = bool(self._inherited)
 
     def release(self) -> None:
         """Let go of the buffer."""
         self._books.clear()
-        for view in (self._rows, self._histograms, self._hashes, self._owners, self.last, self._words):
+        for view in (self._rows, self._histograms, self._hashes, self._owners, self.last):
             view.release()
+        super().release()
 
-    # -- the worker's side
+    # -- the log
 
-    def count(self, counter: str, by: int = 1) -> None:
-        """Add to one of `COUNTERS`."""
-        self._words[_COUNTERS_AT + COUNTERS.index(counter)] += by
+    def fold(self, now_ns: int, records: int = 2**62) -> bool:
+        """Fold up to so many records, at most what is there now; whether more are left.
 
-    def add_handled(self, by: int) -> None:
-        """Add to `handled`: the counter that is written once a slice."""
-        self._words[_COUNTERS_AT] += by
-
-    def write_latencies(self) -> None:
-        """Write what was measured since the last time."""
+        A kill in between may cost the latencies of what this call folded, and nothing else.
+        """
+        words = self._words
+        head, tail = words[_HEAD_AT], words[_TAIL_AT]
+        try:
+            while tail < head and records:
+                at = tail % self._log_bytes
+                size = int.from_bytes(self._log[at : at + 8], "little")
+                if size & _GAP:
+                    size ^= _GAP
+                else:
+                    self._fold_record(at, now_ns)
+                    records -= 1
+                tail += size
+                words[_TAIL_AT] = tail
+        except Exception:
+            words[_TAIL_AT] = head  # somebody has written over it: a worker must not wait for ever
+            raise
         for book in self._books.values():
             if book.latencies_us:
                 book.write_latencies()
+        return tail < head
+
+    def _fold_record(self, at: int, now_ns: int) -> None:
+        _, publisher, events, key_bytes, attempt, dead, which = _RECORD.unpack_from(self._log, at)
+        at += _RECORD.size
+        book = self.publisher(publisher, now_ns)
+        column = struct.Struct(f"<{events}q")
+        ordinals_at = at + key_bytes
+        times_at = ordinals_at + (column.size if which & _ORDINALS else 0)
+        if which & _ORDINALS:
+            keys = unpack_keys(self._log[at:ordinals_at])
+            ordinals: Sequence[int] = column.unpack_from(self._log, ordinals_at)
+            if self._doubtful:
+                # What is in already would look like a repeat.
+                pairs = zip(keys, ordinals, strict=True)
+                ordinals = [ordinal if ordinal > book.last_of(key) else 0 for key, ordinal in pairs]
+            book.note_all(keys, ordinals, attempt)
+        if which & _TIMES:
+            intended_ns = column.unpack_from(self._log, times_at)
+            book.measure_all(intended_ns, column.unpack_from(self._log, times_at + column.size))
+        if dead:
+            book.note_dead(dead)
+        self._doubtful = False
 
     def publisher(self, publisher: bytes, now_ns: int) -> PublisherBook:
         """The book of a publisher, used now. When all rows are taken, the one that was used least recently is given away."""
@@ -186,7 +374,6 @@ class Book:
             for publisher, book in list(self._books.items()):
                 if book.row == row:
                     del self._books[publisher]
-                    book.retired = True
             for at, owner in enumerate(self._owners):
                 if owner == row + 1:
                     self._forget(at)
@@ -215,8 +402,8 @@ class Book:
         digest = stable_hash(key)
         at = self._inherited.pop((book.row + 1, digest), None)
         if at is None:
-            at = self._words[3]
-            self._words[3] = (at + 1) % self._keys
+            at = self._words[_KEY_RING_AT]
+            self._words[_KEY_RING_AT] = (at + 1) % self._keys
             if self._owners[at]:
                 self._forget(at)
             self.last[at] = self.known[at] = 0
@@ -226,11 +413,7 @@ class Book:
         self._seen[at] = (book, key)
         return at
 
-    # -- the supervisor's side
-
-    def counters(self) -> Counters:
-        """The shard's counters now."""
-        return Counters(**{name: self._words[_COUNTERS_AT + at] for at, name in enumerate(COUNTERS)})
+    # -- what it tells
 
     def evidence(self, shard: int, publisher: bytes) -> Evidence | None:
         """What this shard can say of a publisher; None: it has seen nothing stamped of it."""
@@ -239,7 +422,7 @@ class Book:
             return None
         words = self._rows[row * _ROW : (row + 1) * _ROW].tolist()
         # Before the ring has come round once, what lies behind its position was never used: loadgen asks every second.
-        used = self._keys if self._owners[self._keys - 1] else self._words[3]
+        used = self._keys if self._owners[self._keys - 1] else self._words[_KEY_RING_AT]
         of_row = map(eq, self._owners[:used].tolist(), repeat(row + 1))
         # A gap's ordinals are part of the last ordinal and never came; what was retired was counted when it was forgotten.
         last = sum(compress(self.last[:used].tolist(), of_row))
@@ -260,37 +443,19 @@ class Book:
 
 
 class PublisherBook:
-    """One publisher's part of a book.
+    """One publisher's part of a book."""
 
-    Where an ordinal is the next one, that is a word to write, because that is every event; all else is `irregular`.
-    `latencies_us` (microseconds → how often) is written before the ack, because there many events share a value. A retired
-    book has lost its row and takes nothing more.
-    """
-
-    __slots__ = (
-        "_book",
-        "_overtaken",
-        "_use_ns",
-        "known",
-        "last",
-        "latencies_us",
-        "positions",
-        "publisher",
-        "retired",
-        "row",
-    )
+    __slots__ = ("_book", "_overtaken", "known", "last", "latencies_us", "positions", "publisher", "row")
 
     def __init__(self, book: Book, row: int, publisher: bytes) -> None:
         self._book = book
         self.row = row
         self.publisher = publisher
         self.positions: dict[WireKey, int] = {}
-        self.latencies_us: dict[int, int] = {}
+        self.latencies_us: dict[int, int] = {}  # microseconds → how often, written at the end of a fold: many share a value
         self.last = book.last
         self.known = book.known
-        self.retired = False
         self._overtaken: set[tuple[WireKey, int]] = set()
-        self._use_ns = 0
 
     def note_all(self, keys: Iterable[WireKey], ordinals: Iterable[int], attempt: int) -> None:
         """Events with these keys and ordinals reached their outcomes in this order; ordinal 0: it has none."""
@@ -311,18 +476,15 @@ class PublisherBook:
                 latency_us = (ended - intended) // 1000
                 latencies[latency_us] = latencies.get(latency_us, 0) + 1
 
-    def note(self, key: WireKey, ordinal: int, attempt: int) -> None:
-        """An event with this ordinal reached its outcome."""
+    def last_of(self, key: WireKey) -> int:
+        """The last ordinal of a key."""
         at = self.positions.get(key)
-        if at is not None and self.known[at] == ordinal - 1:
-            self.known[at] = self.last[at] = ordinal
-        else:
-            self.irregular(key, ordinal, attempt)
+        if at is None:
+            at = self._book._place(self, key)
+        return self.known[at]
 
     def irregular(self, key: WireKey, ordinal: int, attempt: int) -> None:
         """An outcome that is not simply the next of a key that this process knows."""
-        if self.retired:
-            return
         if ordinal > _ORDINAL_MAX:  # nobody counts so far; sums of such numbers would not fit
             self._add(_UNCHECKED, 1)
             return
@@ -355,29 +517,17 @@ class PublisherBook:
             if attempt > 1:
                 self._add(_ANNOUNCED, 1)
 
-    def used(self, now_ns: int) -> None:
-        """Something of this publisher came: its row is not the one to give away."""
-        if now_ns >= self._use_ns and not self.retired:
-            self._use_ns = now_ns + _USE_NOTE_NS
-            self._book._rows[self.row * _ROW + _USED] = now_ns
-
-    def note_dead(self) -> None:
-        """A stamped event became a dead letter."""
-        if not self.retired:
-            self._add(_DEAD, 1)
-
-    def measured(self, latency_us: int) -> None:
-        """An event was handled so long after its intended instant."""
-        self.latencies_us[latency_us] = self.latencies_us.get(latency_us, 0) + 1
+    def note_dead(self, by: int) -> None:
+        """Stamped events became dead letters."""
+        self._add(_DEAD, by)
 
     def write_latencies(self) -> None:
         """Add `latencies_us` to the histogram."""
-        if not self.retired:
-            base = self.row * BUCKETS
-            histograms = self._book._histograms
-            for value_us, count in self.latencies_us.items():
-                histograms[base + bucket_index(value_us)] += count
-            self._add(_SAMPLES, sum(self.latencies_us.values()))
+        base = self.row * BUCKETS
+        histograms = self._book._histograms
+        for value_us, count in self.latencies_us.items():
+            histograms[base + bucket_index(value_us)] += count
+        self._add(_SAMPLES, sum(self.latencies_us.values()))
         self.latencies_us.clear()
 
     def _word(self, field: int) -> int:
@@ -392,6 +542,6 @@ def _signed(word: int) -> int:
     return word - 2**64 if word >= 2**63 else word
 
 
-def book_bytes(*, keys: int, publishers: int) -> int:
+def book_bytes(*, keys: int, publishers: int, log_bytes: int = _LOG_BYTES) -> int:
     """The size of a book's buffer."""
-    return 8 * (_HEADER + publishers * (_ROW + BUCKETS) + 3 * keys)
+    return 8 * (_HEADER + publishers * (_ROW + BUCKETS) + 3 * keys) + log_bytes

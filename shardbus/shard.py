@@ -25,7 +25,7 @@ from shardbus.inbound import UNKNOWN, Delivery, Inbound
 from shardbus.journal import Journal
 from shardbus.lanes import CRASHED, Lanes
 from shardbus.messages import WireKey
-from shardbus.metrics import Book, PublisherBook
+from shardbus.metrics import Recorder
 from shardbus.quarantine import UNKNOWN_END, Ended, Identity, Quarantine, Suspect, judge
 from shardbus.registry import Plan
 from shardbus.routing import slot_of
@@ -64,21 +64,20 @@ _PAGE_BYTES_MAX: Final = 1024 * 1024  # of their bodies, so that a page of large
 class _Publisher:
     """A live session, and whom to answer."""
 
-    __slots__ = ("book", "peer", "session", "touched")
+    __slots__ = ("peer", "session", "touched")
 
     def __init__(self, session: WorkerSession, peer: bytes) -> None:
         self.session = session
         self.peer = peer
-        self.book: PublisherBook | None = None
         self.touched = False
 
 
 class Shard:
     """Sessions, lanes and store of one shard. `start`, then `receive` and `tick`; `drain`, then `close`.
 
-    `pull` hands the next frame to `receive`, or returns False where none is there: a busy shard takes frames one at a time, as
-    it gets through them. What was unpacked and then waits leaves the processor's cache (seen: a quarter of the throughput),
-    and from what waits in the socket, all publishers are served in turn.
+    `pull` hands the next frame to `receive`, or returns False where none is there: a busy shard takes frames one at a time,
+    as it gets through them. What was unpacked and then waits leaves the processor's cache (seen: a quarter of the
+    throughput), and from what waits in the socket, all publishers are served in turn.
 
     It is the `LaneHost` of its lanes. `journal` shows what a predecessor was running, and `predecessor` how that ended: what
     follows from the two is concluded here, once.
@@ -92,7 +91,7 @@ class Shard:
         layout: int,
         plans: Mapping[str, Plan],
         store: Store,
-        book: Book,
+        recorder: Recorder,
         journal: Journal,
         send: Send,
         now: NowNs,
@@ -105,7 +104,7 @@ class Shard:
     ) -> None:
         self.shard = shard
         self.epoch = epoch
-        self.book = book
+        self.recorder = recorder
         self._journal = journal
         self._predecessor = predecessor
         self._judged = False
@@ -118,7 +117,8 @@ class Shard:
         self._wall = wall
         self._limits = limits
         self._broken = broken
-        self._writer = StoreWriter(store, limits, now, broken)
+        # A successor does not run again what the store says has ended, so the evidence of that comes first.
+        self._writer = StoreWriter(store, limits, now, broken, before=recorder.flush)
         self._store = store
         self._position = 0
         self._adopted_position = 0  # rows up to here were written by a predecessor, and may have run
@@ -227,7 +227,7 @@ class Shard:
     def receive(self, peer: bytes, data: bytes) -> None:
         """Take what a peer sent. Bytes that are not sound end the peer's session and nothing else."""
         if peer in self._blocked:
-            self.book.count("ignored")
+            self.recorder.count("ignored")
             return
         try:
             frame = decode_to_worker(data)
@@ -246,7 +246,6 @@ class Shard:
 
     def tick(self) -> None:
         """Forget publishers that have been silent for long, and suspects that took long; call it about once a second."""
-        self.book.write_latencies()  # of events that nobody waits for an ack of
         if self._quarantine.suspects:
             self._quarantine.tick(self._now())
             self.lanes.release()
@@ -274,15 +273,11 @@ class Shard:
                 self.touched(session)
             return
         if columns is not None:
-            book = one.book
-            if (columns.ordinals or columns.intended_ns) and (book is None or book.retired):
-                book = one.book = self.book.publisher(session.publisher, now_ns)
-            if book is not None:
-                book.used(now_ns)
+            stamped = columns.ordinals is not None or columns.intended_ns is not None
             self.lanes.push(
                 Inbound(
                     session,
-                    book,
+                    self.recorder if stamped else None,
                     frame.first,
                     frame.count,
                     frame.attempt,
@@ -480,12 +475,12 @@ class Shard:
             self._reject(peer, epoch, "unknown-session")
 
     def _reject(self, peer: bytes, epoch: bytes, reason: str) -> None:
-        self.book.count("rejected")
+        self.recorder.count("rejected")
         self._send(peer, encode_frame(Reject(epoch, reason)))
 
     def _block(self, peer: bytes, error: RemoteProtocolError) -> None:
         """End the session of a peer that sent garbage. Its publisher may come back over a new connection."""
-        self.book.count("malformed")
+        self.recorder.count("malformed")
         one = self._peers.get(peer)
         log.warning("a peer sent what is not sound, and is ignored from now on: %s", error)
         self._send(peer, encode_frame(Reject(self.epoch if one is not None else b"", "malformed")))
@@ -526,7 +521,7 @@ class Shard:
             self._ack(one)
 
     def _ack(self, one: _Publisher, *, full: bool = False) -> None:
-        self.book.write_latencies()  # evidence comes before the ack
+        self.recorder.flush()  # evidence comes before the ack
         self._send(one.peer, one.session.ack(self._credit(), full=full))
 
     def reply(self, delivery: Delivery, status: str, body: bytes) -> None:
@@ -537,7 +532,19 @@ class Shard:
 
     def handled(self, count: int) -> None:
         """Count outcomes."""
-        self.book.add_handled(count)
+        self.recorder.add_handled(count)
+
+    def note(self, delivery: Delivery, *, dead: bool) -> None:
+        """Note the evidence of a single event; it is written before the next ack."""
+        self.recorder.note(
+            delivery.publisher,
+            delivery.key,
+            delivery.ordinal,
+            delivery.attempt,
+            delivery.intended_ns,
+            self._now() if delivery.intended_ns else 0,
+            dead=dead,
+        )
 
     def broken(self, error: BaseException) -> None:
         """Pass a defect on to the worker."""
@@ -563,7 +570,7 @@ class Shard:
             epoch=self.epoch,
             position=place,
         )
-        self.book.count("dead")
+        self.recorder.count("dead")
         self._tell(delivery, failure)
 
         def committed() -> None:
@@ -613,7 +620,7 @@ class Shard:
             self._position += 1
             delivery.position = self._position
             self._writer.add_waiting(self._waiting_event(delivery), self._kept(delivery))
-        self.book.count("stored", len(deliveries))
+        self.recorder.count("stored", len(deliveries))
 
     def amend(self, delivery: Delivery) -> None:
         """Write what has changed of an event that goes on waiting."""
@@ -656,10 +663,8 @@ class Shard:
     def _from_store(self, row: WaitingEvent) -> Delivery:
         envelope = row.envelope
         inherited = row.position <= self._adopted_position
-        stamped = envelope.ordinal or envelope.intended_ns
         delivery = Delivery(
             None,
-            self.book.publisher(envelope.publisher, self._now()) if stamped else None,
             envelope.publisher,
             envelope.seq,
             envelope.type,

@@ -52,14 +52,22 @@ class StoreWriter:
 
     Its queue is bounded by the credit of the publishers whose events it holds. While the store fails or is full it tries
     again, and nothing that was not written is acked. Room comes from removals, so those are written first, and reads
-    never wait for room: what they bring back is what makes it.
+    never wait for room: what they bring back is what makes it. `before` is called before each transaction.
     """
 
-    def __init__(self, store: Store, limits: Limits, now: NowNs, broken: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        limits: Limits,
+        now: NowNs,
+        broken: Callable[[BaseException], None],
+        before: Callable[[], None],
+    ) -> None:
         self.counts = StoreCounts(dead=0, waiting=0, position_max=0)
         self.failing = ""
         self._store = store
         self._broken = broken
+        self._before = before
         self._limits = limits
         self._now = now
         self._told_ns = 0  # when it was last told that dead letters are dropped
@@ -218,6 +226,7 @@ class StoreWriter:
         replaced = [burial.position for burial in replacing]
         redriven = [keeping.redriven for keeping in waiting if keeping.redriven]
         self._taken = last
+        self._before()
         try:
             await self._store.write(
                 dead=[burial.letter for burial in dead],

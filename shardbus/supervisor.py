@@ -57,6 +57,8 @@ log = logging.getLogger("shardbus.supervisor")
 
 SILENCE_S: Final = 5.0  # a worker whose loop is silent for longer is replaced
 BOOT_SILENCE_S: Final = 30.0
+_FOLD_S: Final = 0.05  # between two looks into the workers' logs, which have room for three times that at full speed
+_FOLD_RECORDS: Final = 16  # of each, at a time: a millisecond or two
 _SETTLED_S: Final = 10.0  # a worker that was ready for so long has made progress
 _CHECK_S: Final = 0.5
 _NARROWING_MAX: Final = 24  # deaths in a row that count as progress because they tell who ended the worker
@@ -140,6 +142,7 @@ class Supervisor:
         self._drain_asked: list[tuple[bytes, int]] = []
         self._started_at = time.monotonic()
         self._rate: tuple[float, int, float] = (0.0, 0, 0.0)
+        self._fold_timer: asyncio.TimerHandle | None = None
         self._spare: _Process | None = None
         self._kernel_kills = kernel_kills()
         self._kernel_killed_at = -_MEMORY_S  # when that count was seen to change
@@ -160,6 +163,7 @@ class Supervisor:
                 self._workers.append(_Worker(shard, *self._mappings(rundir, shard)))
             self._router = listener.bind(self._options.address.control, self._on_frame)
             on_stop_signals(self._on_signal)
+            self._fold_evidence()
             for worker in self._workers:
                 self._start(worker, rundir)
             await self._until(lambda: self._failure or self._stopping or all(one.ready for one in self._workers))
@@ -173,6 +177,8 @@ class Supervisor:
         finally:
             await self._end_all()
             listener.close()
+            if self._fold_timer is not None:
+                self._fold_timer.cancel()
             for worker in self._workers:
                 worker.evidence.close()
                 worker.journal.close()
@@ -189,6 +195,17 @@ class Supervisor:
                 f"no room for shard {shard} in {rundir.state}: {error.strerror}; a shard takes "
                 f"{EVIDENCE_BYTES / 1e6:.0f} MB there, and its dead letters (in a container, see --shm-size)"
             ) from error
+
+    def _fold_evidence(self) -> None:
+        """Fold what the workers have logged, a little at a time, and go on for as long as this process lives."""
+        now_ns = time.monotonic_ns()
+        delay_s = _FOLD_S
+        try:
+            for worker in self._workers:
+                if worker.evidence.book.fold(now_ns, _FOLD_RECORDS):
+                    delay_s = 0.0
+        finally:
+            self._fold_timer = asyncio.get_running_loop().call_later(delay_s, self._fold_evidence)
 
     # -- life
 
@@ -521,6 +538,8 @@ class Supervisor:
         except msgspec.DecodeError:
             self._send(peer, encode_frame(Answer(request, "evidence is asked for by a list of publishers", b"")))
             return
+        for worker in self._workers:
+            worker.evidence.book.fold(time.monotonic_ns())
         found = [
             evidence
             for publisher in publishers

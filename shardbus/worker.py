@@ -25,7 +25,7 @@ from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS
 from shardbus.errors import BootError, ConfigError
 from shardbus.event_loop import run
-from shardbus.evidence import SharedBook, SharedJournal
+from shardbus.evidence import SharedJournal, SharedRecorder
 from shardbus.logs import configure_logging
 from shardbus.processes import EXIT_BOOT, EXIT_BROKEN, ReportPipe, die_with_parent, on_stop_signals
 from shardbus.quarantine import PULSE_S
@@ -82,7 +82,7 @@ async def run_worker(boot: Boot, descriptor: int) -> int:
 
 
 async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: asyncio.Event) -> int:
-    evidence = SharedBook(spec.evidence_path)
+    evidence = SharedRecorder(spec.evidence_path)
     journal = SharedJournal(spec.journal_path)
     listener = ZmqListener()
     routers: list[Router] = []
@@ -92,7 +92,7 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         layout=spec.layout,
         plans=registry.plans(),
         store=SqlStore(spec.store_url, shards=spec.shards),
-        book=evidence.book,
+        recorder=evidence.recorder,
         journal=journal.journal,
         send=lambda peer, frame: routers[0].send(peer, frame),  # noqa: PLW0108 - the list is filled once the socket is bound
         pull=lambda: bool(routers) and routers[0].pull(),

@@ -6,7 +6,6 @@ not decode costs nothing but itself.
 
 from __future__ import annotations
 
-import struct
 import sys
 from array import array
 from collections.abc import Sequence
@@ -129,7 +128,10 @@ class Batch:
 
 
 class Columns:
-    """A batch as it arrived: checked columns of equal length. Stamps are None where nobody stamped."""
+    """A batch as it arrived: checked columns of equal length.
+
+    Stamps are as they came, 8 bytes each, little end first, 0 for none; None where nobody stamped. Few look at them.
+    """
 
     __slots__ = ("bodies", "extras", "intended_ns", "keys", "names", "ordinals")
 
@@ -138,8 +140,8 @@ class Columns:
         names: str | list[str],
         keys: tuple[WireKey, ...],
         bodies: tuple[bytes, ...],
-        ordinals: tuple[int, ...] | None,
-        intended_ns: tuple[int, ...] | None,
+        ordinals: bytes | None,
+        intended_ns: bytes | None,
         extras: dict[int, Extra],
     ) -> None:
         self.names = names
@@ -174,6 +176,8 @@ class _PackedBatchAny(_PackedBatch, array_like=True, forbid_unknown_fields=True,
 
 _decode_usual: Final = msgspec.msgpack.Decoder(_PackedBatch).decode
 _decode_any: Final = msgspec.msgpack.Decoder(_PackedBatchAny).decode
+_decode_usual_keys: Final = msgspec.msgpack.Decoder(tuple[str | int | None, ...]).decode
+_decode_any_keys: Final = msgspec.msgpack.Decoder(list[Any]).decode
 _decode_extras: Final = msgspec.msgpack.Decoder(Annotated[list[Extra], _column]).decode
 
 
@@ -196,8 +200,8 @@ def decode_batch(blob: bytes, count: int) -> Columns:
             _names_in(packed.names, packed.places, count),
             keys,
             packed.bodies,
-            None if packed.ordinals is None else _stamps_in(packed.ordinals, count),
-            None if packed.intended_ns is None else _stamps_in(packed.intended_ns, count),
+            None if packed.ordinals is None else _sound_stamps(packed.ordinals, count),
+            None if packed.intended_ns is None else _sound_stamps(packed.intended_ns, count),
             {} if packed.extras is None else _extras_in(packed.extras, count),
         )
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -225,12 +229,30 @@ def _sound_key(key: Any) -> WireKey:
     raise RemoteProtocolError("a batch with a key that is none, or too long")
 
 
-def _stamps_in(packed: bytes, count: int) -> tuple[int, ...]:
+def stamp_at(stamps: bytes | None, at: int) -> int:
+    """One of a column's stamps; 0: it has none."""
+    return 0 if stamps is None else int.from_bytes(stamps[8 * at : 8 * at + 8], "little")
+
+
+def pack_keys(keys: Sequence[WireKey]) -> bytes:
+    """Keys to bytes."""
+    return _encode(keys)
+
+
+def unpack_keys(packed: bytes | memoryview) -> Sequence[WireKey]:
+    """Back from `pack_keys`: what is packed is ours, and not checked."""
+    try:
+        return _decode_usual_keys(packed)
+    except msgspec.ValidationError:
+        return [tuple(key) if isinstance(key, list) else key for key in _decode_any_keys(packed)]
+
+
+def _sound_stamps(packed: bytes, count: int) -> bytes:
     if len(packed) != 8 * count:
         raise RemoteProtocolError("a batch whose stamps are not one for each message")
     if not packed[7::8].isascii():  # the bytes with the signs: a tenth of the time of looking at the numbers
         raise RemoteProtocolError("a batch with a negative stamp")
-    return struct.unpack(f"<{count}q", packed)
+    return packed
 
 
 def has_negative(stamps: array[int]) -> bool:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shardbus.config import DEFAULT_LIMITS
 from shardbus.errors import RemoteProtocolError
 from shardbus.messages import WireKey
-from shardbus.wire.codec import Batch, Extra, decode_batch
+from shardbus.wire.codec import Batch, Extra, decode_batch, stamp_at
 
 pack = msgspec.msgpack.encode
 
@@ -78,7 +78,7 @@ def survives(blob: bytes, count: int) -> None:
     assert len(columns.keys) == len(columns.bodies) == count
     assert isinstance(columns.names, str) or len(columns.names) == count
     for column in (columns.ordinals, columns.intended_ns):
-        assert column is None or len(column) == count
+        assert column is None or len(column) == 8 * count
     assert all(0 <= at < count for at in columns.extras)
     assert all(isinstance(body, bytes) for body in columns.bodies)
     for key in columns.keys:
@@ -103,8 +103,8 @@ def test_a_batch_arrives_as_it_was_published(published: list[Message]):
 
     stamps = [message.stamp or (0, 0) for message in published]
     ordinals, instants = [list(column) for column in zip(*stamps, strict=True)]
-    assert list(columns.ordinals or [0] * len(published)) == ordinals
-    assert list(columns.intended_ns or [0] * len(published)) == instants
+    assert [stamp_at(columns.ordinals, at) for at in range(len(published))] == ordinals
+    assert [stamp_at(columns.intended_ns, at) for at in range(len(published))] == instants
     assert (columns.ordinals is None, columns.intended_ns is None) == (not any(ordinals), not any(instants))
 
     assert columns.extras == {

@@ -21,7 +21,7 @@ from shardbus.context import Context
 from shardbus.errors import BusUnreachable, CommandLost
 from shardbus.journal import Journal, journal_bytes
 from shardbus.messages import Command, Event, WireKey
-from shardbus.metrics import Book, book_bytes
+from shardbus.metrics import Book, Recorder, book_bytes
 from shardbus.quarantine import Ended
 from shardbus.registry import OnDeadLetter, Registry
 from shardbus.retry import Retry
@@ -42,7 +42,7 @@ LIMITS = Limits(
     hello_interval_s=0.1,
 )
 FAULTS_END_S = 5.0
-BOOK = {"keys": 256, "publishers": 4}
+BOOK = {"keys": 256, "publishers": 4, "log_bytes": 16_384}
 JOURNAL = {"suspended": 64, "suspects": 128}
 POISON = ("poison", "late poison", "flaky poison")  # kinds of events that end their shard
 
@@ -218,7 +218,9 @@ class World:
         self.shards: list[Shard | None] = [None] * self.shards_count
         self.stores: list[MemoryStore | None] = [None] * self.shards_count
         self.journals = [bytearray(journal_bytes(**JOURNAL)) for _ in range(self.shards_count)]
-        self.books = [bytearray(book_bytes(**BOOK)) for _ in range(self.shards_count)]
+        self.buffers = [bytearray(book_bytes(**BOOK)) for _ in range(self.shards_count)]
+        self.books = [Book(memoryview(buffer), **BOOK) for buffer in self.buffers]
+        self.folds = random.Random(f"{seed}/folds")
         self.ends = [Ended() for _ in range(self.shards_count)]
         self.starting: set[int] = set()
         self.crashes = 0
@@ -356,7 +358,7 @@ class World:
             layout=1,
             plans=self.registry.plans(),
             store=store,
-            book=Book(memoryview(self.books[at]), **BOOK),
+            recorder=Recorder(memoryview(self.buffers[at]), full=lambda: self.fold(at), **BOOK),
             journal=Journal(memoryview(self.journals[at]), **JOURNAL),
             send=self.from_shard(at, self.counters[at]),
             now=self.now_ns,
@@ -366,6 +368,9 @@ class World:
             chance=self.chance.random,
             predecessor=self.ends[at],
         )
+
+    def fold(self, at: int) -> None:
+        self.books[at].fold(self.now_ns())
 
     async def start_shard(self, at: int) -> None:
         shard = self.shards[at] = self.new_shard(at)
@@ -380,7 +385,10 @@ class World:
             shard._journal.pulse(self.now_ns())
             self.ends[at] = ended
             self.journals[at] = bytearray(self.journals[at])  # as it is now: the dead write no more
-            self.books[at] = bytearray(self.books[at])
+            if self.folds.random() < 0.5:
+                self.books[at].fold(self.now_ns(), self.folds.randrange(10))
+            self.buffers[at] = bytearray(self.buffers[at])
+            self.books[at] = Book(memoryview(self.buffers[at]), **BOOK)  # as if the supervisor had died, too
             self.deaths.append(asyncio.get_running_loop().create_task(shard.close()))
             self.announce()
 
@@ -566,9 +574,10 @@ class World:
 
     def check_evidence(self) -> None:
         """What the shards can prove is what happened, whatever died."""
-        books = [Book(memoryview(buffer), **BOOK) for buffer in self.books]
+        for at in range(self.shards_count):
+            self.fold(at)
         for sender, client in enumerate(self.clients):
-            found = [one for book in books if (one := book.evidence(0, client.publisher)) is not None]
+            found = [one for book in self.books if (one := book.evidence(0, client.publisher)) is not None]
             assert sum(one.distinct for one in found) == sum(self.ordinals[sender].values()), f"evidence of {sender}"
             assert all(one.missing == one.out_of_order == 0 for one in found), f"evidence of {sender}"
             assert all(one.repeats == one.announced for one in found), f"evidence of {sender}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 from queueing import NS, differences, lindley, percentiles_of
@@ -14,7 +15,7 @@ from queueing import NS, differences, lindley, percentiles_of
 from loadgen.collector import totals_of
 from loadgen.histogram import Percentiles
 from loadgen.pacer import Arrivals, Evenly, Poisson, Profile, Stage
-from shardbus.metrics import Book, book_bytes
+from shardbus.metrics import Book, Recorder, book_bytes
 
 DIGITS = 0.002  # what three significant digits leave open
 NAMES = ("p50", "p90", "p99", "p99_9", "max")
@@ -38,12 +39,16 @@ def measured(intended_ns: Sequence[int], ends_ns: Sequence[int]) -> Percentiles 
     """What loadgen says of events that were handled at these instants, by two shards in turns."""
     buffers = [memoryview(bytearray(book_bytes(keys=8, publishers=2))) for _ in range(2)]
     books = [Book(buffer, keys=8, publishers=2) for buffer in buffers]
-    publishers = [book.publisher(b"p" * 16, START_NS) for book in books]
+    folds = [partial(book.fold, START_NS) for book in books]
+    recorders = [
+        Recorder(buffer, keys=8, publishers=2, full=fold) for buffer, fold in zip(buffers, folds, strict=True)
+    ]
     for at, (intended, end_ns) in enumerate(zip(intended_ns, ends_ns, strict=True)):
-        publishers[at % 2].measured((end_ns - intended) // 1000)
+        recorders[at % 2].note(b"p" * 16, "key", 0, 1, intended, end_ns, dead=False)
     evidence = []
     for shard, book in enumerate(books):
-        book.write_latencies()
+        recorders[shard].flush()
+        folds[shard]()
         found = book.evidence(shard, b"p" * 16)
         assert found is not None
         evidence.append(found)

@@ -1,33 +1,91 @@
-"""What a shard can prove: a book over a buffer, as the worker writes it and the supervisor reads it."""
+"""What a shard can prove: a book over a buffer, as a worker writes it and the supervisor folds and reads it."""
 
 from __future__ import annotations
 
 import itertools
+import struct
 
+import msgspec
 import pytest
 
-from shardbus.metrics import BUCKETS, Book, book_bytes, bucket_bounds_us, bucket_index
+from shardbus.messages import WireKey
+from shardbus.metrics import BUCKETS, Book, Evidence, Recorder, book_bytes, bucket_bounds_us, bucket_index
 
-TICKS = itertools.count(1)
 PUBLISHER = b"p" * 16
 OTHER = b"q" * 16
-SIZES = {"keys": 8, "publishers": 2}
+SIZES = {"keys": 8, "publishers": 2, "log_bytes": 1024}
 
 
-@pytest.fixture
-def buffer() -> memoryview:
-    return memoryview(bytearray(book_bytes(**SIZES)))
+class Both:
+    """A worker's side and the supervisor's over one buffer."""
+
+    def __init__(self, buffer: bytearray | None = None) -> None:
+        self.buffer = bytearray(book_bytes(**SIZES)) if buffer is None else buffer
+        self.book = Book(memoryview(self.buffer), **SIZES)
+        self.recorder = Recorder(memoryview(self.buffer), full=self.fold, **SIZES)
+        self.folds = 0
+
+    def fold(self) -> None:
+        self.folds += 1
+        self.book.fold(self.folds)
+
+    def note(self, key: WireKey, ordinal: int, attempt: int = 1) -> None:
+        self.recorder.note(PUBLISHER, key, ordinal, attempt, 0, 0, dead=False)
+        self.recorder.flush()
+
+    def evidence(self, publisher: bytes = PUBLISHER) -> Evidence:
+        self.recorder.flush()
+        self.fold()
+        found = self.book.evidence(0, publisher)
+        assert found is not None
+        return found
 
 
-def test_ordinals_in_order_are_distinct_and_nothing_else(buffer: memoryview):
-    book = Book(buffer, **SIZES)
-    mine = book.publisher(PUBLISHER, next(TICKS))
-    for ordinal in (1, 2, 3):
-        mine.note("a", ordinal, 1)
-    mine.note(b"a", 1, 1)
-    found = book.evidence(0, PUBLISHER)
-    assert found is not None
-    assert (found.distinct, found.repeats, found.out_of_order, found.missing) == (4, 0, 0, 0)
+def column(*numbers: int) -> bytes:
+    return struct.pack(f"<{len(numbers)}q", *numbers)
+
+
+KEYS: list[WireKey] = ["a", "", 7, -1, b"a", (b"u" * 16,), None]
+
+
+def test_ordinals_in_order_are_distinct_and_nothing_else():
+    both = Both()
+    for key in KEYS:
+        for ordinal in (1, 2, 3):
+            both.note(key, ordinal)
+    found = both.evidence()
+    assert (found.distinct, found.repeats, found.out_of_order, found.missing) == (3 * len(KEYS), 0, 0, 0)
+
+
+def test_a_batch_is_noted_as_its_events_one_by_one_would_be():
+    one, many = Both(), Both()
+    ordinals, intended, ended = [1, 1, 2, 0], [1000, 0, 3000, 4000], [2000, 2000, 5000, 1_000_000]
+    keys: list[WireKey] = ["a", b"a", "a", "b"]
+    for key, ordinal, begin, end in zip(keys, ordinals, intended, ended, strict=True):
+        one.recorder.note(PUBLISHER, key, ordinal, 1, begin, end, dead=False)
+    many.recorder.note_all(PUBLISHER, 1, keys, column(*ordinals), column(*intended), ended)
+    assert one.evidence() == many.evidence()
+    assert (many.evidence().distinct, many.evidence().samples) == (3, 3)
+
+
+@pytest.mark.parametrize("stamps", [(column(1, 2), None), (None, column(5000, 6000)), (column(1, 2), column(5000, 6000))])
+def test_a_batch_may_have_either_stamp(stamps: tuple[bytes | None, bytes | None]):
+    both = Both()
+    ordinals, intended_ns = stamps
+    both.recorder.note_all(PUBLISHER, 1, ["a", "a"], ordinals, intended_ns, [6000, 9000] if intended_ns else [])
+    found = both.evidence()
+    assert found.distinct == (0 if ordinals is None else 2)
+    assert found.latency == ([] if intended_ns is None else [(1, 1), (3, 1)])
+
+
+def test_single_events_stay_in_order_with_batches():
+    both = Both()
+    for first in range(1, 30, 3):
+        both.recorder.note(PUBLISHER, "a", first, 1, 0, 0, dead=False)
+        both.recorder.note_all(PUBLISHER, 1, ["a"], column(first + 1), None, [])
+        both.recorder.note(PUBLISHER, "a", first + 2, 2, 0, 0, dead=True)
+    found = both.evidence()
+    assert (found.distinct, found.repeats, found.missing, found.out_of_order, found.dead) == (30, 0, 0, 0, 10)
 
 
 @pytest.mark.parametrize(
@@ -40,74 +98,121 @@ def test_ordinals_in_order_are_distinct_and_nothing_else(buffer: memoryview):
         pytest.param([(2, 1), (1, 1), (3, 1)], 3, 0, 0, 1, 0, id="the first two came the wrong way round"),
     ],
 )
+@pytest.mark.parametrize("folds", ["at the end", "after each"])
 def test_what_is_not_in_order_is_told_apart(
-    buffer: memoryview,
     noted: list[tuple[int, int]],
     distinct: int,
     repeats: int,
     announced: int,
     out_of_order: int,
     missing: int,
+    folds: str,
 ):
-    book = Book(buffer, **SIZES)
+    both = Both()
     for ordinal, attempt in noted:
-        book.publisher(PUBLISHER, next(TICKS)).note("a", ordinal, attempt)
-    found = book.evidence(0, PUBLISHER)
-    assert found is not None
+        both.note("a", ordinal, attempt)
+        if folds == "after each":
+            both.fold()
+    found = both.evidence()
     assert (found.distinct, found.repeats, found.announced) == (distinct, repeats, announced)
     assert (found.out_of_order, found.missing) == (out_of_order, missing)
 
 
-def test_a_successor_goes_on_where_its_predecessor_was_killed(buffer: memoryview):
-    Book(buffer, **SIZES).publisher(PUBLISHER, next(TICKS)).note("a", 1, 1)
-    book = Book(buffer, **SIZES)
-    book.publisher(PUBLISHER, next(TICKS)).note("a", 1, 2)
-    book.publisher(PUBLISHER, next(TICKS)).note("a", 2, 2)
-    found = book.evidence(0, PUBLISHER)
-    assert found is not None
-    assert (found.distinct, found.repeats, found.announced, found.missing) == (2, 1, 1, 0)
+@pytest.mark.parametrize("folded", [True, False])
+def test_successors_go_on_where_worker_and_supervisor_were_killed(folded: bool):
+    before = Both()
+    before.note("a", 1)
+    if folded:
+        before.fold()
+        before.note("a", 2)
+    after = Both(before.buffer)
+    after.note("a", 1 + folded, 2)
+    after.note("a", 2 + folded, 2)
+    found = after.evidence()
+    assert (found.distinct, found.repeats, found.announced, found.missing) == (2 + folded, 1, 1, 0)
 
 
-def test_more_keys_than_there_is_room_for_leave_the_count_right(buffer: memoryview):
-    book = Book(buffer, **SIZES)
+def test_what_was_noted_and_not_written_when_the_worker_was_killed_is_not_there():
+    before = Both()
+    before.note("a", 1)
+    before.recorder.note(PUBLISHER, "a", 2, 1, 0, 0, dead=False)
+    after = Both(before.buffer)
+    assert after.evidence().distinct == 1
+
+
+def test_a_record_that_was_being_folded_when_the_supervisor_was_killed_is_counted_once():
+    before = Both()
+    before.note("a", 1)
+    before.fold()
+    for key in ("a", "b", "c"):
+        before.recorder.note(PUBLISHER, key, 2 if key == "a" else 1, 1, 0, 0, dead=False)
+    before.recorder.flush()
+    as_it_was = memoryview(before.buffer).cast("Q")[:8].tolist()
+    before.fold()
+    memoryview(before.buffer).cast("Q")[6] = as_it_was[6]  # all of it is in, but for the word that says so
+    found = Both(before.buffer).evidence()
+    assert (found.distinct, found.repeats, found.missing) == (4, 0, 0)
+
+
+def test_a_full_log_is_folded_before_more_is_written():
+    both = Both()
+    for ordinal in range(1, 1001):
+        both.note("a", ordinal)
+    assert both.folds > 10
+    found = both.evidence()
+    assert (found.distinct, found.repeats, found.missing) == (1000, 0, 0)
+
+
+def test_a_fold_may_stop_in_between():
+    both = Both()
+    for ordinal in range(1, 6):
+        both.note("a", ordinal)
+    assert both.book.fold(1, 2)
+    assert both.book.fold(1, 2)
+    assert not both.book.fold(1, 2)
+    assert both.evidence().distinct == 5
+
+
+def test_a_log_that_somebody_has_written_over_holds_nobody_up():
+    both = Both()
+    both.note("a", 1)
+    at = len(both.buffer) - SIZES["log_bytes"]
+    both.buffer[at + 48 : at + 50] = b"\xff\xff"
+    with pytest.raises(msgspec.DecodeError):
+        both.fold()
+    both.note("a", 1)
+    assert both.evidence().distinct == 1
+
+
+def test_more_keys_than_there_is_room_for_leave_the_count_right():
+    both = Both()
     for key in range(3 * SIZES["keys"]):
         for ordinal in (1, 2):
-            book.publisher(PUBLISHER, next(TICKS)).note(f"k{key}", ordinal, 1)
-    found = book.evidence(0, PUBLISHER)
-    assert found is not None
+            both.note(f"k{key}", ordinal)
+    found = both.evidence()
     assert (found.distinct, found.repeats, found.missing) == (6 * SIZES["keys"], 0, 0)
 
 
-def test_the_row_that_was_used_least_recently_is_given_away_and_its_owner_takes_nothing_more(buffer: memoryview):
-    book = Book(buffer, **SIZES)
-    first = book.publisher(PUBLISHER, next(TICKS))
-    first.note("a", 1, 1)
-    first.measured(7)
-    book.publisher(OTHER, next(TICKS)).note("a", 1, 1)
-    book.publisher(b"r" * 16, next(TICKS)).note("a", 1, 1)
-    assert first.retired
-    assert book.evidence(0, PUBLISHER) is None
-    first.note("a", 2, 1)
-    first.write_latencies()
-    assert first.latencies_us == {}
+def test_the_row_that_was_used_least_recently_is_given_away():
+    both = Both()
+    for publisher in (PUBLISHER, OTHER, b"r" * 16):
+        both.recorder.note(publisher, "a", 1, 1, 1000, 8000, dead=False)
+        both.recorder.flush()
+        both.fold()
+    assert both.book.evidence(0, PUBLISHER) is None
     for publisher in (OTHER, b"r" * 16):
-        found = book.evidence(0, publisher)
-        assert found is not None
-        assert (found.distinct, found.samples) == (1, 0)
+        assert (both.evidence(publisher).distinct, both.evidence(publisher).samples) == (1, 1)
 
 
-def test_latencies_are_counted_once_they_are_written(buffer: memoryview):
-    book = Book(buffer, **SIZES)
-    mine = book.publisher(PUBLISHER, next(TICKS))
-    mine.note("a", 1, 1)
+def test_latencies_are_counted_and_those_of_dead_ones_are_not():
+    both = Both()
     for latency_us in (5, 5, 3_000_000, -4):
-        mine.measured(latency_us)
-    book.write_latencies()
-    book.write_latencies()
-    found = book.evidence(0, PUBLISHER)
-    assert found is not None
+        both.recorder.note(PUBLISHER, "a", 0, 1, 10_000, 10_000 + 1000 * latency_us, dead=False)
+    both.recorder.note(PUBLISHER, "a", 0, 1, 10_000, 20_000, dead=True)
+    found = both.evidence()
     assert found.samples == 4
     assert dict(found.latency) == {0: 1, 5: 2, bucket_index(3_000_000): 1}
+    assert found.dead == 1
 
 
 @pytest.mark.parametrize("value_us", [0, 1, 2047, 2048, 2049, 4095, 4096, 123_456, 10**9, 2**36 - 1])
