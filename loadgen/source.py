@@ -29,7 +29,7 @@ class Load(msgspec.Struct, frozen=True):
     """Consecutive messages, and each one's number among those of its key."""
 
     messages: list[Any]
-    ordinals: list[int]
+    ordinals: Sequence[int]
 
 
 class Source(Protocol):

@@ -70,7 +70,7 @@ ReplyT = TypeVar("ReplyT")
 _TICK_S: Final = 0.1
 _SILENT_TICKS_MAX: Final = 30  # a bus is asked once a second; one that says nothing for so long is gone
 _TURN_SEALS: Final = 8  # a publisher that never waits gives the event loop a turn after so many batches
-_SMALL_BYTES: Final = 1024  # 256 smaller bodies fit into a batch uncounted
+_SMALL_BYTES: Final = 1024  # 256 bodies that are smaller on average fit into a batch uncounted
 _HEADER_BYTES_MAX: Final = 4096
 _HIGH_WATER: Final = 0.75  # of an outbox's bound
 _LOW_WATER: Final = 0.25
@@ -224,13 +224,14 @@ class _Column:
 
     __slots__ = ("bodies", "distinct", "keys", "name", "outboxes")
 
-    def __init__(self, name: str, keys: list[Any], bodies: list[bytes], outboxes: list[_Outbox]) -> None:
+    def __init__(
+        self, name: str, keys: list[Any], bodies: list[bytes], outboxes: list[_Outbox], distinct: set[_Outbox]
+    ) -> None:
         self.name = name
         self.keys = keys
         self.bodies = bodies
         self.outboxes = outboxes
-        first = outboxes[0]
-        self.distinct = {first} if outboxes.count(first) == len(outboxes) else set(outboxes)
+        self.distinct = distinct
 
 
 class _Call(msgspec.Struct):
@@ -477,13 +478,17 @@ class Client:
             return None
         try:
             bodies = list(map(_encode, chunk))
-            if max(map(len, bodies)) > _SMALL_BYTES:
+            # All at once, because that takes a tenth of the time of looking at each.
+            if len(b"".join(bodies)) > _SMALL_BYTES * len(bodies):
                 return None
             outboxes = list(map(self._outbox_of.get, keys))
-            known = outboxes if None not in outboxes else [self._outbox_of.get(key) or self._place(key) for key in keys]
+            distinct = set(outboxes)
+            if None in distinct:
+                outboxes = [self._outbox_of.get(key) or self._place(key) for key in keys]
+                distinct = set(outboxes)
         except Exception:  # one of them cannot be published: one at a time finds which, behind those before it
             return None
-        return _Column(route.name, keys, bodies, cast(list[_Outbox], known))
+        return _Column(route.name, keys, bodies, cast(list[_Outbox], outboxes), cast(set[_Outbox], distinct))
 
     async def _room_for_all(self, column: _Column) -> bool:
         """Wait until each outbox of a column has room for all of it; False where that is for each event to decide."""

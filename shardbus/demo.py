@@ -29,12 +29,10 @@ _counts: dict[str, int] = {}
 async def count(event: Tick) -> None:
     """Count ticks by key."""
     key = event.key
-    if key in _counts:
-        _counts[key] += 1
-        return
-    if len(_counts) >= _KEYS_MAX:
+    known = _counts.get(key, 0)
+    if not known and len(_counts) >= _KEYS_MAX:
         _counts.clear()
-    _counts[key] = 1
+    _counts[key] = known + 1
 
 
 @bus.command(GetCount)
