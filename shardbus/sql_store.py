@@ -9,11 +9,13 @@ each is prepared once.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, NamedTuple
+from functools import wraps
+from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -202,6 +204,28 @@ _unpack_progress: Final = msgspec.msgpack.Decoder(tuple[dict[str, int], tuple[Fa
 _UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
 
 
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+_Method: TypeAlias = "Callable[Concatenate[SqlStore, _Args], Coroutine[Any, Any, _Result]]"
+
+
+def _to_its_end(method: _Method[_Args, _Result]) -> _Method[_Args, _Result]:
+    """What was begun goes to its end even if its caller is cancelled, and `close()` waits for it.
+
+    A driver that is cancelled within a transaction lets go of its connection, and the file stays locked for whoever comes
+    next in this process.
+    """
+
+    @wraps(method)
+    async def begun(self: SqlStore, /, *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        task = asyncio.get_running_loop().create_task(method(self, *args, **kwargs))
+        self._under_way.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    return begun
+
+
 class SqlStore:
     """A `Store` at an SQLAlchemy URL, over one connection that is held open.
 
@@ -243,6 +267,7 @@ class SqlStore:
         self._shards = shards
         self._connection: AsyncConnection | None = None
         self._opened = False
+        self._under_way: set[asyncio.Task[Any]] = set()
         self._known_places: set[str] = set()
         self._counts = StoreCounts(dead=0, waiting=0, position_max=0)
 
@@ -275,15 +300,23 @@ class SqlStore:
         """Release everything. Rows stay. May be called at any time, and again."""
         self._opened = False
         self._known_places.clear()
+        if self._under_way:
+            await asyncio.wait(self._under_way, timeout=_BUSY_TIMEOUT_S + 1.0)
         try:
             await self._disconnect()
         finally:
             await self._engine.dispose()
 
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever asked may be gone
+
     def counts(self) -> StoreCounts:
         """What the store holds now, as of `open()` and every `write()` since. Asks nobody."""
         return self._counts
 
+    @_to_its_end
     async def write(
         self,
         *,
@@ -355,6 +388,7 @@ class SqlStore:
             droppable_bytes=counts.droppable_bytes + dead_bytes - parked_bytes,
         )
 
+    @_to_its_end
     async def waiting_lanes(self) -> list[WaitingLane]:
         """The keys that have waiting events, by their lowest position.
 
@@ -365,6 +399,7 @@ class SqlStore:
             rows = (await connection.execute(_select_lanes)).all()
         return [WaitingLane(key=_unpack_key(key), count=count, due_ns=due_ns) for key, count, due_ns in rows]
 
+    @_to_its_end
     async def parked_keys(self) -> list[WireKey]:
         """The keys that a dead letter parks.
 
@@ -375,6 +410,7 @@ class SqlStore:
             keys = (await connection.scalars(select(_dead.c.key).where(_dead.c.position > 0))).all()
         return [_unpack_key(key) for key in keys]
 
+    @_to_its_end
     async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
         """Up to `limit` waiting events of a key with a position above `after`, in order.
 
@@ -391,6 +427,7 @@ class SqlStore:
             rows = (await connection.execute(statement)).all()
         return [_to_waiting(row) for row in rows]
 
+    @_to_its_end
     async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
         """The sequences from `first` on that this publisher has among the dead and among the waiting, sorted.
 
@@ -410,6 +447,7 @@ class SqlStore:
             ]
         return dead, waiting
 
+    @_to_its_end
     async def dead_letters(
         self, where: DeadFilter, after: int, limit: int, bytes_max: int = ANY_SIZE
     ) -> list[StoredDeadLetter]:
@@ -441,6 +479,7 @@ class SqlStore:
             rows = (await connection.execute(_select_dead.where(*conditions).limit(limit))).all()
         return [StoredDeadLetter(row[0], _to_dead(row[1:])) for row in rows]
 
+    @_to_its_end
     async def purge(self, rows: Sequence[int]) -> int:
         """See `Store.purge`.
 
@@ -453,6 +492,7 @@ class SqlStore:
         self._counts = replace(counts, purged=counts.purged + removed.rows)
         return removed.rows
 
+    @_to_its_end
     async def drop_oldest(self, *, rows: int, size: int, keep: Collection[int] = ()) -> int:
         """See `Store.drop_oldest`.
 
