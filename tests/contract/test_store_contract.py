@@ -566,23 +566,6 @@ async def test_no_index_of_the_log_is_mapped_because_a_full_ram_disk_would_kill_
     await store.close()
 
 
-@pytest.mark.parametrize("turns", range(12))
-async def test_whoever_is_cancelled_within_a_transaction_leaves_no_lock_behind(path, turns):
-    store = SqlStore(sqlite_file_url(path))
-    await store.open()
-    writing = asyncio.create_task(store.write(dead=[dead_letter(seq) for seq in range(2000)], waiting=[], done=[]))
-    for _ in range(turns):
-        await asyncio.sleep(0.001)
-    writing.cancel()
-    await asyncio.wait([writing])
-    await store.close()
-    successor = SqlStore(sqlite_file_url(path))
-    counts = await successor.open()
-    assert counts.dead in (0, 2000)
-    await successor.write(dead=[dead_letter(5000)], waiting=[], done=[])
-    await successor.close()
-
-
 _COMMIT_THEN_HANG = """
 import asyncio, sys
 from shardbus.sql_store import SqlStore
