@@ -482,7 +482,9 @@ class Shard:
         """End the session of a peer that sent garbage. Its publisher may come back over a new connection."""
         self.recorder.count("malformed")
         one = self._peers.get(peer)
-        log.warning("a peer sent what is not sound, and is ignored from now on: %s", error)
+        more = self._more_of("malformed")
+        if more is not None:
+            log.warning("a peer sent what is not sound, and is ignored from now on: %s%s", error, _and_more(more))
         self._send(peer, encode_frame(Reject(self.epoch if one is not None else b"", "malformed")))
         if one is not None:
             self._rest(one.session.publisher)  # its publisher may take it up again, over another connection
@@ -589,15 +591,9 @@ class Shard:
 
         One whose handling ends workers is always logged: those are few.
         """
-        kind = (failure.reason, failure.handlers, failure.place or delivery.name)
-        last_ns, more = self._told.get(kind, (0, 0))
-        now_ns = self._now()
-        if last_ns and now_ns - last_ns < _TELL_NS and failure.reason != CRASHED:
-            self._told[kind] = (last_ns, more + 1)
+        more = self._more_of((failure.reason, failure.handlers, failure.place or delivery.name))
+        if more is None and failure.reason != CRASHED:
             return
-        if len(self._told) >= _TOLD_MAX:
-            self._told.clear()
-        self._told[kind] = (now_ns, 0)
         log.warning(
             "dead letter: %s key=%r (%s%s): %s%s%s",
             delivery.name,
@@ -606,8 +602,20 @@ class Shard:
             f" in {', '.join(failure.handlers)}" if failure.handlers else "",
             f"{failure.error_type}: " if failure.error_type else "",
             failure.error,
-            f" (and {more:,} more of the kind since the last such line)" if more else "",
+            _and_more(more or 0),
         )
+
+    def _more_of(self, kind: object) -> int | None:
+        """How many of a kind were not logged since the last that was; None: this one is not to be, either."""
+        last_ns, more = self._told.get(kind, (0, 0))
+        now_ns = self._now()
+        if last_ns and now_ns - last_ns < _TELL_NS:
+            self._told[kind] = (last_ns, more + 1)
+            return None
+        if len(self._told) >= _TOLD_MAX:
+            self._told.clear()
+        self._told[kind] = (now_ns, 0)
+        return more
 
     def can_keep(self, deliveries: Sequence[Delivery]) -> bool:
         """Whether the store has room for them, and works."""
@@ -684,6 +692,10 @@ class Shard:
         delivery.todo = row.todo or None
         delivery.gave_up = row.gave_up
         return delivery
+
+
+def _and_more(count: int) -> str:
+    return f" (and {count:,} more of the kind since the last such line)" if count else ""
 
 
 def _envelope(delivery: Delivery) -> Envelope:
