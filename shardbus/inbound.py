@@ -16,7 +16,7 @@ from shardbus.metrics import Recorder
 from shardbus.quarantine import Identity
 from shardbus.registry import Handler, Plan
 from shardbus.store import Failure
-from shardbus.wire.codec import Columns, Extra, stamp_at
+from shardbus.wire.codec import Columns, Extra, pack_keys, stamp_at
 from shardbus.wire.session import WorkerSession
 
 UNKNOWN: Final = Plan(Message, ())  # stands for every type that has no handler here
@@ -226,7 +226,8 @@ class Inbound:
             recorder.note_all(
                 publisher,
                 self.attempt,
-                columns.keys[low:high],
+                columns.packed_keys if high - low == len(columns.keys) else pack_keys(columns.keys[low:high]),
+                high - low,
                 None if ordinals is None else ordinals[8 * low : 8 * high],
                 None if intended_ns is None else intended_ns[8 * low : 8 * high],
                 ended_ns,

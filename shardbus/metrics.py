@@ -205,7 +205,7 @@ class Recorder(_Mapped):
             dead, self._dead = self._dead, 0
             columns = struct.Struct(f"<{len(keys)}q").pack
             times = columns(*self._intended_ns), columns(*self._ended_ns)
-            self._append(*self._of, keys, columns(*self._ordinals), *times, dead)
+            self._append(*self._of, pack_keys(keys), len(keys), columns(*self._ordinals), *times, dead)
             for column in (keys, self._ordinals, self._intended_ns, self._ended_ns):
                 column.clear()
 
@@ -213,36 +213,37 @@ class Recorder(_Mapped):
         self,
         publisher: bytes,
         attempt: int,
-        keys: Sequence[WireKey],
+        packed_keys: bytes | memoryview,
+        events: int,
         ordinals: bytes | None,
         intended_ns: bytes | None,
         ended_ns: Sequence[int],
     ) -> None:
-        """Events were handled in this order. Stamps as they came, 8 bytes each, where 0 is none; None: none has one."""
+        """Events were handled in this order. Keys and stamps as they came: 8 bytes a stamp, 0 for none; None: no stamps."""
         self.flush()  # what was noted before comes before
         ended = struct.pack(f"<{len(ended_ns)}q", *ended_ns) if intended_ns is not None else None
-        self._append(publisher, attempt, keys, ordinals, intended_ns, ended, 0)
+        self._append(publisher, attempt, packed_keys, events, ordinals, intended_ns, ended, 0)
 
     def _append(
         self,
         publisher: bytes,
         attempt: int,
-        keys: Sequence[WireKey],
+        packed_keys: bytes | memoryview,
+        events: int,
         ordinals: bytes | None,
         intended_ns: bytes | None,
         ended_ns: bytes | None,
         dead: int,
     ) -> None:
-        packed = pack_keys(keys)
-        columns = [column for column in (ordinals, intended_ns, ended_ns) if column is not None]
-        size = _RECORD.size + len(packed) + sum(map(len, columns))
+        parts = [part for part in (packed_keys, ordinals, intended_ns, ended_ns) if part is not None]
+        size = _RECORD.size + sum(map(len, parts))
         size += -size % 8
         at = self._room_for(size)
         log = self._log
         which = (ordinals is not None) * _ORDINALS + (intended_ns is not None) * _TIMES
-        _RECORD.pack_into(log, at, size, publisher, len(keys), len(packed), attempt, dead, which)
+        _RECORD.pack_into(log, at, size, publisher, events, len(packed_keys), attempt, dead, which)
         at += _RECORD.size
-        for part in (packed, *columns):
+        for part in parts:
             end = at + len(part)
             log[at:end] = part
             at = end

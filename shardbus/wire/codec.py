@@ -133,12 +133,13 @@ class Columns:
     Stamps are as they came, 8 bytes each, little end first, 0 for none; None where nobody stamped. Few look at them.
     """
 
-    __slots__ = ("bodies", "extras", "intended_ns", "keys", "names", "ordinals")
+    __slots__ = ("bodies", "extras", "intended_ns", "keys", "names", "ordinals", "packed_keys")
 
     def __init__(
         self,
         names: str | list[str],
-        keys: tuple[WireKey, ...],
+        keys: Sequence[WireKey],
+        packed_keys: memoryview,
         bodies: tuple[bytes, ...],
         ordinals: bytes | None,
         intended_ns: bytes | None,
@@ -146,6 +147,7 @@ class Columns:
     ) -> None:
         self.names = names
         self.keys = keys
+        self.packed_keys = packed_keys  # as `pack_keys` would pack all of them
         self.bodies = bodies
         self.ordinals = ordinals
         self.intended_ns = intended_ns
@@ -161,23 +163,17 @@ class _PackedBatch(msgspec.Struct, array_like=True, forbid_unknown_fields=True, 
 
     names: Annotated[tuple[_Text, ...], _column]
     places: bytes | None
-    keys: Annotated[tuple[_Text | int | None, ...], _column]
+    keys: msgspec.Raw
     bodies: Annotated[tuple[bytes, ...], _column]
     ordinals: bytes | None
     intended_ns: bytes | None
     extras: bytes | None
 
 
-class _PackedBatchAny(_PackedBatch, array_like=True, forbid_unknown_fields=True, gc=False):
-    """The same with keys of any type, because msgspec takes no union of text and bytes."""
-
-    keys: Annotated[tuple[Any, ...], _column]
-
-
-_decode_usual: Final = msgspec.msgpack.Decoder(_PackedBatch).decode
-_decode_any: Final = msgspec.msgpack.Decoder(_PackedBatchAny).decode
-_decode_usual_keys: Final = msgspec.msgpack.Decoder(tuple[str | int | None, ...]).decode
-_decode_any_keys: Final = msgspec.msgpack.Decoder(list[Any]).decode
+_decode_packed: Final = msgspec.msgpack.Decoder(_PackedBatch).decode
+_decode_usual_keys: Final = msgspec.msgpack.Decoder(Annotated[tuple[_Text | int | None, ...], _column]).decode
+# msgspec takes no union of text and bytes.
+_decode_any_keys: Final = msgspec.msgpack.Decoder(Annotated[list[Any], _column]).decode
 _decode_extras: Final = msgspec.msgpack.Decoder(Annotated[list[Extra], _column]).decode
 
 
@@ -188,17 +184,14 @@ def decode_batch(blob: bytes, count: int) -> Columns:
         RemoteProtocolError: the bytes are not such a batch.
     """
     try:
-        try:
-            packed = _decode_usual(blob)
-            keys: tuple[WireKey, ...] = packed.keys
-        except msgspec.ValidationError:
-            packed = _decode_any(blob)
-            keys = tuple(map(_sound_key, packed.keys))
+        packed = _decode_packed(blob)
+        keys = unpack_keys(packed.keys)
         if not len(keys) == count == len(packed.bodies):
             raise RemoteProtocolError(f"a batch whose columns do not hold {count} messages each")
         return Columns(
             _names_in(packed.names, packed.places, count),
             keys,
+            memoryview(packed.keys),
             packed.bodies,
             None if packed.ordinals is None else _sound_stamps(packed.ordinals, count),
             None if packed.intended_ns is None else _sound_stamps(packed.intended_ns, count),
@@ -239,12 +232,17 @@ def pack_keys(keys: Sequence[WireKey]) -> bytes:
     return _encode(keys)
 
 
-def unpack_keys(packed: bytes | memoryview) -> Sequence[WireKey]:
-    """Back from `pack_keys`: what is packed is ours, and not checked."""
+def unpack_keys(packed: bytes | memoryview | msgspec.Raw) -> Sequence[WireKey]:
+    """Back from `pack_keys`, up to a batch of them.
+
+    Raises:
+        RemoteProtocolError, msgspec.DecodeError: something else is packed there.
+    """
     try:
-        return _decode_usual_keys(packed)
+        usual: Sequence[WireKey] = _decode_usual_keys(packed)
+        return usual
     except msgspec.ValidationError:
-        return [tuple(key) if isinstance(key, list) else key for key in _decode_any_keys(packed)]
+        return tuple(map(_sound_key, _decode_any_keys(packed)))
 
 
 def _sound_stamps(packed: bytes, count: int) -> bytes:

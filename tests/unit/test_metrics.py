@@ -10,6 +10,7 @@ import pytest
 
 from shardbus.messages import WireKey
 from shardbus.metrics import BUCKETS, Book, Evidence, Recorder, book_bytes, bucket_bounds_us, bucket_index
+from shardbus.wire.codec import pack_keys
 
 PUBLISHER = b"p" * 16
 OTHER = b"q" * 16
@@ -63,7 +64,7 @@ def test_a_batch_is_noted_as_its_events_one_by_one_would_be():
     keys: list[WireKey] = ["a", b"a", "a", "b"]
     for key, ordinal, begin, end in zip(keys, ordinals, intended, ended, strict=True):
         one.recorder.note(PUBLISHER, key, ordinal, 1, begin, end, dead=False)
-    many.recorder.note_all(PUBLISHER, 1, keys, column(*ordinals), column(*intended), ended)
+    many.recorder.note_all(PUBLISHER, 1, pack_keys(keys), 4, column(*ordinals), column(*intended), ended)
     assert one.evidence() == many.evidence()
     assert (many.evidence().distinct, many.evidence().samples) == (3, 3)
 
@@ -72,7 +73,8 @@ def test_a_batch_is_noted_as_its_events_one_by_one_would_be():
 def test_a_batch_may_have_either_stamp(stamps: tuple[bytes | None, bytes | None]):
     both = Both()
     ordinals, intended_ns = stamps
-    both.recorder.note_all(PUBLISHER, 1, ["a", "a"], ordinals, intended_ns, [6000, 9000] if intended_ns else [])
+    ended_ns = [6000, 9000] if intended_ns else []
+    both.recorder.note_all(PUBLISHER, 1, pack_keys(["a", "a"]), 2, ordinals, intended_ns, ended_ns)
     found = both.evidence()
     assert found.distinct == (0 if ordinals is None else 2)
     assert found.latency == ([] if intended_ns is None else [(1, 1), (3, 1)])
@@ -82,7 +84,7 @@ def test_single_events_stay_in_order_with_batches():
     both = Both()
     for first in range(1, 30, 3):
         both.recorder.note(PUBLISHER, "a", first, 1, 0, 0, dead=False)
-        both.recorder.note_all(PUBLISHER, 1, ["a"], column(first + 1), None, [])
+        both.recorder.note_all(PUBLISHER, 1, pack_keys(["a"]), 1, column(first + 1), None, [])
         both.recorder.note(PUBLISHER, "a", first + 2, 2, 0, 0, dead=True)
     found = both.evidence()
     assert (found.distinct, found.repeats, found.missing, found.out_of_order, found.dead) == (30, 0, 0, 0, 10)
