@@ -110,7 +110,7 @@ _ID, _USED, _RETIRED, _REPEATS, _ANNOUNCED, _OUT_OF_ORDER, _MISSING, _UNCHECKED,
     10,
 )
 _ORDINAL_MAX: Final = 2**40  # of one publisher's events of one key
-_OVERTAKEN_MAX: Final = 65_536  # ordinals that were overtaken and are remembered one by one, for each publisher
+_OVERTAKEN_MAX: Final = 8192  # ordinals that were overtaken and are remembered one by one, for each publisher: 1 MB
 
 # A record: its size in bytes, publisher, events, bytes of keys, attempt, dead ones, which columns follow the keys.
 # The first field alone, with the highest bit set, is a gap up to the end of the ring.
