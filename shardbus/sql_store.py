@@ -280,21 +280,25 @@ class SqlStore:
         """
         self._opened = True
         try:
-            async with self._transaction() as connection:
-                if self._sqlite:
-                    # The driver would commit each CREATE TABLE by itself, and a kill in between leave half a schema.
-                    await connection.exec_driver_sql("BEGIN IMMEDIATE")
-                await self._check_version(connection)
-                await connection.run_sync(_metadata.create_all)
-                await self._set_meta(connection, "schema_version", str(SCHEMA_VERSION))
-                counts = await self._measure(connection)
-                if self._shards is not None:
-                    await self._check_shards(connection, self._shards, holds_rows=bool(counts.dead or counts.waiting))
+            self._counts = await self._lay_out()
         except BaseException:
             await self.close()
             raise
-        self._counts = counts
-        return counts
+        return self._counts
+
+    @_to_its_end
+    async def _lay_out(self) -> StoreCounts:
+        async with self._transaction() as connection:
+            if self._sqlite:
+                # The driver would commit each CREATE TABLE by itself, and a kill in between leave half a schema.
+                await connection.exec_driver_sql("BEGIN IMMEDIATE")
+            await self._check_version(connection)
+            await connection.run_sync(_metadata.create_all)
+            await self._set_meta(connection, "schema_version", str(SCHEMA_VERSION))
+            counts = await self._measure(connection)
+            if self._shards is not None:
+                await self._check_shards(connection, self._shards, holds_rows=bool(counts.dead or counts.waiting))
+            return counts
 
     async def close(self) -> None:
         """Release everything. Rows stay. May be called at any time, and again."""
