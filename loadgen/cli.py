@@ -250,7 +250,7 @@ def _run(spec: LoadSpec, expectations: tuple[Expectation, ...], histogram: Histo
     metavar="EXPR",
     multiple=True,
     type=_reads(expect.parse),
-    help="What the run must reach, for instance 'p99<10ms' or 'achieved_rate>=19k'. May be repeated.",
+    help="What the run must reach, for instance 'p99<10ms', 'service_p99<2ms' or 'achieved_rate>=19k'. May be repeated.",
 )
 @click.option(
     "--json",
@@ -300,6 +300,9 @@ def cli(
     hgrm_path: str | None,
 ) -> None:
     """Drive a bus with events on a schedule that never slips, and report what became of them.
+
+    The response time of an event, from the instant at which it should have gone, is told as a whole and in its two parts:
+    queue time until its handler begins, send lag included, and service time from there to the handler's end.
 
     Without --type it sends events of the built-in demo application. Every option is also read from LOADGEN_…, for instance
     LOADGEN_RATE. Exit code 0: ok; 1: events were lost, overtaken, repeated unannounced or not finished, or an --expect was

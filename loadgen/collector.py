@@ -30,20 +30,25 @@ _ASK_S: Final = 2.0  # a supervisor that is being replaced answers later; asked 
 
 _COUNTS: Final = ("distinct", "repeats", "announced", "out_of_order", "missing", "unchecked", "dead", "samples")
 
+_TIMES: Final = ("latency", "service", "queue")  # of an event, as `Evidence` calls them
+
 
 def totals_of(evidence: Iterable[Evidence]) -> Totals:
-    """Add up what the shards say of some publishers, and merge their latency buckets into one histogram."""
+    """Add up what the shards say of some publishers, and merge their buckets into a histogram of each kind of time."""
     shards = list(evidence)
     counts = {name: sum(getattr(shard, name) for shard in shards) for name in _COUNTS}
-    return Totals(**counts, latency_us=percentiles_us(pair for table in _tables(shards).values() for pair in table.items()))
+    latency, service, queue = (
+        percentiles_us(pair for table in _tables(shards, of).values() for pair in table.items()) for of in _TIMES
+    )
+    return Totals(**counts, latency_us=latency, service_us=service, queue_us=queue)
 
 
-def _tables(evidence: Iterable[Evidence]) -> dict[int, Counter[int]]:
-    """By shard: latencies in microseconds → how many, of all publishers."""
+def _tables(evidence: Iterable[Evidence], of: str = "latency") -> dict[int, Counter[int]]:
+    """By shard: times in microseconds → how many, of all publishers."""
     tables: dict[int, Counter[int]] = {}
     for one in evidence:
         table = tables.setdefault(one.shard, Counter())
-        for bucket, count in one.latency:
+        for bucket, count in getattr(one, of):
             # Both ends of a bucket fall into the same bucket of the histogram, which has the same three digits.
             table[bucket_bounds_us(bucket)[0]] += count
     return tables
@@ -65,7 +70,7 @@ class Collector:
         """The response times of all workers together, as last heard."""
         self.by_shard: dict[int, Histogram] = {}
         """The same for each shard."""
-        self._tables: dict[int, Counter[int]] = {}
+        self._tables: dict[str, dict[int, Counter[int]]] = {of: {} for of in _TIMES}
         self._processes = Processes()
         self._machine = MachineMeter()
         self._supervisor = 0
@@ -111,8 +116,10 @@ class Collector:
             offered_rate=offered,
             achieved_rate=(counts.finished - before.finished) / passed_s,
             counts=counts,
-            latency_us=gained,
-            send_lag_p99_us=None if lag_us is None else lag_us.p99,
+            latency_us=gained["latency"],
+            service_p99_us=_p99(gained["service"]),
+            queue_p99_us=_p99(gained["queue"]),
+            send_lag_p99_us=_p99(lag_us),
             backlog=tuple(worker.backlog for worker in state.workers),
             waiting=state.waiting,
             processes=uses,
@@ -123,27 +130,33 @@ class Collector:
         self._machine = MachineMeter()
         self._look(self.latest, driver_pids)
 
-    async def _gained(self) -> Percentiles | None:
-        """The response times since the last look, of all shards; keeps the histograms of the whole run."""
+    async def _gained(self) -> dict[str, Percentiles | None]:
+        """The times since the last look, of all shards; keeps the histograms of the whole run."""
+        nothing: dict[str, Percentiles | None] = dict.fromkeys(_TIMES)
         if not self.publishers:
-            return None
+            return nothing
         try:
             evidence = await self._client.evidence(self.publishers, timeout=_ASK_S)
         except shardbus.BusUnreachable:
-            return None
+            return nothing
         return self._take(evidence)
 
-    def _take(self, evidence: Iterable[Evidence]) -> Percentiles | None:
+    def _take(self, evidence: Sequence[Evidence]) -> dict[str, Percentiles | None]:
         """Merge what is new of every shard."""
-        tables = _tables(evidence)
-        interval = Histogram()
-        for shard, table in tables.items():
-            part = Histogram(difference(table, self._tables.get(shard, {})))
-            self.by_shard.setdefault(shard, Histogram()).merge(part)
-            interval.merge(part)
-        self._tables |= tables
-        self.histogram.merge(interval)
-        return interval.percentiles()
+        gained = {}
+        for of in _TIMES:
+            tables, before = _tables(evidence, of), self._tables[of]
+            interval = Histogram()
+            for shard, table in tables.items():
+                part = Histogram(difference(table, before.get(shard, {})))
+                if of == "latency":
+                    self.by_shard.setdefault(shard, Histogram()).merge(part)
+                interval.merge(part)
+            before |= tables
+            if of == "latency":
+                self.histogram.merge(interval)
+            gained[of] = interval.percentiles()
+        return gained
 
     def _look(self, state: BusState, driver_pids: Sequence[int]) -> tuple[ProcessUse, ...]:
         named = {f"driver {at}": pid for at, pid in enumerate(driver_pids)}
@@ -190,6 +203,10 @@ class Collector:
             except shardbus.BusUnreachable:
                 if time.monotonic() >= deadline:
                     raise
+
+
+def _p99(times_us: Percentiles | None) -> int | None:
+    return None if times_us is None else times_us.p99
 
 
 _NOTHING: Final = Counts(published=0, handled=0, dead=0, waiting=0, dropped=0, in_flight=0)

@@ -1,7 +1,7 @@
 """What a run comes to: the figures, and the verdict on them. Pure; what people read is made of it in `tables`.
 
 `published` and all counts of outcomes are of the whole run, warm-up included, because a lost event is lost at any time.
-Rates, latency and send lag are of the measured window alone.
+Rates and times are of the measured window alone.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     dead: int
     samples: int
     latency_us: Percentiles | None
+    service_us: Percentiles | None = None
+    queue_us: Percentiles | None = None
 
 
 class ProcessUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,7 +87,8 @@ class Interval(msgspec.Struct, frozen=True, kw_only=True):
     """About a second of a run, up to `at_s` after its first event was due.
 
     `offered_rate` is None where nothing was scheduled; `counts` are of the run so far. `latency_us` are the response times
-    heard of in the interval, None where there were none or nobody answered. `backlog` is of each shard, at its end.
+    heard of in the interval, None where there were none or nobody answered, and so for `service_p99_us` and `queue_p99_us`.
+    `backlog` is of each shard, at its end.
     """
 
     at_s: float
@@ -94,6 +97,8 @@ class Interval(msgspec.Struct, frozen=True, kw_only=True):
     achieved_rate: float
     counts: Counts
     latency_us: Percentiles | None
+    service_p99_us: int | None = None
+    queue_p99_us: int | None = None
     send_lag_p99_us: int | None
     backlog: tuple[int, ...]
     waiting: int
@@ -270,7 +275,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     `not_delivered`: not finished when the flush gave up. `waiting`: still in a store, at most. `duplicates`: all
     repeats; `redelivered`: those that said so. `unchecked`: events of keys that the shards no longer remembered.
     Times run from the intended instant: `send_lag_us` to the publish call, `latency_us` (the response time) to the end of
-    the handler, or, for a command, to its reply. `latency_us` is null where it would mislead; `notes` say why.
+    the handler, or, for a command, to its reply. It is the sum of two, for each event: `queue_us`, to the beginning of the
+    handler (with the send lag in it), and `service_us`, the handler's own time, of the attempt that settled the event.
+    Nobody measures these two of a command. All three are null where they would mislead; `notes` say why.
     `load` is what was asked for. Counts of commands stand where those of events would: `handled` were replied to,
     `dead_lettered` failed, `lost` got no reply.
     """
@@ -292,6 +299,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     out_of_order: int
     unchecked: int
     latency_us: Percentiles | None
+    service_us: Percentiles | None = None
+    queue_us: Percentiles | None = None
     latency_samples: int
     send_lag_us: Percentiles | None
     publish_wait_s: float
@@ -317,7 +326,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def figures_of(report: Report) -> dict[str, float | None]:
     """Everything that can be expected of a run (`expect.FIGURES`), times in seconds."""
-    latency, lag = report.latency_us, report.send_lag_us
+    latency = report.latency_us
     workers = [use for use in report.processes if use.name.startswith("worker ")]
     shares = [use.cpu_share for use in workers if use.cpu_share is not None]
     recoveries = [fault.recovery_s for fault in report.faults if not fault.fault.startswith("stop")]
@@ -325,7 +334,8 @@ def figures_of(report: Report) -> dict[str, float | None]:
     times_us: dict[str, int | None] = {
         name: None if latency is None else getattr(latency, name) for name in ("p50", "p90", "p99", "p99_9", "max")
     }
-    times_us |= {f"send_lag_{name}": None if lag is None else getattr(lag, name) for name in ("p50", "p99")}
+    for kind, found in (("service", report.service_us), ("queue", report.queue_us), ("send_lag", report.send_lag_us)):
+        times_us |= {f"{kind}_{name}": None if found is None else getattr(found, name) for name in ("p50", "p99")}
     return {
         **{name: None if value is None else value / 1e6 for name, value in times_us.items()},
         **{name: float(getattr(report, name)) for name in COUNTED},
@@ -510,6 +520,8 @@ def make_report(
         out_of_order=totals.out_of_order,
         unchecked=totals.unchecked,
         latency_us=None if silence else totals.latency_us,
+        service_us=None if silence else totals.service_us,
+        queue_us=None if silence else totals.queue_us,
         latency_samples=totals.samples,
         send_lag_us=lag_us,
         publish_wait_s=result.waited_s,
@@ -531,7 +543,8 @@ def make_report(
 
 def _without_latency(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
     """What would mislead as a whole would mislead by the second, too."""
-    return tuple(msgspec.structs.replace(interval, latency_us=None) for interval in intervals)
+    no_times = {"latency_us": None, "service_p99_us": None, "queue_p99_us": None}
+    return tuple(msgspec.structs.replace(interval, **no_times) for interval in intervals)
 
 
 def _why_no_latency(spec: LoadSpec, judgement: Judgement, *, lost: int, one_clock: bool) -> str:

@@ -35,6 +35,8 @@ def rows_of(report: Report) -> list[tuple[str, str]]:
     if report.waiting or report.not_delivered:
         rows.append(("unfinished", f"waiting in a store: {report.waiting:,}, not delivered: {report.not_delivered:,}"))
     rows.append(("response time", times(report.latency_us)))
+    if not report.load.commands:  # whose beginnings nobody tells
+        rows += [("service time", times(report.service_us)), ("queue time", times(report.queue_us))]
     if report.send_lag_us is not None:
         rows.append(("send lag", times(report.send_lag_us)))
     rows += [("fault", _fault(fault)) for fault in report.faults]
@@ -120,6 +122,7 @@ def times(percentiles: Percentiles | None) -> str:
 
 
 _COLUMNS = ("at_s", "warming_up", "offered_rate", "achieved_rate")
+_P99S = ("service_p99_us", "queue_p99_us", "send_lag_p99_us")
 _COUNTS = ("published", "handled", "dead", "waiting", "dropped", "in_flight")
 
 
@@ -132,14 +135,15 @@ def csv_of(intervals: Sequence[Interval]) -> str:
     heads = [f"{name.replace(' ', '_')}_{what}" for name in processes for what in ("cpu", "rss_bytes")]
     latencies = [f"{name}_us" for name in NAMES]
     backlogs = [f"backlog_{shard}" for shard in range(shards)]
-    writer.writerow([*_COLUMNS, *_COUNTS, *latencies, "send_lag_p99_us", "stored", *backlogs, *heads])
+    writer.writerow([*_COLUMNS, *_COUNTS, *latencies, *_P99S, "stored", *backlogs, *heads])
     for interval in intervals:
         uses = {use.name: use for use in interval.processes}
         backlog = [*interval.backlog, *[""] * (shards - len(interval.backlog))]
         latency = [None if interval.latency_us is None else getattr(interval.latency_us, name) for name in NAMES]
+        p99s = [getattr(interval, name) for name in _P99S]
         used = [getattr(uses.get(name), what, None) for name in processes for what in ("cpu_share", "rss_bytes")]
         row = [getattr(interval, name) for name in _COLUMNS] + [getattr(interval.counts, name) for name in _COUNTS]
         row = [f"{cell:.3f}" if isinstance(cell, float) else int(cell) if isinstance(cell, bool) else cell for cell in row]
         shares = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in used]
-        writer.writerow([*row, *latency, interval.send_lag_p99_us, interval.waiting, *backlog, *shares])
+        writer.writerow([*row, *latency, *p99s, interval.waiting, *backlog, *shares])
     return out.getvalue()

@@ -695,7 +695,9 @@ class Client:
         Raises:
             BusUnreachable: no answer in time.
         """
-        return _decode_evidence(await self.ask("evidence", _encode(list(publishers)), timeout=timeout))
+        # One question each: an answer is one frame, and the histograms of many publishers would not fit into it.
+        asked = (self.ask("evidence", _encode([publisher]), timeout=timeout) for publisher in publishers)
+        return [one for answer in await asyncio.gather(*asked) for one in _decode_evidence(answer)]
 
     async def ask(self, what: str, body: bytes, *, timeout: float) -> bytes:
         """Put a question to the supervisor. Raises `BusUnreachable` or, where it says no, `BusRejected`."""

@@ -16,7 +16,7 @@ from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Book, Recorder, book_bytes
 
 KEYS: Final = 65_536
-PUBLISHERS: Final = 16
+PUBLISHERS: Final = 12
 _FULL_S: Final = 0.0005
 EVIDENCE_BYTES: Final = book_bytes(keys=KEYS, publishers=PUBLISHERS) + journal_bytes()
 

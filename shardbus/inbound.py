@@ -27,6 +27,7 @@ class Delivery:
 
     __slots__ = (
         "attempt",
+        "began_ns",
         "body",
         "deadline_ns",
         "due_ns",
@@ -78,6 +79,7 @@ class Delivery:
         self.position = position  # its row in the store; 0: none
         self.message = message  # decoded already; None: not yet, or it does not decode
         self.due_ns = 0  # not before, by the worker's clock
+        self.began_ns = 0  # where it has an intended instant: when the handlers of its last attempt began
         self.todo: dict[str, int] | None = None  # handlers still to run → how often each has failed; None: all, never
         self.gave_up: tuple[Failure, ...] = ()
         self.journalled = -1  # its row in the journal, while its handler is suspended
@@ -113,6 +115,7 @@ class Inbound:
         "_skip",
         "asked_ns",
         "attempt",
+        "began_ns",
         "careful",
         "columns",
         "end",
@@ -149,7 +152,9 @@ class Inbound:
         self.wanted: bytearray | None = None  # where some are skipped: 1 for each row that is not
         self.careful = False
         self.timed = recorder is not None and columns.intended_ns is not None
-        self.ended_ns: list[int] = []  # where timed: when each row ended that was handled and is not noted yet
+        # Where timed: when each row ended that was handled and is not noted yet, and when the first of them began.
+        self.ended_ns: list[int] = []
+        self.began_ns = 0
         self._items: Iterator[Any] = iter(columns.keys)
         self._plans: Plan | list[Plan] = UNKNOWN
         self._messages: list[Any] | None = None
@@ -222,6 +227,9 @@ class Inbound:
         low, high = start - self.first, seq - self.first
         columns, publisher, ended_ns = self.columns, self.session.publisher, self.ended_ns
         ordinals, intended_ns = columns.ordinals, columns.intended_ns
+        began_ns = self.began_ns
+        if ended_ns:
+            self.began_ns = ended_ns[-1]  # rows run one straight after another
         if self.wanted is None:
             recorder.note_all(
                 publisher,
@@ -230,13 +238,17 @@ class Inbound:
                 high - low,
                 None if ordinals is None else ordinals[8 * low : 8 * high],
                 None if intended_ns is None else intended_ns[8 * low : 8 * high],
+                began_ns,
                 ended_ns,
             )
         else:
             ended = iter(ended_ns)
             for at in compress(range(low, high), self.wanted[low:high]):
-                ordinal, intended = stamp_at(ordinals, at), stamp_at(intended_ns, at)
-                recorder.note(publisher, columns.keys[at], ordinal, self.attempt, intended, next(ended, 0), dead=False)
+                ordinal, intended, end_ns = stamp_at(ordinals, at), stamp_at(intended_ns, at), next(ended, 0)
+                recorder.note(
+                    publisher, columns.keys[at], ordinal, self.attempt, intended, began_ns, end_ns, dead=False
+                )
+                began_ns = end_ns
         ended_ns.clear()
 
     def finish_before(self, seq: int) -> int:
@@ -261,7 +273,7 @@ class Inbound:
         columns = self.columns
         at = self.next_seq - 1 - self.first
         extra = columns.extras.get(at) if columns.extras else None
-        return Delivery(
+        delivery = Delivery(
             self.session,
             self.session.publisher,
             self.first + at,
@@ -276,6 +288,8 @@ class Inbound:
             self.asked_ns + extra.timeout_ns if extra is not None and extra.timeout_ns else 0,
             message=None if self._messages is None else self._messages[at],
         )
+        delivery.began_ns = self.began_ns  # the rows before it are noted: it began when they had ended
+        return delivery
 
 
 def _all_decoded(messages: Iterable[Any]) -> list[Any] | None:

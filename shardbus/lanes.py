@@ -434,7 +434,7 @@ class Lanes:
         first = cursor.next_seq
         journal.lead(cursor.session.publisher, first, first)
         running = journal.running
-        began_ns = running[ALIVE] = now()
+        began_ns = cursor.began_ns = running[ALIVE] = now()
         note_ns = began_ns + _NOTE_NS
         while True:
             stride = 1 if cursor.careful else self._stride
@@ -455,6 +455,8 @@ class Lanes:
                         await self._deliver(delivery, token)
                         if self._leader is not token:
                             return
+                    if timed:
+                        cursor.began_ns = now()
                 else:
                     try:
                         await simple(message)
@@ -462,6 +464,8 @@ class Lanes:
                         self._fast_failed(cursor, token, key, error)
                         if self._leader is not token:
                             return
+                        if timed:
+                            cursor.began_ns = now()
                     else:
                         if self._leader is not token:
                             self._settle(self._overtaken(token, key), None)
@@ -483,6 +487,8 @@ class Lanes:
                     if now_ns >= note_ns:
                         cursor.note_before(first)
                         note_ns = now_ns + _NOTE_NS
+                        if timed:
+                            cursor.began_ns = now()  # the log may have been full
                     continue
             break
         # What was done so far is acked now, because the rest may take long.
@@ -660,6 +666,8 @@ class Lanes:
         todo = delivery.todo
         if todo is not None and not any(handler.name in todo for handler in plan.handlers):
             todo = None  # the application has other handlers by now
+        if delivery.intended_ns:
+            delivery.began_ns = self._now()
         for handler in plan.handlers:
             if todo is None or handler.name in todo:
                 await self._run_handler(handler, plan.circuits.get(handler.name), round_, message, context)

@@ -3,7 +3,8 @@
 A book is a flat buffer of 64-bit words, shared between a worker and its supervisor (`evidence` owns the mapping). It has
 
     counters of the shard
-    a row for each publisher that stamps its events, and its latency histogram
+    a row for each publisher that stamps its events
+    histograms of each publisher's response, service and queue times, in words of 32 bits
     the last ordinal of each (publisher, key), in a ring: when it is full, the key that entered first is forgotten
     a log: a ring of records that say which stamped events reached their outcome
 
@@ -15,13 +16,18 @@ done where no event waits for it.
 An ordinal counts one publisher's events of one key: 1, 2, 3, … So the next ordinal is in order, a lower one is a repeat
 (or a late one, if it was missing), and a gap is missing until it comes. `distinct` follows from the last ordinals alone,
 one word a key, so that no kill at any instant can make it wrong.
+
+An event's *response time* runs from its intended instant to the end of its handlers. It falls into the *queue time*, up to
+where they begin, and the *service time*, which is that of the attempt that settled it. Where events are handled one straight
+after another, each begins when the one before has ended, so a clock is read once an event for all three.
 """
 
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import compress, repeat
+from itertools import chain, compress, repeat
 from operator import eq
 from typing import Final
 
@@ -31,7 +37,7 @@ from shardbus.messages import WireKey
 from shardbus.routing import stable_hash
 from shardbus.wire.codec import pack_keys, unpack_keys
 
-# -- latency buckets: whole microseconds up to 2,047, then 1,024 buckets for each power of two (3 significant digits,
+# -- buckets of times: whole microseconds up to 2,047, then 1,024 buckets for each power of two (3 significant digits,
 #    as in HdrHistogram, http://hdrhistogram.org), up to 2³⁶ µs (19 hours)
 
 _LINEAR: Final = 2048
@@ -41,7 +47,7 @@ BUCKETS: Final = _LINEAR + _HALF * (_BITS_MAX - 11)
 
 
 def bucket_index(value_us: int) -> int:
-    """The bucket that counts a latency of `value_us` microseconds; negative ones count as 0."""
+    """The bucket that counts a time of `value_us` microseconds; negative ones count as 0."""
     if value_us < _LINEAR:
         return max(0, value_us)
     shift = value_us.bit_length() - 11
@@ -62,7 +68,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     `distinct` events reached an outcome; `repeats` came again, `announced` of them said so; `out_of_order` came after a
     later one of their key; `missing` were overtaken and have not come; `unchecked` are of keys that were forgotten and
-    came back. `samples` latencies were recorded, in `latency` as (bucket, count).
+    came back. `samples` events have times, as (bucket, count): in `latency` their response times, in `service` and
+    `queue` the two parts of them. A bucket counts no further than 4,294,967,295.
     """
 
     shard: int
@@ -76,6 +83,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     dead: int
     samples: int
     latency: list[tuple[int, int]]
+    service: list[tuple[int, int]]
+    queue: list[tuple[int, int]]
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +99,7 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 COUNTERS: Final = Counters.__struct_fields__
-_MAGIC: Final = 0x5348415244423032  # "SHARDB02"
+_MAGIC: Final = 0x5348415244423033  # "SHARDB03"
 _HEADER: Final = 16  # words: magic, keys, publishers, size of the log, place in the ring of keys, head, tail, counters
 _KEY_RING_AT: Final = 4
 _HEAD_AT: Final = 5  # bytes that were ever appended to the log; the worker's
@@ -109,6 +118,9 @@ _ID, _USED, _RETIRED, _REPEATS, _ANNOUNCED, _OUT_OF_ORDER, _MISSING, _UNCHECKED,
     9,
     10,
 )
+_TIMES_KEPT: Final = 3  # of an event: response, service, queue
+_HISTOGRAM_WORDS: Final = _TIMES_KEPT * BUCKETS // 2  # a publisher; two counts a word
+_COUNT_MAX: Final = 2**32 - 1  # of a bucket; it stays there
 _ORDINAL_MAX: Final = 2**40  # of one publisher's events of one key
 _OVERTAKEN_MAX: Final = 8192  # ordinals that were overtaken and are remembered one by one, for each publisher: 1 MB
 
@@ -116,7 +128,9 @@ _OVERTAKEN_MAX: Final = 8192  # ordinals that were overtaken and are remembered 
 # The first field alone, with the highest bit set, is a gap up to the end of the ring.
 _RECORD: Final = struct.Struct("<Q16sIIIII4x")
 _GAP: Final = 1 << 63
-_ORDINALS, _TIMES = 1, 2
+# With times come the intended instants, and when the first event began and each one ended: a column that is longer by one.
+# Where each has a beginning of its own, the beginnings are a column, and the ends another.
+_ORDINALS, _TIMES, _BEGINNINGS = 1, 2, 4
 _LOG_BYTES: Final = 2 * 1024 * 1024  # 0.15 s of a worker at full speed
 _GATHERED_MAX: Final = 256  # events that were noted one by one, to a record
 
@@ -174,6 +188,7 @@ class Recorder(_Mapped):
         self._noted_keys: list[WireKey] = []
         self._ordinals: list[int] = []
         self._intended_ns: list[int] = []
+        self._began_ns: list[int] = []
         self._ended_ns: list[int] = []
         self._dead = 0
 
@@ -186,15 +201,28 @@ class Recorder(_Mapped):
         self._words[_COUNTERS_AT] += by
 
     def note(
-        self, publisher: bytes, key: WireKey, ordinal: int, attempt: int, intended_ns: int, ended_ns: int, *, dead: bool
+        self,
+        publisher: bytes,
+        key: WireKey,
+        ordinal: int,
+        attempt: int,
+        intended_ns: int,
+        began_ns: int,
+        ended_ns: int,
+        *,
+        dead: bool,
     ) -> None:
-        """An event reached its outcome; 0: it has no ordinal, or no intended instant. Written by `flush`."""
+        """An event reached its outcome; 0: it has no ordinal, or no intended instant. Written by `flush`.
+
+        Its handlers ran from `began_ns` to `ended_ns`; nobody looks at these without an intended instant.
+        """
         if self._of != (publisher, attempt) or len(self._noted_keys) >= _GATHERED_MAX:
             self.flush()
             self._of = (publisher, attempt)
         self._noted_keys.append(key)
         self._ordinals.append(ordinal)
         self._intended_ns.append(0 if dead else intended_ns)
+        self._began_ns.append(began_ns)
         self._ended_ns.append(ended_ns)
         self._dead += dead
 
@@ -203,10 +231,13 @@ class Recorder(_Mapped):
         keys = self._noted_keys
         if keys:
             dead, self._dead = self._dead, 0
-            columns = struct.Struct(f"<{len(keys)}q").pack
-            times = columns(*self._intended_ns), columns(*self._ended_ns)
-            self._append(*self._of, pack_keys(keys), len(keys), columns(*self._ordinals), *times, dead)
-            for column in (keys, self._ordinals, self._intended_ns, self._ended_ns):
+            packed = struct.Struct(f"<{len(keys)}q").pack
+            parts, which = [pack_keys(keys), packed(*self._ordinals)], _ORDINALS
+            if any(self._intended_ns):
+                parts += (packed(*self._intended_ns), packed(*self._began_ns), packed(*self._ended_ns))
+                which |= _TIMES | _BEGINNINGS
+            self._append(*self._of, len(keys), parts, which, dead)
+            for column in (keys, self._ordinals, self._intended_ns, self._began_ns, self._ended_ns):
                 column.clear()
 
     def note_all(
@@ -217,31 +248,38 @@ class Recorder(_Mapped):
         events: int,
         ordinals: bytes | None,
         intended_ns: bytes | None,
+        began_ns: int,
         ended_ns: Sequence[int],
     ) -> None:
-        """Events were handled in this order. Keys and stamps as they came: 8 bytes a stamp, 0 for none; None: no stamps."""
+        """Events were handled in this order. Keys and stamps as they came: 8 bytes a stamp, 0 for none; None: no stamps.
+
+        The first one's handler began at `began_ns`, and every other when the one before had ended.
+        """
         self.flush()  # what was noted before comes before
-        ended = struct.pack(f"<{len(ended_ns)}q", *ended_ns) if intended_ns is not None else None
-        self._append(publisher, attempt, packed_keys, events, ordinals, intended_ns, ended, 0)
+        parts, which = [packed_keys], 0
+        if ordinals is not None:
+            parts.append(ordinals)
+            which |= _ORDINALS
+        if intended_ns is not None:
+            parts += (intended_ns, struct.pack(f"<{len(ended_ns) + 1}q", began_ns, *ended_ns))
+            which |= _TIMES
+        self._append(publisher, attempt, events, parts, which, 0)
 
     def _append(
         self,
         publisher: bytes,
         attempt: int,
-        packed_keys: bytes | memoryview,
         events: int,
-        ordinals: bytes | None,
-        intended_ns: bytes | None,
-        ended_ns: bytes | None,
+        parts: Sequence[bytes | memoryview],
+        which: int,
         dead: int,
     ) -> None:
-        parts = [part for part in (packed_keys, ordinals, intended_ns, ended_ns) if part is not None]
+        """Write a record of packed keys, and then the columns that `which` says."""
         size = _RECORD.size + sum(map(len, parts))
         size += -size % 8
         at = self._room_for(size)
         log = self._log
-        which = (ordinals is not None) * _ORDINALS + (intended_ns is not None) * _TIMES
-        _RECORD.pack_into(log, at, size, publisher, events, len(packed_keys), attempt, dead, which)
+        _RECORD.pack_into(log, at, size, publisher, events, len(parts[0]), attempt, dead, which)
         at += _RECORD.size
         for part in parts:
             end = at + len(part)
@@ -274,8 +312,10 @@ class Book(_Mapped):
         at = _HEADER
         self._rows = words[at : at + publishers * _ROW]
         at += publishers * _ROW
-        self._histograms = words[at : at + publishers * BUCKETS]
-        at += publishers * BUCKETS
+        histograms = words[at : at + publishers * _HISTOGRAM_WORDS]
+        self._histograms = histograms.cast("B").cast("I")  # a container has little room on RAM
+        histograms.release()
+        at += publishers * _HISTOGRAM_WORDS
         self._hashes = words[at : at + keys]
         at += keys
         self._owners = words[at : at + keys]  # the publisher's row + 1; 0: free
@@ -303,7 +343,7 @@ class Book(_Mapped):
     def fold(self, now_ns: int, records: int = 2**62) -> bool:
         """Fold up to so many records, at most what is there now; whether more are left.
 
-        A kill in between may cost the latencies of what this call folded, and nothing else.
+        A kill in between may cost the times of what this call folded, and nothing else.
         """
         words = self._words
         head, tail = words[_HEAD_AT], words[_TAIL_AT]
@@ -322,8 +362,8 @@ class Book(_Mapped):
             words[_TAIL_AT] = head  # somebody has written over it: a worker must not wait for ever
             raise
         for book in self._books.values():
-            if book.latencies_us:
-                book.write_latencies()
+            if book.times_us:
+                book.write_times()
         return tail < head
 
     def _fold_record(self, at: int, now_ns: int) -> None:
@@ -343,7 +383,14 @@ class Book(_Mapped):
             book.note_all(keys, ordinals, attempt)
         if which & _TIMES:
             intended_ns = column.unpack_from(self._log, times_at)
-            book.measure_all(intended_ns, column.unpack_from(self._log, times_at + column.size))
+            times_at += column.size
+            if which & _BEGINNINGS:
+                began_ns = column.unpack_from(self._log, times_at)
+                ended_ns = column.unpack_from(self._log, times_at + column.size)
+            else:
+                instants_ns = struct.unpack_from(f"<{events + 1}q", self._log, times_at)
+                began_ns, ended_ns = instants_ns[:-1], instants_ns[1:]
+            book.measure_all(intended_ns, began_ns, ended_ns)
         if dead:
             book.note_dead(dead)
         self._doubtful = False
@@ -379,8 +426,8 @@ class Book(_Mapped):
                 if owner == row + 1:
                     self._forget(at)
             self._rows[row * _ROW : (row + 1) * _ROW] = memoryview(bytes(_ROW * 8)).cast("Q")
-            zeros = memoryview(bytes(BUCKETS * 8)).cast("Q")
-            self._histograms[row * BUCKETS : (row + 1) * BUCKETS] = zeros
+            size = _TIMES_KEPT * BUCKETS
+            self._histograms[row * size : (row + 1) * size] = memoryview(bytes(4 * size)).cast("I")
         return row
 
     def _forget(self, at: int) -> None:
@@ -427,7 +474,7 @@ class Book(_Mapped):
         of_row = map(eq, self._owners[:used].tolist(), repeat(row + 1))
         # A gap's ordinals are part of the last ordinal and never came; what was retired was counted when it was forgotten.
         last = sum(compress(self.last[:used].tolist(), of_row))
-        histogram = self._histograms[row * BUCKETS : (row + 1) * BUCKETS].tolist()
+        latency, service, queue = (self._counted(row, which) for which in range(_TIMES_KEPT))
         return Evidence(
             shard=shard,
             publisher=publisher,
@@ -439,21 +486,31 @@ class Book(_Mapped):
             unchecked=words[_UNCHECKED],
             dead=words[_DEAD],
             samples=words[_SAMPLES],
-            latency=list(compress(enumerate(histogram), histogram)),
+            latency=latency,
+            service=service,
+            queue=queue,
         )
+
+    def _counted(self, row: int, which: int) -> list[tuple[int, int]]:
+        first = (row * _TIMES_KEPT + which) * BUCKETS
+        histogram = self._histograms[first : first + BUCKETS].tolist()
+        return list(compress(enumerate(histogram), histogram))
 
 
 class PublisherBook:
     """One publisher's part of a book."""
 
-    __slots__ = ("_book", "_overtaken", "known", "last", "latencies_us", "positions", "publisher", "row")
+    __slots__ = ("_book", "_long_us", "_overtaken", "known", "last", "positions", "publisher", "row", "times_us")
 
     def __init__(self, book: Book, row: int, publisher: bytes) -> None:
         self._book = book
         self.row = row
         self.publisher = publisher
         self.positions: dict[WireKey, int] = {}
-        self.latencies_us: dict[int, int] = {}  # microseconds → how often, written at the end of a fold: many share a value
+        # Response, service and queue times that are not written yet: below 2,048 µs how often each came, because a list
+        # counts three of them in the time in which a dictionary counts one; then the times of all other events.
+        self.times_us: tuple[list[int], ...] = ()
+        self._long_us: tuple[list[int], ...] = ()
         self.last = book.last
         self.known = book.known
         self._overtaken: set[tuple[WireKey, int]] = set()
@@ -469,13 +526,24 @@ class PublisherBook:
                 else:
                     self.irregular(key, ordinal, attempt)
 
-    def measure_all(self, intended_ns: Iterable[int], ended_ns: Iterable[int]) -> None:
-        """Events with these intended instants were handled at those; 0: it has none."""
-        latencies = self.latencies_us
-        for ended, intended in zip(ended_ns, intended_ns, strict=True):
+    def measure_all(self, intended_ns: Sequence[int], began_ns: Sequence[int], ended_ns: Sequence[int]) -> None:
+        """Events with these intended instants were handled from when to when; 0: it has none."""
+        if not self.times_us:
+            self.times_us = tuple([0] * _LINEAR for _ in range(_TIMES_KEPT))
+            self._long_us = tuple([] for _ in range(_TIMES_KEPT))
+        response, service, queue = self.times_us
+        long_response, long_service, long_queue = self._long_us
+        for intended, began, ended in zip(intended_ns, began_ns, ended_ns, strict=True):
             if intended:
-                latency_us = (ended - intended) // 1000
-                latencies[latency_us] = latencies.get(latency_us, 0) + 1
+                response_us, service_us = (ended - intended) // 1000, (ended - began) // 1000
+                if 0 <= service_us <= response_us < _LINEAR:
+                    response[response_us] += 1
+                    service[service_us] += 1
+                    queue[response_us - service_us] += 1
+                else:
+                    long_response.append(response_us)
+                    long_service.append(service_us)
+                    long_queue.append(response_us - service_us)
 
     def last_of(self, key: WireKey) -> int:
         """The last ordinal of a key."""
@@ -522,14 +590,16 @@ class PublisherBook:
         """Stamped events became dead letters."""
         self._add(_DEAD, by)
 
-    def write_latencies(self) -> None:
-        """Add `latencies_us` to the histogram."""
-        base = self.row * BUCKETS
+    def write_times(self) -> None:
+        """Add `times_us` to the histograms."""
         histograms = self._book._histograms
-        for value_us, count in self.latencies_us.items():
-            histograms[base + bucket_index(value_us)] += count
-        self._add(_SAMPLES, sum(self.latencies_us.values()))
-        self.latencies_us.clear()
+        for which, (counts, long_us) in enumerate(zip(self.times_us, self._long_us, strict=True)):
+            first = (self.row * _TIMES_KEPT + which) * BUCKETS
+            for value_us, count in chain(compress(enumerate(counts), counts), Counter(long_us).items()):
+                at = first + bucket_index(value_us)
+                histograms[at] = min(_COUNT_MAX, histograms[at] + count)
+        self._add(_SAMPLES, sum(self.times_us[0]) + len(self._long_us[0]))
+        self.times_us = self._long_us = ()
 
     def _word(self, field: int) -> int:
         return self._book._rows[self.row * _ROW + field]
@@ -545,4 +615,4 @@ def _signed(word: int) -> int:
 
 def book_bytes(*, keys: int, publishers: int, log_bytes: int = _LOG_BYTES) -> int:
     """The size of a book's buffer."""
-    return 8 * (_HEADER + publishers * (_ROW + BUCKETS) + 3 * keys) + log_bytes
+    return 8 * (_HEADER + publishers * (_ROW + _HISTOGRAM_WORDS) + 3 * keys) + log_bytes

@@ -544,6 +544,7 @@ class Shard:
             delivery.ordinal,
             delivery.attempt,
             delivery.intended_ns,
+            delivery.began_ns,
             self._now() if delivery.intended_ns else 0,
             dead=dead,
         )

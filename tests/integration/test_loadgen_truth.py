@@ -156,7 +156,7 @@ class GetTimes(shardbus.Command[list[tuple[int, int, int]]], key="key"):
     first: int
 
 
-async def test_response_times_of_one_key_are_those_of_its_arrivals_and_service_times(
+async def test_response_queue_and_service_times_of_one_key_are_those_of_its_arrivals_and_its_handler(
     make_bus: MakeBus, short_path: Path
 ) -> None:
     chance = random.Random(11)
@@ -191,6 +191,11 @@ async def test_response_times_of_one_key_are_those_of_its_arrivals_and_service_t
         seen = percentiles_of([(end - due) / NS for (_, _, end), due in zip(times, arrivals_ns, strict=True)])
         wrong = [f"seen by the handler: {text}" for text in differences(totals.latency_us, seen, names)]
         services_ns = [end - began for _, began, end in times]
+        services = percentiles_of([service_ns / NS for service_ns in services_ns])
+        wrong += [f"service time: {text}" for text in differences(totals.service_us, services, names)]
+        # Who found nobody before it has waited for next to nothing, of which a part is nothing that can be held against.
+        waits = percentiles_of([(began - due) / NS for (_, began, _), due in zip(times, arrivals_ns, strict=True)])
+        wrong += [f"queue time: {text}" for text in differences(totals.queue_us, waits, ("p90", "p99", "p99_9", "max"))]
         responses_s = lindley(arrivals_ns, services_ns)
         # It is queueing that is tested: a good part of the events found the one before still there.
         waited = sum(response * NS > service + 1 for response, service in zip(responses_s, services_ns, strict=True))

@@ -6,6 +6,7 @@ Nothing here runs, so nothing depends on the machine, and there may be as many e
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Sequence
 from functools import partial
 
@@ -13,9 +14,10 @@ import pytest
 from queueing import NS, differences, lindley, percentiles_of
 
 from loadgen.collector import totals_of
-from loadgen.histogram import Percentiles
 from loadgen.pacer import Arrivals, Evenly, Poisson, Profile, Stage
+from loadgen.report import Totals
 from shardbus.metrics import Book, Recorder, book_bytes
+from shardbus.wire.codec import pack_keys
 
 DIGITS = 0.002  # what three significant digits leave open
 NAMES = ("p50", "p90", "p99", "p99_9", "max")
@@ -35,16 +37,31 @@ def sent_on_time(arrivals: Arrivals, until_ns: int) -> list[int]:
     return instants
 
 
-def measured(intended_ns: Sequence[int], ends_ns: Sequence[int]) -> Percentiles | None:
-    """What loadgen says of events that were handled at these instants, by two shards in turns."""
+def measured(intended_ns: Sequence[int], begins_ns: Sequence[int], ends_ns: Sequence[int]) -> Totals:
+    """What loadgen says of events that were handled from when to when. Two shards tell it, one event by event, the other by
+    parts in which each event begins when the one before has ended; they take such parts in turns."""
     buffers = [memoryview(bytearray(book_bytes(keys=8, publishers=2))) for _ in range(2)]
     books = [Book(buffer, keys=8, publishers=2) for buffer in buffers]
     folds = [partial(book.fold, START_NS) for book in books]
     recorders = [
         Recorder(buffer, keys=8, publishers=2, full=fold) for buffer, fold in zip(buffers, folds, strict=True)
     ]
-    for at, (intended, end_ns) in enumerate(zip(intended_ns, ends_ns, strict=True)):
-        recorders[at % 2].note(b"p" * 16, "key", 0, 1, intended, end_ns, dead=False)
+    parts: list[list[int]] = []
+    for at, begin_ns in enumerate(begins_ns):
+        if parts and begin_ns == ends_ns[at - 1] and len(parts[-1]) < 100:
+            parts[-1].append(at)
+        else:
+            parts.append([at])
+    for number, part in enumerate(parts):
+        first, behind = part[0], part[-1] + 1
+        if number % 2:
+            stamps = struct.pack(f"<{len(part)}q", *intended_ns[first:behind])
+            keys = pack_keys(["key"] * len(part))
+            ended_ns = ends_ns[first:behind]
+            recorders[1].note_all(b"p" * 16, 1, keys, len(part), None, stamps, begins_ns[first], ended_ns)
+        else:
+            for at in part:
+                recorders[0].note(b"p" * 16, "key", 0, 1, intended_ns[at], begins_ns[at], ends_ns[at], dead=False)
     evidence = []
     for shard, book in enumerate(books):
         recorders[shard].flush()
@@ -54,17 +71,19 @@ def measured(intended_ns: Sequence[int], ends_ns: Sequence[int]) -> Percentiles 
         evidence.append(found)
     totals = totals_of(evidence)
     assert totals.samples == len(intended_ns)
-    return totals.latency_us
+    return totals
 
 
-def ends_of(intended_ns: Sequence[int], services_ns: Sequence[int]) -> list[int]:
-    """When one server has handled each event: it begins when the event has come and the one before is done."""
+def spans_of(intended_ns: Sequence[int], services_ns: Sequence[int]) -> tuple[list[int], list[int]]:
+    """When one server has begun and ended each event: it begins when the event has come and the one before is done."""
+    begins: list[int] = []
     ends: list[int] = []
     free_ns = 0
     for intended, service_ns in zip(intended_ns, services_ns, strict=True):
-        free_ns = max(free_ns, intended) + service_ns
+        begins.append(max(free_ns, intended))
+        free_ns = begins[-1] + service_ns
         ends.append(free_ns)
-    return ends
+    return begins, ends
 
 
 def test_the_recursion_itself_is_right() -> None:
@@ -73,7 +92,7 @@ def test_the_recursion_itself_is_right() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_response_times_of_one_server_are_those_of_lindleys_recursion(seed: int) -> None:
+def test_response_queue_and_service_times_of_one_server_are_those_of_lindleys_recursion(seed: int) -> None:
     chance = random.Random(seed)
     arrivals = Poisson(START_NS, Profile((Stage(1000.0, 10.0),)), random.Random(f"{seed}/arrivals"))
     intended_ns = sent_on_time(arrivals, START_NS + 10 * NS)
@@ -82,8 +101,12 @@ def test_response_times_of_one_server_are_those_of_lindleys_recursion(seed: int)
     assert len(intended_ns) > 9000
     waited = sum(response * NS > service + 1 for response, service in zip(responses_s, services_ns, strict=True))
     assert waited > len(intended_ns) / 2
-    found = measured(intended_ns, ends_of(intended_ns, services_ns))
-    assert differences(found, percentiles_of(responses_s), NAMES, within=DIGITS) == []
+    found = measured(intended_ns, *spans_of(intended_ns, services_ns))
+    assert differences(found.latency_us, percentiles_of(responses_s), NAMES, within=DIGITS) == []
+    services_s = [service_ns / NS for service_ns in services_ns]
+    assert differences(found.service_us, percentiles_of(services_s), NAMES, within=DIGITS) == []
+    waits_s = [response - service for response, service in zip(responses_s, services_s, strict=True)]
+    assert differences(found.queue_us, percentiles_of(waits_s), NAMES, within=DIGITS) == []
 
 
 def test_a_server_that_stands_still_is_late_for_every_event_that_was_due_meanwhile() -> None:
@@ -93,4 +116,8 @@ def test_a_server_that_stands_still_is_late_for_every_event_that_was_due_meanwhi
     ends_ns = [go_on_ns if stop_ns <= instant < go_on_ns else instant for instant in intended_ns]
     waits = [3.0 - n / rate for n in range(3 * rate)]
     expected = percentiles_of(waits + [0.0] * (5 * rate))
-    assert differences(measured(intended_ns, ends_ns), expected, ("p90", "p99", "p99_9", "max"), within=DIGITS) == []
+    found = measured(intended_ns, ends_ns, ends_ns)  # a handler that takes no time: all of it is waiting
+    for times_us in (found.latency_us, found.queue_us):
+        assert differences(times_us, expected, ("p90", "p99", "p99_9", "max"), within=DIGITS) == []
+    assert found.service_us is not None
+    assert found.service_us.max == 0

@@ -32,12 +32,16 @@ async def test_an_interval_has_what_came_since_the_last_one_and_the_whole_is_the
             interval = await collector.interval([progress(turn, 10 * turn, 20 * turn)], [os.getpid()])
             latencies.append(interval)
         assert [interval.latency_us is not None for interval in latencies] == [True] * 3
+        for interval in latencies:
+            # They were due when the clock began, and nothing takes as long as they have waited.
+            assert interval.service_p99_us < interval.queue_p99_us <= interval.latency_us.p99
         assert [(interval.offered_rate, interval.achieved_rate) for interval in latencies] == [(20.0, 10.0)] * 3
         assert collector.histogram.total == 60 == sum(one.total for one in collector.by_shard.values())
         assert set(collector.by_shard) == {0, 1}
         # Nothing new: no latency, and no interval where no time has passed.
         assert await collector.interval([progress(3, 30, 60)], []) is None
-        assert (await collector.interval([progress(4, 30, 60)], [])).latency_us is None
+        silent = await collector.interval([progress(4, 30, 60)], [])
+        assert (silent.latency_us, silent.service_p99_us, silent.queue_p99_us) == (None, None, None)
 
 
 def test_the_difference_of_growing_counts_is_what_came_in_between():

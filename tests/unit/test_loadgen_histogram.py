@@ -55,7 +55,8 @@ def test_a_percentile_is_a_recorded_value_to_three_digits(values: list[int]) -> 
 def evidence(shard: int, latencies_us: list[int], **counts: int) -> Evidence:
     buckets = [(bucket_index(value), 1) for value in latencies_us]
     fields = {"distinct": 0, "repeats": 0, "announced": 0, "out_of_order": 0, "missing": 0, "unchecked": 0, "dead": 0}
-    return Evidence(shard=shard, publisher=bytes(16), samples=len(buckets), latency=buckets, **{**fields, **counts})
+    times = {"latency": buckets, "service": [(bucket, 1) for bucket, _ in buckets[:1]], "queue": buckets[1:]}
+    return Evidence(shard=shard, publisher=bytes(16), samples=len(buckets), **times, **{**fields, **counts})
 
 
 def test_the_shards_histograms_merge_as_if_there_were_one() -> None:
@@ -63,6 +64,8 @@ def test_the_shards_histograms_merge_as_if_there_were_one() -> None:
     totals = totals_of([evidence(0, values[::2]), evidence(1, values[1::2])])
     assert totals.samples == len(values)
     assert totals.latency_us == percentiles_us([(value, 1) for value in values])
+    assert totals.service_us == percentiles_us([(value, 1) for value in values[:2]])
+    assert totals.queue_us == percentiles_us([(value, 1) for value in values[2:]])
 
 
 def test_the_shards_counts_add_up() -> None:
@@ -72,4 +75,4 @@ def test_the_shards_counts_add_up() -> None:
 
 def test_a_publisher_that_nobody_has_seen_has_no_evidence() -> None:
     totals = totals_of([])
-    assert (totals.distinct, totals.latency_us) == (0, None)
+    assert (totals.distinct, totals.latency_us, totals.service_us, totals.queue_us) == (0, None, None, None)

@@ -36,6 +36,8 @@ from loadgen.spec import Counts, DriverResult, LoadSpec, Payload, Recording, Ske
 from loadgen.tables import csv_of, load_text, rows_of
 
 FAST = Percentiles(p50=100, p90=150, p99=200, p99_9=250, max=300)
+SHORT = Percentiles(p50=20, p90=30, p99=40, p99_9=50, max=60)
+WAIT = Percentiles(p50=80, p90=120, p99=160, p99_9=200, max=240)
 MACHINE = Machine(cpu_count=2, cpu_model="a processor", system="Linux", python="3.11", versions={})
 
 
@@ -222,7 +224,7 @@ def result(final: Counts, **changes: Any) -> DriverResult:
 
 def totals(distinct: int, **others: Any) -> Totals:
     fields = dict.fromkeys(("repeats", "announced", "out_of_order", "missing", "unchecked", "dead", "samples"), 0)
-    return Totals(distinct=distinct, latency_us=FAST, **{**fields, **others})
+    return Totals(distinct=distinct, latency_us=FAST, service_us=SHORT, queue_us=WAIT, **{**fields, **others})
 
 
 ACCOUNTS: list[tuple[str, Counts, Totals, int, Account]] = [
@@ -318,6 +320,7 @@ def report(ran: DriverResult, evidence: Totals, *, rate: float | None = 100.0, o
 def test_a_good_run_quotes_its_latency() -> None:
     found = report(*ALL_WELL)
     assert (found.verdict, found.exit_code, found.latency_us) == ("ok", 0, FAST)
+    assert (found.service_us, found.queue_us) == (SHORT, WAIT)
     assert found.achieved_rate == 100.0
     assert found.send_lag_us == Percentiles(p50=80, p90=120, p99=120, p99_9=120, max=120)
     assert not found.notes
@@ -341,7 +344,7 @@ def test_no_latency_is_quoted_where_it_would_mislead(
 ) -> None:
     good, evidence = ALL_WELL
     found = report(msgspec.structs.replace(good, **changes), evidence, **options)
-    assert found.latency_us is None
+    assert (found.latency_us, found.service_us, found.queue_us) == (None, None, None)
     assert said in found.notes[0]
 
 
@@ -361,10 +364,19 @@ def test_the_json_has_the_fields_that_were_promised() -> None:
     written = msgspec.json.decode(msgspec.json.encode(report(*ALL_WELL)))
     promised = (
         "offered_rate achieved_rate published handled dead_lettered lost duplicates redelivered out_of_order verdict "
-        "latency_us send_lag_us"
+        "latency_us service_us queue_us send_lag_us"
     )
     assert set(promised.split()) <= set(written)
-    assert set(written["latency_us"]) == {"p50", "p90", "p99", "p99_9", "max"} == set(written["send_lag_us"])
+    for times in ("latency_us", "service_us", "queue_us", "send_lag_us"):
+        assert set(written[times]) == {"p50", "p90", "p99", "p99_9", "max"}
+
+
+def test_the_table_tells_the_parts_of_the_response_time_below_it_but_not_of_commands() -> None:
+    captions = [caption for caption, _ in rows_of(report(*ALL_WELL))]
+    at = captions.index("response time")
+    assert captions[at : at + 4] == ["response time", "service time", "queue time", "send lag"]
+    commands = msgspec.structs.replace(report(*ALL_WELL), load=LoadSpec(rate=100.0, commands=True))
+    assert not {"service time", "queue time"} & {caption for caption, _ in rows_of(commands)}
 
 
 def test_the_table_ends_with_the_verdict_and_why() -> None:
@@ -402,9 +414,11 @@ def expected(texts: list[str], found: Report) -> Report:
 
 
 def test_expectations_that_are_met_leave_an_ok_run_ok() -> None:
-    found = expected(["p99<10ms", "lost==0", "achieved_rate>=99"], report(*ALL_WELL))
-    assert (found.verdict, [outcome.met for outcome in found.expectations]) == ("ok", [True] * 3)
+    texts = ["p99<10ms", "lost==0", "achieved_rate>=99", "service_p99<50us", "queue_p50<=100us"]
+    found = expected(texts, report(*ALL_WELL))
+    assert (found.verdict, [outcome.met for outcome in found.expectations]) == ("ok", [True] * 5)
     assert ("PASS", "p99<10ms: 0.200 ms") in rows_of(found)
+    assert ("PASS", "service_p99<50us: 0.040 ms") in rows_of(found)
 
 
 def test_one_that_is_not_met_fails_the_run_and_says_what_was_measured() -> None:
@@ -438,6 +452,8 @@ INTERVAL = Interval(
     achieved_rate=99.5,
     counts=counts(120, handled=119, in_flight=1),
     latency_us=FAST,
+    service_p99_us=40,
+    queue_p99_us=160,
     send_lag_p99_us=120,
     backlog=(3, 4),
     waiting=0,
@@ -478,7 +494,8 @@ def test_faults_processes_and_what_was_not_seen_are_in_the_report() -> None:
 def test_a_run_that_quotes_no_latency_quotes_none_by_the_second() -> None:
     found = observed_report(send_lag_us={9000: 100})
     assert found.verdict == "generator-bound"
-    assert [interval.latency_us for interval in found.intervals] == [None]
+    told = [(interval.latency_us, interval.service_p99_us, interval.queue_p99_us) for interval in found.intervals]
+    assert told == [(None, None, None)]
 
 
 def test_the_time_series_has_a_line_an_interval_and_empty_cells_where_nothing_was_measured() -> None:
@@ -489,6 +506,8 @@ def test_the_time_series_has_a_line_an_interval_and_empty_cells_where_nothing_wa
     second_row = dict(zip(columns, second.split(","), strict=True))
     assert (first_row["at_s"], first_row["achieved_rate"], first_row["p99_us"]) == ("1.000", "99.500", "200")
     assert (first_row["backlog_1"], first_row["worker_0_cpu"]) == ("4", "0.5000")
+    p99s = [first_row[f"{name}_p99_us"] for name in ("service", "queue", "send_lag")]
+    assert p99s == ["40", "160", "120"]
     assert (second_row["p99_us"], second_row["backlog_1"], second_row["worker_0_cpu"]) == ("", "", "")
 
 

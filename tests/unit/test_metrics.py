@@ -31,7 +31,7 @@ class Both:
         self.book.fold(self.folds)
 
     def note(self, key: WireKey, ordinal: int, attempt: int = 1) -> None:
-        self.recorder.note(PUBLISHER, key, ordinal, attempt, 0, 0, dead=False)
+        self.recorder.note(PUBLISHER, key, ordinal, attempt, 0, 0, 0, dead=False)
         self.recorder.flush()
 
     def evidence(self, publisher: bytes = PUBLISHER) -> Evidence:
@@ -60,11 +60,11 @@ def test_ordinals_in_order_are_distinct_and_nothing_else():
 
 def test_a_batch_is_noted_as_its_events_one_by_one_would_be():
     one, many = Both(), Both()
-    ordinals, intended, ended = [1, 1, 2, 0], [1000, 0, 3000, 4000], [2000, 2000, 5000, 1_000_000]
+    ordinals, intended, ended = [1, 1, 2, 0], [1000, 0, 3000, 4000], [3000, 3500, 5000, 9_000_000]
     keys: list[WireKey] = ["a", b"a", "a", "b"]
-    for key, ordinal, begin, end in zip(keys, ordinals, intended, ended, strict=True):
-        one.recorder.note(PUBLISHER, key, ordinal, 1, begin, end, dead=False)
-    many.recorder.note_all(PUBLISHER, 1, pack_keys(keys), 4, column(*ordinals), column(*intended), ended)
+    for key, ordinal, due, begin, end in zip(keys, ordinals, intended, [2000, *ended], ended, strict=False):
+        one.recorder.note(PUBLISHER, key, ordinal, 1, due, begin, end, dead=False)
+    many.recorder.note_all(PUBLISHER, 1, pack_keys(keys), 4, column(*ordinals), column(*intended), 2000, ended)
     assert one.evidence() == many.evidence()
     assert (many.evidence().distinct, many.evidence().samples) == (3, 3)
 
@@ -74,18 +74,20 @@ def test_a_batch_may_have_either_stamp(stamps: tuple[bytes | None, bytes | None]
     both = Both()
     ordinals, intended_ns = stamps
     ended_ns = [6000, 9000] if intended_ns else []
-    both.recorder.note_all(PUBLISHER, 1, pack_keys(["a", "a"]), 2, ordinals, intended_ns, ended_ns)
+    both.recorder.note_all(PUBLISHER, 1, pack_keys(["a", "a"]), 2, ordinals, intended_ns, 5500, ended_ns)
     found = both.evidence()
     assert found.distinct == (0 if ordinals is None else 2)
     assert found.latency == ([] if intended_ns is None else [(1, 1), (3, 1)])
+    assert found.service == ([] if intended_ns is None else [(0, 1), (3, 1)])
+    assert found.queue == ([] if intended_ns is None else [(0, 1), (1, 1)])
 
 
 def test_single_events_stay_in_order_with_batches():
     both = Both()
     for first in range(1, 30, 3):
-        both.recorder.note(PUBLISHER, "a", first, 1, 0, 0, dead=False)
-        both.recorder.note_all(PUBLISHER, 1, pack_keys(["a"]), 1, column(first + 1), None, [])
-        both.recorder.note(PUBLISHER, "a", first + 2, 2, 0, 0, dead=True)
+        both.recorder.note(PUBLISHER, "a", first, 1, 0, 0, 0, dead=False)
+        both.recorder.note_all(PUBLISHER, 1, pack_keys(["a"]), 1, column(first + 1), None, 0, [])
+        both.recorder.note(PUBLISHER, "a", first + 2, 2, 0, 0, 0, dead=True)
     found = both.evidence()
     assert (found.distinct, found.repeats, found.missing, found.out_of_order, found.dead) == (30, 0, 0, 0, 10)
 
@@ -137,7 +139,7 @@ def test_successors_go_on_where_worker_and_supervisor_were_killed(folded: bool):
 def test_what_was_noted_and_not_written_when_the_worker_was_killed_is_not_there():
     before = Both()
     before.note("a", 1)
-    before.recorder.note(PUBLISHER, "a", 2, 1, 0, 0, dead=False)
+    before.recorder.note(PUBLISHER, "a", 2, 1, 0, 0, 0, dead=False)
     after = Both(before.buffer)
     assert after.evidence().distinct == 1
 
@@ -147,7 +149,7 @@ def test_a_record_that_was_being_folded_when_the_supervisor_was_killed_is_counte
     before.note("a", 1)
     before.fold()
     for key in ("a", "b", "c"):
-        before.recorder.note(PUBLISHER, key, 2 if key == "a" else 1, 1, 0, 0, dead=False)
+        before.recorder.note(PUBLISHER, key, 2 if key == "a" else 1, 1, 0, 0, 0, dead=False)
     before.recorder.flush()
     as_it_was = memoryview(before.buffer).cast("Q")[:8].tolist()
     before.fold()
@@ -198,23 +200,69 @@ def test_more_keys_than_there_is_room_for_leave_the_count_right():
 def test_the_row_that_was_used_least_recently_is_given_away():
     both = Both()
     for publisher in (PUBLISHER, OTHER, b"r" * 16):
-        both.recorder.note(publisher, "a", 1, 1, 1000, 8000, dead=False)
+        both.recorder.note(publisher, "a", 1, 1, 1000, 2000, 8000, dead=False)
         both.recorder.flush()
         both.fold()
     assert both.book.evidence(0, PUBLISHER) is None
     for publisher in (OTHER, b"r" * 16):
-        assert (both.evidence(publisher).distinct, both.evidence(publisher).samples) == (1, 1)
+        found = both.evidence(publisher)
+        assert (found.distinct, found.samples) == (1, 1)
+        assert (found.latency, found.service, found.queue) == ([(7, 1)], [(6, 1)], [(1, 1)])
 
 
 def test_latencies_are_counted_and_those_of_dead_ones_are_not():
     both = Both()
     for latency_us in (5, 5, 3_000_000, -4):
-        both.recorder.note(PUBLISHER, "a", 0, 1, 10_000, 10_000 + 1000 * latency_us, dead=False)
-    both.recorder.note(PUBLISHER, "a", 0, 1, 10_000, 20_000, dead=True)
+        end_ns = 10_000 + 1000 * latency_us
+        both.recorder.note(PUBLISHER, "a", 0, 1, 10_000, end_ns - 2000, end_ns, dead=False)
+    both.recorder.note(PUBLISHER, "a", 0, 1, 10_000, 12_000, 20_000, dead=True)
     found = both.evidence()
     assert found.samples == 4
     assert dict(found.latency) == {0: 1, 5: 2, bucket_index(3_000_000): 1}
+    assert dict(found.service) == {2: 4}
+    assert dict(found.queue) == {0: 1, 3: 2, bucket_index(2_999_998): 1}
     assert found.dead == 1
+
+
+def test_each_event_of_a_part_begins_when_the_one_before_has_ended_measured_or_not():
+    both = Both()
+    ended_ns = [40_000, 45_000, 3_000_000]
+    both.recorder.note_all(PUBLISHER, 1, pack_keys(["a"] * 3), 3, None, column(1000, 0, 5000), 10_000, ended_ns)
+    both.recorder.note_all(PUBLISHER, 1, pack_keys(["a"]), 1, None, column(9000), 3_001_000, [3_005_000])
+    found = both.evidence()
+    assert dict(found.latency) == {39: 1, bucket_index(2995): 1, bucket_index(2996): 1}
+    assert found.service == [(4, 1), (30, 1), (bucket_index(2955), 1)]
+    assert found.queue == [(9, 1), (40, 1), (bucket_index(2992), 1)]
+
+
+def test_single_events_have_beginnings_of_their_own():
+    both = Both()
+    for due, begin, end in ((1000, 3000, 8000), (2000, 4000, 7000), (0, 0, 0)):
+        both.recorder.note(PUBLISHER, "a", 0, 1, due, begin, end, dead=False)
+    found = both.evidence()
+    assert (found.latency, found.service, found.queue) == ([(5, 1), (7, 1)], [(3, 1), (5, 1)], [(2, 2)])
+    assert found.samples == 2
+
+
+def test_singles_without_an_intended_instant_carry_no_times():
+    sizes = []
+    for intended_ns in (0, 1000):
+        both = Both()
+        both.recorder.note(PUBLISHER, "a", 1, 1, intended_ns, 2000, 3000, dead=False)
+        both.recorder.flush()
+        sizes.append(memoryview(both.buffer).cast("Q")[5])
+    assert sizes[1] == sizes[0] + 3 * 8
+
+
+def test_a_bucket_that_is_full_stays_so():
+    both = Both()
+    both.recorder.note(PUBLISHER, "a", 0, 1, 1000, 2000, 3000, dead=False)
+    both.evidence()
+    counts, at = memoryview(both.buffer).cast("I"), 2 * (16 + 16 * SIZES["publishers"]) + 2  # 2 µs, of the first row
+    assert counts[at] == 1
+    counts[at] = 2**32 - 1
+    both.recorder.note(PUBLISHER, "a", 0, 1, 1000, 2000, 3000, dead=False)
+    assert both.evidence().latency == [(2, 2**32 - 1)]
 
 
 @pytest.mark.parametrize("value_us", [0, 1, 2047, 2048, 2049, 4095, 4096, 123_456, 10**9, 2**36 - 1])
