@@ -10,13 +10,14 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from functools import partial
 from typing import Final
 
 from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Book, Recorder, book_bytes
 
 KEYS: Final = 65_536
-PUBLISHERS: Final = 12
+PUBLISHERS: Final = 10
 _FULL_S: Final = 0.0005
 EVIDENCE_BYTES: Final = book_bytes(keys=KEYS, publishers=PUBLISHERS) + journal_bytes()
 
@@ -56,8 +57,15 @@ class _Shared:
         raise NotImplementedError
 
 
+def _wait(parent: int) -> None:
+    """For the supervisor, which makes room; without it, this worker is to end."""
+    if os.getppid() != parent:
+        os._exit(1)
+    time.sleep(_FULL_S)
+
+
 class SharedRecorder(_Shared):
-    """A worker's side of a book in a file. Where the log is full, it waits for the supervisor, without which it ends anyway.
+    """A worker's side of a book in a file. Where the log is full, it waits for the supervisor.
 
     Raises:
         OSError: the file cannot be made or mapped.
@@ -65,7 +73,7 @@ class SharedRecorder(_Shared):
 
     def __init__(self, path: str) -> None:
         super().__init__(path, book_bytes(keys=KEYS, publishers=PUBLISHERS))
-        self.recorder = Recorder(self._view, keys=KEYS, publishers=PUBLISHERS, full=lambda: time.sleep(_FULL_S))
+        self.recorder = Recorder(self._view, keys=KEYS, publishers=PUBLISHERS, full=partial(_wait, os.getppid()))
 
     def _release(self) -> None:
         self.recorder.release()

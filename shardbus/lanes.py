@@ -43,7 +43,8 @@ from shardbus.breaker import Admitted, Blocked, Circuit
 from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.context import Context
-from shardbus.inbound import UNKNOWN, Delivery, Inbound
+from shardbus.errors import RemoteProtocolError
+from shardbus.inbound import UNKNOWN, Delivery, Inbound, Inbox
 from shardbus.journal import ALIVE, END, FIRST, Journal
 from shardbus.messages import WireKey
 from shardbus.quarantine import Convicted, Crowded, Hold, Identity, Quarantine, Run
@@ -89,9 +90,6 @@ class LaneHost(Protocol):
 
     shard: int
 
-    def pull(self) -> bool:
-        """Take one more frame, which may push a batch; False where none is there."""
-
     def touched(self, session: WorkerSession) -> None:
         """Something of this session finished: an ack is due at the end of the turn."""
 
@@ -121,6 +119,9 @@ class LaneHost(Protocol):
 
     def handled(self, count: int) -> None:
         """So many messages reached an outcome."""
+
+    def malformed(self, session: WorkerSession, error: RemoteProtocolError) -> None:
+        """A batch of this session cannot be unpacked."""
 
     def broken(self, error: BaseException) -> None:
         """A defect: what runs here cannot be trusted any more."""
@@ -177,13 +178,12 @@ class Lanes:
         self._journal = journal
         self._quarantine = quarantine
         self._crowded: dict[int, deque[_Lane]] = {}  # by its head's deaths: a suspect that waits for others
-        self._hush: asyncio.TimerHandle | None = (
-            None  # while it is armed, nothing begins but a suspect that is to be alone
-        )
+        # While it is armed, nothing begins but a suspect that is to be alone.
+        self._hush: asyncio.TimerHandle | None = None
         self._soloist: tuple[Identity, float] | None = None  # that one, and for how many seconds
         self._solo: _Lane | None = None  # its lane, until what was under way has ended
         self._clean = contextvars.copy_context()
-        self._inbox: deque[Inbound] = deque()  # bounded by credit
+        self._inbox = Inbox()  # bounded by credit
         self._cursor: Inbound | None = None
         self._busy: dict[WireKey, _Lane] = {}
         self._ready: deque[_Lane] = deque()
@@ -202,7 +202,7 @@ class Lanes:
 
     def push(self, inbound: Inbound) -> None:
         """Take a batch; its handlers run later, never inside this call."""
-        self._inbox.append(inbound)
+        self._inbox.push(inbound)
         if not self._armed:
             self._turn()
 
@@ -404,8 +404,10 @@ class Lanes:
                 lane = ready.popleft()
                 await self._run_head(lane, token)
             elif self._cursor is not None or self._inbox:
-                await self._run_batch(self._cursor or self._open(self._inbox.popleft()), token, context, end_ns)
-            elif not self._host.pull():
+                cursor = self._cursor or self._open(self._inbox.pop())
+                if cursor is not None:
+                    await self._run_batch(cursor, token, context, end_ns)
+            else:
                 break
             if _differ(context, self._clean) or self._now() >= end_ns:
                 break
@@ -413,11 +415,16 @@ class Lanes:
             self._leader = None
             self._journal.rest()
 
-    def _open(self, inbound: Inbound) -> Inbound:
-        self._cursor = inbound
+    def _open(self, inbound: Inbound) -> Inbound | None:
+        """Make a batch the cursor, unless it is not sound."""
         publisher, first, end = inbound.session.publisher, inbound.first, inbound.end
         self._journal.lead(publisher, first, end)  # decoding runs what a message checks itself
-        inbound.open(self.plans, careful=self._quarantine.touches(publisher, first, end))
+        try:
+            inbound.open(self.plans, careful=self._quarantine.touches(publisher, first, end))
+        except RemoteProtocolError as error:
+            self._host.malformed(inbound.session, error)
+            return None
+        self._cursor = inbound
         return inbound
 
     async def _run_batch(self, cursor: Inbound, token: object, context: contextvars.Context, end_ns: int) -> None:

@@ -41,7 +41,7 @@ from shardbus.store import (
     WaitingEvent,
 )
 from shardbus.store_writer import StoreWriter
-from shardbus.wire.codec import Extra, decode_batch
+from shardbus.wire.codec import Extra
 from shardbus.wire.frames import Answer, Ask, Data, Hello, Ping, Reject, Reply, decode_to_worker, encode_frame
 from shardbus.wire.session import WorkerSession
 
@@ -75,10 +75,6 @@ class _Publisher:
 class Shard:
     """Sessions, lanes and store of one shard. `start`, then `receive` and `tick`; `drain`, then `close`.
 
-    `pull` hands the next frame to `receive`, or returns False where none is there: a busy shard takes frames one at a time,
-    as it gets through them. What was unpacked and then waits leaves the processor's cache (seen: a quarter of the
-    throughput), and from what waits in the socket, all publishers are served in turn.
-
     It is the `LaneHost` of its lanes. `journal` shows what a predecessor was running, and `predecessor` how that ended: what
     follows from the two is concluded here, once.
     """
@@ -97,7 +93,6 @@ class Shard:
         now: NowNs,
         limits: Limits,
         broken: Callable[[BaseException], None],
-        pull: Callable[[], bool] = lambda: False,
         wall: NowNs = wall_ns,
         chance: Callable[[], float] = random.random,
         predecessor: Ended = UNKNOWN_END,
@@ -112,7 +107,6 @@ class Shard:
         self.lanes = Lanes(plans, self, limits, now, chance, journal, self._quarantine)
         self._layout = layout
         self._send = send
-        self.pull = pull
         self._now = now
         self._wall = wall
         self._limits = limits
@@ -197,6 +191,7 @@ class Shard:
         """Stop at once. What is unfinished stays with its publishers and in the store."""
         await self.lanes.close()
         await self._writer.close()
+        self.recorder.flush()
         if self._ack_timer is not None:
             self._ack_timer.cancel()
 
@@ -246,6 +241,7 @@ class Shard:
 
     def tick(self) -> None:
         """Forget publishers that have been silent for long, and suspects that took long; call it about once a second."""
+        self.recorder.flush()  # of events whose publisher has left: nobody waits for their ack
         if self._quarantine.suspects:
             self._quarantine.tick(self._now())
             self.lanes.release()
@@ -262,8 +258,6 @@ class Shard:
         now_ns = self._now()
         session = one.session
         session.heard_ns = now_ns
-        # Unpacked before it is accepted: a batch that is not sound must not move the session.
-        columns = decode_batch(frame.blob, frame.count) if frame.blob else None
         skip = session.accept(frame)
         if skip is None:
             answer = session.answer_to_refused(frame)
@@ -272,20 +266,8 @@ class Shard:
             else:
                 self.touched(session)
             return
-        if columns is not None:
-            stamped = columns.ordinals is not None or columns.intended_ns is not None
-            self.lanes.push(
-                Inbound(
-                    session,
-                    self.recorder if stamped else None,
-                    frame.first,
-                    frame.count,
-                    frame.attempt,
-                    skip,
-                    columns,
-                    now_ns - frame.waited_ns,
-                )
-            )
+        if frame.blob:
+            self.lanes.push(Inbound(session, self.recorder, frame, skip, now_ns - frame.waited_ns))
         if skip:
             self.touched(session)
 
@@ -491,6 +473,14 @@ class Shard:
         self._blocked[peer] = None
         if len(self._blocked) > self._limits.blocked_peers_max:
             self._blocked.popitem(last=False)
+
+    def malformed(self, session: WorkerSession, error: RemoteProtocolError) -> None:
+        """A batch of this session turned out not to be sound. A publisher that greets again begins anew, and says so."""
+        one = self._publishers.get(session.publisher)
+        if one is not None and one.session is session:
+            self._block(one.peer, error)
+        if self._resting.get(session.publisher) is session:
+            del self._resting[session.publisher]
 
     def _credit(self) -> tuple[int, int]:
         return self._limits.credit_share(len(self._publishers))

@@ -57,7 +57,9 @@ log = logging.getLogger("shardbus.supervisor")
 
 SILENCE_S: Final = 5.0  # a worker whose loop is silent for longer is replaced
 BOOT_SILENCE_S: Final = 30.0
-_FOLD_S: Final = 0.05  # between two looks into the workers' logs, which have room for three times that at full speed
+_FOLD_S: Final = 0.05  # between two looks into the workers' logs
+_FOLD_SOON_S: Final = 0.005  # where one was fuller than this, because it may be full before the next look
+_FULL: Final = 0.2
 _FOLD_RECORDS: Final = 16  # of each, at a time: a millisecond or two
 _SETTLED_S: Final = 10.0  # a worker that was ready for so long has made progress
 _CHECK_S: Final = 0.5
@@ -163,7 +165,7 @@ class Supervisor:
                 self._workers.append(_Worker(shard, *self._mappings(rundir, shard)))
             self._router = listener.bind(self._options.address.control, self._on_frame)
             on_stop_signals(self._on_signal)
-            self._fold_evidence()
+            self._fold_timer = asyncio.get_running_loop().call_later(_FOLD_S, self._fold_evidence)
             for worker in self._workers:
                 self._start(worker, rundir)
             await self._until(lambda: self._failure or self._stopping or all(one.ready for one in self._workers))
@@ -202,6 +204,8 @@ class Supervisor:
         delay_s = _FOLD_S
         try:
             for worker in self._workers:
+                if worker.evidence.book.fullness > _FULL:
+                    delay_s = min(delay_s, _FOLD_SOON_S)
                 if worker.evidence.book.fold(now_ns, _FOLD_RECORDS):
                     delay_s = 0.0
         finally:
@@ -538,12 +542,25 @@ class Supervisor:
         except msgspec.DecodeError:
             self._send(peer, encode_frame(Answer(request, "evidence is asked for by a list of publishers", b"")))
             return
-        for worker in self._workers:
-            worker.evidence.book.fold(time.monotonic_ns())
+        wanted = [publisher for publisher in publishers if len(publisher) == 16]
+        upto = [worker.evidence.book.written for worker in self._workers]
+        self._tell_evidence(peer, request, wanted, upto)
+
+    def _tell_evidence(self, peer: bytes, request: int, publishers: list[bytes], upto: list[int]) -> None:
+        """Answer once the logs are folded as far as they were written when that was asked; a turn for a part of them."""
+        now_ns = time.monotonic_ns()
+        behind = False
+        for worker, written in zip(self._workers, upto, strict=True):
+            book = worker.evidence.book
+            if book.folded < written:
+                book.fold(now_ns, _FOLD_RECORDS)
+                behind = behind or book.folded < written
+        if behind:
+            asyncio.get_running_loop().call_soon(self._tell_evidence, peer, request, publishers, upto)
+            return
         found = [
             evidence
             for publisher in publishers
-            if len(publisher) == 16
             for worker in self._workers
             if (evidence := worker.evidence.book.evidence(worker.shard, publisher)) is not None
         ]

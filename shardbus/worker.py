@@ -95,7 +95,6 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         recorder=evidence.recorder,
         journal=journal.journal,
         send=lambda peer, frame: routers[0].send(peer, frame),  # noqa: PLW0108 - the list is filled once the socket is bound
-        pull=lambda: bool(routers) and routers[0].pull(),
         now=monotonic_ns,
         limits=replace(
             DEFAULT_LIMITS,
@@ -116,7 +115,7 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
     try:
         await _start(shard, spec, pipe)
         # Bound last: what waits in the store is in its lanes before anything new can come.
-        routers.append(listener.bind(spec.address, shard.receive, burst=1))
+        routers.append(listener.bind(spec.address, shard.receive))
         on_stop_signals(stop.set)
         gc.collect()
         gc.freeze()

@@ -17,7 +17,7 @@ import zmq
 from shardbus.config import DEFAULT_LIMITS
 from shardbus.errors import ConfigError
 
-_BURST: Final = 64  # frames a turn and socket, so that one peer cannot hold the loop
+_DRAIN_FRAMES: Final = 64  # frames a turn and socket, so that one peer cannot hold the loop
 # Credit bounds what is under way; the mark stands well above it and is never meant to be reached. At its mark a ROUTER drops
 # without a word, and a connecting socket with a receive mark can abort the process when it reconnects (libzmq #3937).
 _SEND_MARK: Final = 100_000
@@ -29,7 +29,7 @@ _NOBLOCK_MORE: Final = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
 class _Socket:
     """What dealer and router share: a socket, drained from the event loop."""
 
-    def __init__(self, context: zmq.Context[Any], kind: int, burst: int) -> None:
+    def __init__(self, context: zmq.Context[Any], kind: int) -> None:
         self._socket: zmq.Socket[bytes] = context.socket(kind)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.MAXMSGSIZE, DEFAULT_LIMITS.frame_bytes_max)
@@ -37,7 +37,6 @@ class _Socket:
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.SNDHWM, _SEND_MARK)
         self._loop = asyncio.get_running_loop()
-        self._burst = burst
         self._fd = -1
         self._scheduled = False
         self._closed = False
@@ -56,7 +55,7 @@ class _Socket:
     def _drain(self) -> None:
         self._scheduled = False
         try:
-            for _ in range(self._burst):
+            for _ in range(_DRAIN_FRAMES):
                 if self._closed:
                     return
                 self._receive()
@@ -83,7 +82,7 @@ class Dealer(_Socket):
     """A connecting socket: one channel to one peer."""
 
     def __init__(self, context: zmq.Context[Any], address: str, on_frame: Callable[[bytes], None]) -> None:
-        super().__init__(context, zmq.DEALER, _BURST)
+        super().__init__(context, zmq.DEALER)
         self._on_frame = on_frame
         try:
             self._socket.connect(address)
@@ -114,10 +113,8 @@ class Router(_Socket):
         ConfigError: the address is in use, its host cannot be found, or it cannot be bound.
     """
 
-    def __init__(
-        self, context: zmq.Context[Any], address: str, on_frame: Callable[[bytes, bytes], None], burst: int
-    ) -> None:
-        super().__init__(context, zmq.ROUTER, burst)
+    def __init__(self, context: zmq.Context[Any], address: str, on_frame: Callable[[bytes, bytes], None]) -> None:
+        super().__init__(context, zmq.ROUTER)
         self._on_frame = on_frame
         try:
             self._socket.bind(address)
@@ -142,20 +139,6 @@ class Router(_Socket):
             self._socket.send(frame, _NOBLOCK)
         except zmq.Again:
             return False
-        self._look_soon()
-        return True
-
-    def pull(self) -> bool:
-        """Take one frame now; False where none is there."""
-        if self._closed:
-            return False
-        try:
-            self._receive()
-        except zmq.Again:
-            return False
-        except Exception as error:  # a defect; whoever pulls has others to serve
-            told = {"message": "a frame was not dealt with", "exception": error}
-            self._loop.call_exception_handler(told)
         self._look_soon()
         return True
 
@@ -199,9 +182,9 @@ class ZmqListener:
         self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self._bound: list[Router] = []
 
-    def bind(self, address: str, on_frame: Callable[[bytes, bytes], None], burst: int = _BURST) -> Router:
-        """A router at an address, which takes up to `burst` frames a turn. Raises `ConfigError` where it cannot be bound."""
-        router = Router(self._context, address, on_frame, burst)
+    def bind(self, address: str, on_frame: Callable[[bytes, bytes], None]) -> Router:
+        """A router at an address. Raises `ConfigError` where it cannot be bound."""
+        router = Router(self._context, address, on_frame)
         self._bound.append(router)
         return router
 

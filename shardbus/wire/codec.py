@@ -137,7 +137,7 @@ class Columns:
 
     def __init__(
         self,
-        names: str | list[str],
+        names: str | Sequence[str],
         keys: Sequence[WireKey],
         packed_keys: memoryview,
         bodies: tuple[bytes, ...],
@@ -170,6 +170,7 @@ class _PackedBatch(msgspec.Struct, array_like=True, forbid_unknown_fields=True, 
     extras: bytes | None
 
 
+KEYS_BYTES_MAX: Final = DEFAULT_LIMITS.batch_events_max * (DEFAULT_LIMITS.key_bytes_max + 5) + 5  # packed
 _decode_packed: Final = msgspec.msgpack.Decoder(_PackedBatch).decode
 _decode_usual_keys: Final = msgspec.msgpack.Decoder(Annotated[tuple[_Text | int | None, ...], _column]).decode
 # msgspec takes no union of text and bytes.
@@ -185,13 +186,16 @@ def decode_batch(blob: bytes, count: int) -> Columns:
     """
     try:
         packed = _decode_packed(blob)
-        keys = unpack_keys(packed.keys)
+        packed_keys = memoryview(packed.keys)
+        if len(packed_keys) > KEYS_BYTES_MAX:
+            raise RemoteProtocolError(f"a batch with more than {KEYS_BYTES_MAX:,} bytes of keys")
+        keys = unpack_keys(packed_keys)
         if not len(keys) == count == len(packed.bodies):
             raise RemoteProtocolError(f"a batch whose columns do not hold {count} messages each")
         return Columns(
             _names_in(packed.names, packed.places, count),
             keys,
-            memoryview(packed.keys),
+            packed_keys,
             packed.bodies,
             None if packed.ordinals is None else _sound_stamps(packed.ordinals, count),
             None if packed.intended_ns is None else _sound_stamps(packed.intended_ns, count),
@@ -232,7 +236,7 @@ def pack_keys(keys: Sequence[WireKey]) -> bytes:
     return _encode(keys)
 
 
-def unpack_keys(packed: bytes | memoryview | msgspec.Raw) -> Sequence[WireKey]:
+def unpack_keys(packed: bytes | memoryview) -> Sequence[WireKey]:
     """Back from `pack_keys`, up to a batch of them.
 
     Raises:

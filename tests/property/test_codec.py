@@ -328,3 +328,11 @@ def test_a_header_that_announces_too_much_is_refused_before_it_is_allocated(head
 
     refused()  # imports and caches are not what is measured
     assert peak_bytes(refused) < 8 * 1024 * 1024
+
+
+def test_keys_that_are_far_longer_than_any_client_makes_them_are_refused():
+    batch = Batch()
+    for _ in range(256):
+        batch.add("Step", "🦆" * 1024, b"x")
+    with pytest.raises(RemoteProtocolError, match="bytes of keys"):
+        decode_batch(batch.seal(), 256)

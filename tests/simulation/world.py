@@ -7,9 +7,8 @@ import asyncio
 import contextlib
 import random
 import selectors
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -222,7 +221,6 @@ class World:
         self.buffers = [bytearray(book_bytes(**BOOK)) for _ in range(self.shards_count)]
         self.books = [Book(memoryview(buffer), **BOOK) for buffer in self.buffers]
         self.folds = random.Random(f"{seed}/folds")
-        self.sockets: list[deque[tuple[bytes, bytes]]] = [deque() for _ in range(self.shards_count)]
         self.ends = [Ended() for _ in range(self.shards_count)]
         self.starting: set[int] = set()
         self.crashes = 0
@@ -338,17 +336,9 @@ class World:
 
     def to_shard(self, address: str, peer: bytes, frame: bytes) -> None:
         at, counter = map(int, address.split("/"))
-        if self.shards[at] is not None and counter == self.counters[at]:
-            self.sockets[at].append((peer, frame))
-            asyncio.get_running_loop().call_soon(self.pull, at, counter)
-
-    def pull(self, at: int, counter: int) -> bool:
-        """A shard takes the frame that came first, or the event loop gives it that."""
         shard = self.shards[at]
-        if shard is None or counter != self.counters[at] or not self.sockets[at]:
-            return False
-        shard.receive(*self.sockets[at].popleft())
-        return True
+        if shard is not None and counter == self.counters[at]:
+            shard.receive(peer, frame)
 
     def from_shard(self, at: int, counter: int) -> Callable[[bytes, bytes], bool]:
         def send(peer: bytes, frame: bytes) -> bool:
@@ -360,7 +350,6 @@ class World:
 
     def new_shard(self, at: int) -> Shard:
         self.counters[at] += 1
-        self.sockets[at].clear()
         self.starting.add(at)
         store = self.stores[at] = WorldStore(self.rows[at], self.chance)
         return Shard(
@@ -372,7 +361,6 @@ class World:
             recorder=Recorder(memoryview(self.buffers[at]), full=lambda: self.fold(at), **BOOK),
             journal=Journal(memoryview(self.journals[at]), **JOURNAL),
             send=self.from_shard(at, self.counters[at]),
-            pull=partial(self.pull, at, self.counters[at]),
             now=self.now_ns,
             limits=self.limits if asyncio.get_running_loop().time() < FAULTS_END_S else LIMITS,
             broken=self.broken.append,

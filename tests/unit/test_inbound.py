@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from shardbus.inbound import Inbound
+from shardbus.config import DEFAULT_LIMITS
+from shardbus.errors import RemoteProtocolError
+from shardbus.inbound import Inbound, Inbox
 from shardbus.metrics import Book, Evidence, Recorder, book_bytes
-from shardbus.wire.codec import Columns, pack_keys
+from shardbus.wire.codec import Batch
+from shardbus.wire.frames import Data
+from shardbus.wire.session import WorkerSession
 
 PUBLISHER = b"p" * 16
 SIZES = {"keys": 8, "publishers": 2, "log_bytes": 1024}
 US = 1000
 
 
-def column(*numbers: int) -> bytes:
-    return b"".join(number.to_bytes(8, "little") for number in numbers)
+def data(first: int, count: int, blob: bytes) -> Data:
+    return Data(epoch=b"", layout=1, first=first, count=count, attempt=1, skip=(), blob=blob)
 
 
 class Cursor:
     """A cursor over five rows, 1 to 5, each due at 1 µs, and the book behind it."""
 
-    def __init__(self, skip: tuple[int, ...] = (), intended_ns: bytes | None = column(*[US] * 5)) -> None:
+    def __init__(self, skip: tuple[int, ...] = (), intended_ns: Sequence[int] | None = (US,) * 5) -> None:
         buffer = memoryview(bytearray(book_bytes(**SIZES)))
         self.book = Book(buffer, **SIZES)
         self.recorder = Recorder(buffer, full=lambda: None, **SIZES)
         session: Any = SimpleNamespace(publisher=PUBLISHER, finish_range=lambda first, end: end - first)
-        keys = ["k"] * 5
-        packed = memoryview(pack_keys(keys))
-        columns = Columns("Step", keys, packed, (b"",) * 5, column(1, 2, 3, 4, 5), intended_ns, {})
-        self.inbound = Inbound(session, self.recorder, 1, 5, 1, skip, columns, 0)
+        batch = Batch()
+        batch.add_many("Step", ["k"] * 5, [b""] * 5)
+        batch.stamp_many([1, 2, 3, 4, 5], intended_ns, 5)
+        self.inbound = Inbound(session, self.recorder, data(1, 5, batch.seal()), skip, 0)
         self.inbound.open({}, careful=True)
 
     def run(self, rows: int, began_us: int, *ended_us: int) -> None:
@@ -88,3 +93,26 @@ def test_rows_without_intended_instants_have_no_times(skip: tuple[int, ...]):
     cursor.inbound.finish_before(cursor.inbound.next_seq)
     found = cursor.evidence()
     assert (found.samples, found.latency, found.service, found.queue) == (0, [], [], [])
+
+
+@pytest.mark.parametrize("blob", [b"", b"\x00", Batch().seal(), b"\xc1" * 100])
+def test_a_batch_that_is_not_sound_is_found_when_its_turn_comes(blob: bytes):
+    cursor = Cursor()
+    inbound = Inbound(cursor.inbound.session, cursor.recorder, data(6, 2, blob), (), 0)
+    assert inbound.next_seq == 6
+    with pytest.raises(RemoteProtocolError):
+        inbound.open({}, careful=False)
+
+
+def test_batches_are_taken_from_all_sessions_in_turn_and_from_each_in_order():
+    recorder = Cursor().recorder
+    sessions: list[Any] = [WorkerSession(bytes([at] * 16), b"", 1, DEFAULT_LIMITS) for at in range(3)]
+    inbox = Inbox()
+    for at, first in [(0, 1), (0, 2), (0, 3), (1, 1), (2, 1), (0, 4), (2, 2)]:
+        inbox.push(Inbound(sessions[at], recorder, data(first, 1, b""), (), 0))
+    assert max((sessions.index(one.session), one.first) for one in inbox) == (2, 2)
+    taken = []
+    while inbox:
+        one = inbox.pop()
+        taken.append((sessions.index(one.session), one.first))
+    assert taken == [(0, 1), (1, 1), (2, 1), (0, 2), (2, 2), (0, 3), (0, 4)]

@@ -30,8 +30,8 @@ class Both:
         self.folds += 1
         self.book.fold(self.folds)
 
-    def note(self, key: WireKey, ordinal: int, attempt: int = 1) -> None:
-        self.recorder.note(PUBLISHER, key, ordinal, attempt, 0, 0, 0, dead=False)
+    def note(self, key: WireKey, ordinal: int, attempt: int = 1, *, publisher: bytes = PUBLISHER) -> None:
+        self.recorder.note(publisher, key, ordinal, attempt, 0, 0, 0, dead=False)
         self.recorder.flush()
 
     def evidence(self, publisher: bytes = PUBLISHER) -> Evidence:
@@ -186,6 +186,29 @@ def test_a_log_that_somebody_has_written_over_holds_nobody_up():
         both.fold()
     both.note("a", 1)
     assert both.evidence().distinct == 1
+
+
+@pytest.mark.parametrize("size", [0, 7, 2**40, 2**63 - 1, 2**63, 2**64 - 1])
+def test_a_record_of_an_impossible_size_holds_nobody_up(size: int):
+    both = Both()
+    both.note("a", 1)
+    at = len(both.buffer) - SIZES["log_bytes"]
+    both.buffer[at : at + 8] = size.to_bytes(8, "little")
+    with pytest.raises(ValueError, match="a record of"):
+        both.fold()
+    both.note("a", 1)
+    assert both.evidence().distinct == 1
+
+
+def test_a_publisher_that_is_forgotten_takes_none_of_another_with_it():
+    both = Both()
+    for key in range(SIZES["keys"]):  # all there is room for, the last one of another publisher
+        both.note(key, 1, publisher=OTHER if key == SIZES["keys"] - 1 else PUBLISHER)
+    both.fold()
+    both.note(0, 2)
+    both.fold()
+    both.note("a", 1, publisher=b"r" * 16)  # takes the other's row, and the place of the first key
+    assert both.evidence().distinct == SIZES["keys"]
 
 
 def test_more_keys_than_there_is_room_for_leave_the_count_right():
