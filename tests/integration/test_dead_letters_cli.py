@@ -120,10 +120,8 @@ async def test_parked_keys_are_marked_counted_and_survive_the_bus(make_bus: Make
         (("list", "--key", "x" * 2000), "more than 1,024 bytes"),
     ],
 )
-def test_what_is_asked_wrongly_is_told_in_a_line(make_bus: MakeBus, arguments: tuple[str, ...], told: str) -> None:
-    bus = make_bus("--workers", "1")
-    bus.wait_ready()
-    done = bus.shardbus("dead-letters", *arguments)
+def test_what_is_asked_wrongly_is_told_in_a_line(idle_bus: RunningBus, arguments: tuple[str, ...], told: str) -> None:
+    done = idle_bus.shardbus("dead-letters", *arguments)
     assert done.returncode == 2
     assert told in done.stderr
     assert "Traceback" not in done.stderr
