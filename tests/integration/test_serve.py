@@ -158,7 +158,7 @@ async def test_a_full_lane_survives_its_worker_in_order(make_bus: MakeBus) -> No
         ledger = await client.flush(30)
         assert ledger.waiting > 1024
         os.kill(bus.worker_pids()[0], signal.SIGKILL)
-        while sum(one.distinct for one in await client.evidence([client.publisher])) < 3000:
+        while sum(one.distinct for one in await client.evidence([client.publisher])) < 3000:  # noqa: ASYNC110
             await asyncio.sleep(0.05)  # the test ends by its time-out
         await assert_nothing_lost(client, 3000)
         await asyncio.to_thread(wait_until, lambda: bus.status()["waiting"] == 0 and bus.status()["healthy"], 60)
