@@ -23,9 +23,7 @@ from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import ShardbusError, UsageError
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.processes import check_platform
-from shardbus.sql_store import shard_url
 from shardbus.store import DEAD_REASONS, StoreError
-from shardbus.supervisor import ServeOptions, Supervisor
 
 ResultT = TypeVar("ResultT")
 
@@ -132,6 +130,10 @@ def serve(
     Prints one line on standard output when every worker is ready; logs to standard error. A first signal drains, a
     second one ends at once. Exit code 0: everything was drained.
     """
+    # With SQLAlchemy, which takes longer than everything else here: no other command is to wait for it.
+    from shardbus.sql_store import shard_url
+    from shardbus.supervisor import ServeOptions, Supervisor
+
     configure_logging(log_level, log_format, None)
     try:
         check_platform()
@@ -154,14 +156,10 @@ def serve(
         )
     except ShardbusError as error:
         _fail(str(error), 2)
-    left = _run(_serve(options))
+    left = _run(Supervisor(options).run(click.echo))
     for line in left:
         click.echo(line, err=True)
     sys.exit(1 if left else 0)
-
-
-async def _serve(options: ServeOptions) -> list[str]:
-    return await Supervisor(options).run(click.echo)
 
 
 async def _ask(address: str | None, timeout_s: float, what: str) -> Any:

@@ -25,7 +25,6 @@ from shardbus.metrics import Book, Evidence, Recorder, book_bytes
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.shard import Shard
-from shardbus.sql_store import MEMORY_URL, SqlStore, shard_url
 from shardbus.store import Store, store_ledger, total_ledger
 from shardbus.wire.frames import Answer, decode_to_supervisor, encode_frame
 
@@ -217,7 +216,7 @@ async def _running(
                 epoch=address.epoch,
                 layout=1,
                 plans=registry.plans(),
-                store=stores[address.shard] if stores else SqlStore(_url_of(dead_letters, address.shard)),
+                store=stores[address.shard] if stores else _sql_store(dead_letters, address.shard),
                 recorder=Recorder(buffer, full=partial(_fold, book), **_BOOK),
                 journal=Journal(memoryview(bytearray(journal_bytes(**_JOURNAL))), **_JOURNAL),
                 send=bus.send,
@@ -260,5 +259,8 @@ async def _tick(shards: list[Shard]) -> None:
             shard.tick()
 
 
-def _url_of(dead_letters: str | None, shard: int) -> str:
-    return MEMORY_URL if dead_letters is None else shard_url(dead_letters, shard)
+def _sql_store(dead_letters: str | None, shard: int) -> Store:
+    # SQLAlchemy is more than half of what a program would wait for at its start, and who talks to a bus needs none of it.
+    from shardbus.sql_store import MEMORY_URL, SqlStore, shard_url
+
+    return SqlStore(MEMORY_URL if dead_letters is None else shard_url(dead_letters, shard))

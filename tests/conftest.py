@@ -1,10 +1,19 @@
-"""How property tests choose their examples: the same ones in every run, so that no verdict depends on luck or speed.
+"""How a run is shared by processes, and how property tests choose their examples: the same ones in every run, so that no
+verdict depends on luck or speed.
 
-To look further than a test run does, with other examples each time: `pytest --hypothesis-profile=search`.
+To look further than a test run does, with other examples each time: `pytest --hypothesis-profile=search`. To have all in
+one process: `pytest -n 0`.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -16,3 +25,43 @@ settings.register_profile(
 )
 settings.register_profile("search", settings.get_profile("repeatable"), derandomize=False, max_examples=5_000)
 settings.load_profile("repeatable")
+
+_PROCESSES_MAX: Final = 4  # each may have buses of several processes
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """A run of directories is shared by some processes; single files, and what `-k` picks, are sooner done by one."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # the plugin reads it
+    if config.option.keyword or any(".py" in given for given in config.option.file_or_dir):
+        return 0
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, _PROCESSES_MAX) if cores > 1 else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that mostly wait first. They are one process's; the others take what needs a core, and then their rest."""
+    items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
+_GATE: Final = Path(__file__)
+_ROOM: Final = Path(__file__).parent
+"""What the processes of a run have in common, and so may lock: it is there, and nothing has to be removed."""
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around the time-out: a test's time does not run while it waits
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Whoever is marked `alone` has the room to itself. Who waits for it holds the gate, so that nobody overtakes."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)  # the only process
+    gate = os.open(_GATE, os.O_RDONLY)
+    room = os.open(_ROOM, os.O_RDONLY)
+    try:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_SH if item.get_closest_marker("alone") is None else fcntl.LOCK_EX)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        return (yield)
+    finally:
+        fcntl.flock(room, fcntl.LOCK_UN)  # also where a child has taken the descriptor along
+        os.close(room)
+        os.close(gate)

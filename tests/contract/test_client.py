@@ -285,7 +285,7 @@ async def test_leaving_the_block_refuses_what_others_still_publish_and_loses_not
 
 
 async def test_a_flush_ends_when_the_client_does():
-    async with running() as client:
+    async with running(close_timeout_s=0.1) as client:
         await client.publish(Step(key="stuck"))
         flushing = asyncio.create_task(client.flush())
         await asyncio.sleep(0)
@@ -306,7 +306,7 @@ async def test_a_question_that_is_under_way_when_the_client_closes_says_so():
 
 
 async def test_a_command_that_nobody_waits_for_any_more_does_not_hold_up_leaving():
-    async with running() as client:
+    async with running(close_timeout_s=0.1) as client:
         with pytest.raises(TimeoutError, match="may still run"):
             await client.execute(Ask(key="stuck"), timeout=0.05)
         await asyncio.wait_for(client.flush(), 5)

@@ -7,21 +7,30 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from buses import RunningBus
 
 
+@contextmanager
+def short_directory() -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="sb"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        digest = hashlib.sha256(f"ipc://{directory}/bus".encode()).hexdigest()[:16]
+        for base in ("/dev/shm", tempfile.gettempdir()):
+            shutil.rmtree(f"{base}/shardbus-{os.getuid()}-{digest}", ignore_errors=True)
+
+
 @pytest.fixture
 def short_path() -> Iterator[Path]:
     """A directory whose path is short enough for a socket's."""
-    directory = Path(tempfile.mkdtemp(prefix="sb"))
-    yield directory
-    shutil.rmtree(directory, ignore_errors=True)
-    digest = hashlib.sha256(f"ipc://{directory}/bus".encode()).hexdigest()[:16]
-    for base in ("/dev/shm", tempfile.gettempdir()):
-        shutil.rmtree(f"{base}/shardbus-{os.getuid()}-{digest}", ignore_errors=True)
+    with short_directory() as directory:
+        yield directory
 
 
 @pytest.fixture
@@ -37,3 +46,15 @@ def make_bus(short_path: Path) -> Iterator[Callable[..., RunningBus]]:
     yield make
     for bus in made:
         bus.close()
+
+
+@pytest.fixture(scope="module")
+def idle_bus() -> Iterator[RunningBus]:
+    """A bus for tests that leave it as it was."""
+    with short_directory() as directory:
+        bus = RunningBus(directory, "--workers", "1")
+        try:
+            bus.wait_ready()
+            yield bus
+        finally:
+            bus.close()

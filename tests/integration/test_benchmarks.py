@@ -38,7 +38,7 @@ def test_a_target_out_of_reach_fails_in_the_benchmarks_own_words_and_the_result_
         env={**os.environ, "TMPDIR": str(short_path), "PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "error"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr

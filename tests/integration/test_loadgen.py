@@ -39,7 +39,7 @@ def loadgen(directory: Path, *arguments: str, **environment: str) -> subprocess.
         env={**clean, "PYTHONPATH": path, "PYTHONWARNINGS": "error", "TMPDIR": str(directory), **environment},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
         check=False,
     )
     for address in re.findall(r"serving \S+ at (\S+) for this run", done.stderr):
@@ -91,9 +91,9 @@ def test_the_readmes_shop_is_driven_from_outside_with_expectations(short_path: P
     assert done.returncode in QUOTED_OR_REFUSED, done.stdout + done.stderr
     assert json.loads((short_path / "report.json").read_text())["load"]["application"] == "shop:bus"
     assert "PASS          handled==900: 900" in done.stdout
-    unmet = loadgen(short_path, *arguments, "--body", '{"amount": 9.5}', "--expect", "handled>1M")
+    unmet = loadgen(short_path, *arguments, "--body", '{"amount": 9.5}', "--warmup", "0", "--expect", "handled>1M")
     assert unmet.returncode in (1, 3, 4)
-    assert "expected handled>1M: 900" in unmet.stdout
+    assert "expected handled>1M: 300" in unmet.stdout
 
 
 WRONG = [

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+import pytest
 from buses import RunningBus
 from queueing import NS, WITHIN, differences, lindley, percentiles_of
 
@@ -33,6 +34,8 @@ from loadgen.spec import DriverResult, LoadSpec, Template
 from shardbus.demo import GetCount
 
 MakeBus = Callable[..., RunningBus]
+
+pytestmark = pytest.mark.alone
 
 TURNS_MAX: Final = 3
 

@@ -70,7 +70,7 @@ async def test_ten_thousand_are_redriven_over_a_killed_worker_and_none_is_lost(m
     assert all(again for _, _, again in runs)  # what is redriven says so, and so does what a crash has repeated
     repeats = sum(Counter(n for _, n, _ in runs).values()) - count
     assert repeats < count  # only what was under way when the worker died
-    wait_until(lambda: bus.status()["waiting"] == 0)
+    wait_until(lambda: the_ledger_balances(bus.status(), count) and bus.status()["waiting"] == 0)
     status = bus.status()
     assert the_ledger_balances(status, count)
     assert (status["redriven"], status["workers"][0]["restarts"]) == (count, 1)
@@ -103,7 +103,7 @@ async def test_parked_keys_come_back_in_order_after_a_kill(make_bus: MakeBus) ->
     for account, n, again in runs:
         assert again or (account, n) not in seen, f"{account} {n} came again and did not say so"
         seen.add((account, n))
-    wait_until(lambda: bus.status()["waiting"] == 0)
+    wait_until(lambda: the_ledger_balances(bus.status(), keys) and bus.status()["waiting"] == 0)
     status = bus.status()
     assert the_ledger_balances(status, keys)
     assert (status["dead_letters"], status["parked"]) == (0, 0)
@@ -120,6 +120,7 @@ async def test_publishers_wait_while_another_process_has_the_file_locked(make_bu
     async with shardbus.connect(bus.address) as client:
         await client.publish_many([Paid(account=f"a{n}", n=n) for n in range(100)])
         assert (await client.flush(60)).dead == 100
+        wait_until(lambda: bus.status()["dead_letters"] == 100)  # the worker has told it
         (pid,) = bus.worker_pids()
         with closing(sqlite3.connect(tmp_path / "dead-0.db", isolation_level=None)) as other:
             bus.process.send_signal(signal.SIGSTOP)
