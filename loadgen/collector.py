@@ -71,6 +71,7 @@ class Collector:
         self.by_shard: dict[int, Histogram] = {}
         """The same for each shard."""
         self._tables: dict[str, dict[int, Counter[int]]] = {of: {} for of in _TIMES}
+        self._scratch = Histogram(), Histogram()  # each holds itself in a circle, and so would pile up
         self._processes = Processes()
         self._machine = MachineMeter()
         self._supervisor = 0
@@ -146,9 +147,11 @@ class Collector:
         gained = {}
         for of in _TIMES:
             tables, before = _tables(evidence, of), self._tables[of]
-            interval = Histogram()
+            interval, part = self._scratch
+            interval.clear()
             for shard, table in tables.items():
-                part = Histogram(difference(table, before.get(shard, {})))
+                part.clear()
+                part.add(difference(table, before.get(shard, {})))
                 if of == "latency":
                     self.by_shard.setdefault(shard, Histogram()).merge(part)
                 interval.merge(part)

@@ -40,6 +40,10 @@ class Histogram:
         for value_us, count in counts:
             record(min(max(value_us, 0), HIGHEST_US), count)
 
+    def clear(self) -> None:
+        """Begin anew."""
+        self._hdr.reset()
+
     def merge(self, other: Histogram) -> None:
         """Count what another one has counted, as if it had been counted here."""
         self._hdr.add(other._hdr)

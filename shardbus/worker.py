@@ -121,6 +121,7 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
         watchdog.start()
+        pipe.send(encode_report(_beat(shard)))  # first: who sees the bus ready is to see what its stores hold
         pipe.send(encode_report(Ready()))
         while not stop.is_set():
             shard.tick()
