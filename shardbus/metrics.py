@@ -27,8 +27,8 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, compress, repeat
-from operator import eq
+from itertools import compress, repeat
+from operator import add, eq, floordiv, rshift, sub
 from typing import Final
 
 import msgspec
@@ -53,6 +53,19 @@ def bucket_index(value_us: int) -> int:
         return max(0, value_us)
     shift = value_us.bit_length() - 11
     return min(BUCKETS - 1, _LINEAR + (shift - 1) * _HALF + (value_us >> shift) - _HALF)
+
+
+def bucket_indices(values_us: Sequence[int]) -> Iterable[int]:
+    """The bucket of each; there is at least one value."""
+    low, high = min(values_us), max(values_us)
+    if low >= 0 and high < _LINEAR:
+        return values_us
+    bits = low.bit_length()
+    if low >= _LINEAR and bits == high.bit_length() <= _BITS_MAX:  # neighbours mostly are of one size
+        shift = bits - 11
+        first = _LINEAR + (shift - 1) * _HALF - _HALF
+        return map(add, map(rshift, values_us, repeat(shift)), repeat(first))
+    return map(bucket_index, values_us)
 
 
 def bucket_bounds_us(index: int) -> tuple[int, int]:
@@ -382,7 +395,7 @@ class Book(_Mapped):
             words[_TAIL_AT] = head  # somebody has written over it: a worker must not wait for ever
             raise
         for book in self._books.values():
-            if book.times_us:
+            if book.samples:
                 book.write_times()
         return tail < head
 
@@ -520,17 +533,16 @@ class Book(_Mapped):
 class PublisherBook:
     """One publisher's part of a book."""
 
-    __slots__ = ("_book", "_long_us", "_overtaken", "known", "last", "positions", "publisher", "row", "times_us")
+    __slots__ = ("_book", "_overtaken", "known", "last", "positions", "publisher", "row", "samples", "times")
 
     def __init__(self, book: Book, row: int, publisher: bytes) -> None:
         self._book = book
         self.row = row
         self.publisher = publisher
         self.positions: dict[WireKey, int] = {}
-        # Response, service and queue times that are not written yet: below 2,048 µs how often each came, because a list
-        # counts three of them in the time in which a dictionary counts one; then the times of all other events.
-        self.times_us: tuple[list[int], ...] = ()
-        self._long_us: tuple[list[int], ...] = ()
+        # How often response, service and queue times fell into each bucket, and of how many events, since they were written.
+        self.times: tuple[Counter[int], ...] = tuple(Counter() for _ in range(_TIMES_KEPT))
+        self.samples = 0
         self.last = book.last
         self.known = book.known
         self._overtaken: set[tuple[WireKey, int]] = set()
@@ -547,23 +559,21 @@ class PublisherBook:
                     self.irregular(key, ordinal, attempt)
 
     def measure_all(self, intended_ns: Sequence[int], began_ns: Sequence[int], ended_ns: Sequence[int]) -> None:
-        """Events with these intended instants were handled from when to when; 0: it has none."""
-        if not self.times_us:
-            self.times_us = tuple([0] * _LINEAR for _ in range(_TIMES_KEPT))
-            self._long_us = tuple([] for _ in range(_TIMES_KEPT))
-        response, service, queue = self.times_us
-        long_response, long_service, long_queue = self._long_us
-        for intended, began, ended in zip(intended_ns, began_ns, ended_ns, strict=True):
-            if intended:
-                response_us, service_us = (ended - intended) // 1000, (ended - began) // 1000
-                if 0 <= service_us <= response_us < _LINEAR:
-                    response[response_us] += 1
-                    service[service_us] += 1
-                    queue[response_us - service_us] += 1
-                else:
-                    long_response.append(response_us)
-                    long_service.append(service_us)
-                    long_queue.append(response_us - service_us)
+        """Events with these intended instants were handled from when to when; 0: it has none.
+
+        In loops that run in C: they take a third of the time of one in Python, and a loop over long times even less.
+        """
+        if 0 in intended_ns:
+            began_ns, ended_ns = list(compress(began_ns, intended_ns)), list(compress(ended_ns, intended_ns))
+            intended_ns = list(filter(None, intended_ns))
+        if not intended_ns:
+            return
+        response_us = list(map(floordiv, map(sub, ended_ns, intended_ns), repeat(1000)))
+        service_us = list(map(floordiv, map(sub, ended_ns, began_ns), repeat(1000)))
+        queue_us = list(map(sub, response_us, service_us))
+        for counts, times_us in zip(self.times, (response_us, service_us, queue_us), strict=True):
+            counts.update(bucket_indices(times_us))
+        self.samples += len(response_us)
 
     def last_of(self, key: WireKey) -> int:
         """The last ordinal of a key."""
@@ -611,15 +621,15 @@ class PublisherBook:
         self._add(_DEAD, by)
 
     def write_times(self) -> None:
-        """Add `times_us` to the histograms."""
+        """Add `times` to the histograms."""
         histograms = self._book._histograms
-        for which, (counts, long_us) in enumerate(zip(self.times_us, self._long_us, strict=True)):
+        for which, counts in enumerate(self.times):
             first = (self.row * _TIMES_KEPT + which) * BUCKETS
-            for value_us, count in chain(compress(enumerate(counts), counts), Counter(long_us).items()):
-                at = first + bucket_index(value_us)
-                histograms[at] = min(_COUNT_MAX, histograms[at] + count)
-        self._add(_SAMPLES, sum(self.times_us[0]) + len(self._long_us[0]))
-        self.times_us = self._long_us = ()
+            for bucket, count in counts.items():
+                histograms[first + bucket] = min(_COUNT_MAX, histograms[first + bucket] + count)
+            counts.clear()
+        self._add(_SAMPLES, self.samples)
+        self.samples = 0
 
     def _word(self, field: int) -> int:
         return self._book._rows[self.row * _ROW + field]

@@ -7,9 +7,20 @@ import struct
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shardbus.messages import WireKey
-from shardbus.metrics import BUCKETS, Book, Evidence, Recorder, book_bytes, bucket_bounds_us, bucket_index
+from shardbus.metrics import (
+    BUCKETS,
+    Book,
+    Evidence,
+    Recorder,
+    book_bytes,
+    bucket_bounds_us,
+    bucket_index,
+    bucket_indices,
+)
 from shardbus.wire.codec import pack_keys
 
 PUBLISHER = b"p" * 16
@@ -293,6 +304,17 @@ def test_a_bucket_holds_its_values_to_three_digits(value_us: int):
     low, high = bucket_bounds_us(bucket_index(value_us))
     assert low <= value_us <= high
     assert (high - low) * 1000 <= max(1000, value_us)
+
+
+@given(st.lists(st.integers(-5, 2**40) | st.integers(0, 5000) | st.integers(2**20, 2**21), min_size=1, max_size=50))
+def test_many_values_are_in_the_buckets_of_each(values_us: list[int]):
+    assert list(bucket_indices(values_us)) == [bucket_index(value) for value in values_us]
+
+
+@pytest.mark.parametrize("power", range(1, 38))
+def test_values_of_one_size_are_in_the_buckets_of_each(power: int):
+    values_us = [2**power, 2**power + 1, 2 ** (power + 1) - 1, 2**power + 2 ** (power - 1)]
+    assert list(bucket_indices(values_us)) == [bucket_index(value) for value in values_us]
 
 
 def test_buckets_follow_each_other_without_a_gap():
