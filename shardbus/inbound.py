@@ -21,6 +21,7 @@ from shardbus.wire.codec import Columns, Extra, decode_batch, pack_keys, stamp_a
 from shardbus.wire.frames import Data
 from shardbus.wire.session import WorkerSession
 
+_FEW: Final = 8  # rows that are noted one by one: a record of their own would cost more, and its folding, too
 UNKNOWN: Final = Plan(Message, ())  # stands for every type that has no handler here
 NOTHING: Final = Columns((), (), memoryview(b""), (), None, None, {})  # of a batch that is not open yet
 
@@ -244,7 +245,7 @@ class Inbound:
         began_ns = self.began_ns
         if ended_ns:
             self.began_ns = ended_ns[-1]  # rows run one straight after another
-        if self.wanted is None:
+        if self.wanted is None and high - low > _FEW:
             recorder.note_all(
                 publisher,
                 self.attempt,
@@ -257,7 +258,8 @@ class Inbound:
             )
         else:
             ended = iter(ended_ns)
-            for at in compress(range(low, high), self.wanted[low:high]):
+            rows = range(low, high)
+            for at in rows if self.wanted is None else compress(rows, self.wanted[low:high]):
                 ordinal, intended, end_ns = stamp_at(ordinals, at), stamp_at(intended_ns, at), next(ended, 0)
                 recorder.note(
                     publisher, columns.keys[at], ordinal, self.attempt, intended, began_ns, end_ns, dead=False
