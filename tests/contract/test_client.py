@@ -231,6 +231,25 @@ async def test_many_events_of_many_keys_reach_their_shards_in_order_with_their_s
     assert all(one.repeats == one.out_of_order == one.missing == 0 for one in evidence)
 
 
+async def test_few_large_events_among_many_small_ones_are_all_published():
+    other = Bus("large")
+    seen: list[int] = []
+
+    @other.on(Step)
+    async def step(event: Step) -> None:
+        seen.append(event.n)
+
+    large = bytes(250_000)
+    async with run_local(other, shards=2, stores=[MemoryStore(), MemoryStore()]) as client:
+        for call in range(2):  # a chunk of 256 is small on average, and all that is large in it goes to one shard
+            numbers = range(call * 4096, (call + 1) * 4096)
+            events = [Step(key=f"k{n % 256}", n=n, payload=b"" if n % 256 else large) for n in numbers]
+            await client.publish_many(events)
+        ledger = await client.flush(20)
+    assert (ledger.published, ledger.handled) == (8192, 8192)
+    assert sorted(seen) == list(range(8192))
+
+
 # -- acks
 
 

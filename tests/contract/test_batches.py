@@ -1,0 +1,84 @@
+"""A shard and batches that are not sound: found when their turn comes, and nobody's trouble but their sender's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from shardbus import Bus, Event
+from shardbus.clock import monotonic_ns
+from shardbus.config import DEFAULT_LIMITS, PROTOCOL
+from shardbus.journal import Journal, journal_bytes
+from shardbus.metrics import Recorder, book_bytes
+from shardbus.shard import Shard
+from shardbus.testing import MemoryStore
+from shardbus.wire.codec import Batch
+from shardbus.wire.frames import Ack, Data, Hello, Reject, Welcome, decode_to_publisher, encode_frame
+
+EPOCH = b"e"
+BOOK = {"keys": 8, "publishers": 2, "log_bytes": 4096}
+JOURNAL = {"suspended": 8, "suspects": 8}
+
+
+class Step(Event, key="key"):
+    key: str
+
+
+def blob(count: int) -> bytes:
+    batch = Batch()
+    batch.add_many("Step", ["a"] * count, [b"\x81\xa3key\xa1a"] * count)
+    return batch.seal()
+
+
+def data(first: int, count: int, packed: bytes) -> bytes:
+    return encode_frame(Data(EPOCH, 1, first, count, 1, (), packed, 0, True))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what it looks at tells nobody
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("unsound", [b"\x00", blob(2), blob(3)[:-1], blob(3) + b"\x00"])
+async def test_a_batch_that_cannot_be_unpacked_ends_its_senders_session_and_nothing_else(unsound: bytes):
+    bus = Bus("batches")
+    handled: list[str] = []
+    bus.on(Step)(lambda event: handled.append(event.key))
+    sent: dict[bytes, list[Any]] = {b"bad": [], b"good": [], b"again": []}
+    shard = Shard(
+        shard=0,
+        epoch=EPOCH,
+        layout=1,
+        plans=bus.plans(),
+        store=MemoryStore(),
+        recorder=Recorder(memoryview(bytearray(book_bytes(**BOOK))), full=lambda: None, **BOOK),
+        journal=Journal(memoryview(bytearray(journal_bytes(**JOURNAL))), **JOURNAL),
+        send=lambda peer, frame: sent[peer].append(decode_to_publisher(frame)) or True,
+        now=monotonic_ns,
+        limits=DEFAULT_LIMITS,
+        broken=lambda error: pytest.fail(f"the lanes are broken: {error!r}"),
+    )
+    await shard.start()
+    for peer, publisher in ((b"bad", b"b" * 16), (b"good", b"g" * 16)):
+        shard.receive(peer, encode_frame(Hello(PROTOCOL, publisher, 1, EPOCH, 0)))
+        shard.receive(peer, data(0, 2, blob(2)))
+    shard.receive(b"bad", data(2, 3, unsound))
+    shard.receive(b"good", data(2, 3, blob(3)))
+    await until(lambda: any(isinstance(frame, Ack) and frame.cumulative == 5 for frame in sent[b"good"]))
+    assert len(handled) == 7
+    assert Reject(EPOCH, "malformed") in sent[b"bad"]
+    shard.receive(b"bad", data(2, 3, blob(3)))
+    assert (shard.recorder.counters().malformed, shard.recorder.counters().ignored) == (1, 1)
+
+    # Its publisher may greet again, over another connection, and is told that the shard begins anew.
+    shard.receive(b"again", encode_frame(Hello(PROTOCOL, b"b" * 16, 1, EPOCH, 2)))
+    before = next(frame for frame in sent[b"bad"] if isinstance(frame, Welcome))
+    now = next(frame for frame in sent[b"again"] if isinstance(frame, Welcome))
+    assert (now.expected, now.session != before.session) == (2, True)
+    shard.receive(b"again", data(2, 3, blob(3)))
+    await until(lambda: len(handled) == 10)
+    await shard.close()
