@@ -321,13 +321,13 @@ class Shard:
         return False
 
     def _admit(self, peer: bytes, session: WorkerSession) -> None:
-        before = self._peers.get(peer)
-        if before is not None:  # one connection, one session
-            self._rest(before.session.publisher)
         one = self._publishers[session.publisher] = _Publisher(session, peer)
         self._welcome(one)
 
     def _welcome(self, one: _Publisher) -> None:
+        before = self._peers.get(one.peer)
+        if before is not None and before is not one:  # one connection, one session
+            self._rest(before.session.publisher)
         one.session.heard_ns = self._now()
         self._peers[one.peer] = one
         self._send(one.peer, one.session.welcome(self._credit()))

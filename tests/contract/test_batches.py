@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -43,12 +44,11 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-@pytest.mark.parametrize("unsound", [b"\x00", blob(2), blob(3)[:-1], blob(3) + b"\x00"])
-async def test_a_batch_that_cannot_be_unpacked_ends_its_senders_session_and_nothing_else(unsound: bytes):
+def shard_that_notes(handled: list[str]) -> tuple[Shard, dict[bytes, list[Any]]]:
+    """A shard whose handler notes keys, and what it sends to each peer."""
     bus = Bus("batches")
-    handled: list[str] = []
     bus.on(Step)(lambda event: handled.append(event.key))
-    sent: dict[bytes, list[Any]] = {b"bad": [], b"good": [], b"again": []}
+    sent: dict[bytes, list[Any]] = defaultdict(list)
     shard = Shard(
         shard=0,
         epoch=EPOCH,
@@ -62,6 +62,13 @@ async def test_a_batch_that_cannot_be_unpacked_ends_its_senders_session_and_noth
         limits=DEFAULT_LIMITS,
         broken=lambda error: pytest.fail(f"the lanes are broken: {error!r}"),
     )
+    return shard, sent
+
+
+@pytest.mark.parametrize("unsound", [b"\x00", blob(2), blob(3)[:-1], blob(3) + b"\x00"])
+async def test_a_batch_that_cannot_be_unpacked_ends_its_senders_session_and_nothing_else(unsound: bytes):
+    handled: list[str] = []
+    shard, sent = shard_that_notes(handled)
     await shard.start()
     for peer, publisher in ((b"bad", b"b" * 16), (b"good", b"g" * 16)):
         shard.receive(peer, encode_frame(Hello(PROTOCOL, publisher, 1, EPOCH, 0)))
@@ -81,4 +88,21 @@ async def test_a_batch_that_cannot_be_unpacked_ends_its_senders_session_and_noth
     assert (now.expected, now.session != before.session) == (2, True)
     shard.receive(b"again", data(2, 3, blob(3)))
     await until(lambda: len(handled) == 10)
+    await shard.close()
+
+
+async def test_a_connection_has_one_session_also_where_it_takes_up_another_publishers():
+    handled: list[str] = []
+    shard, sent = shard_that_notes(handled)
+    await shard.start()
+    hellos = {name: encode_frame(Hello(PROTOCOL, name * 16, 1, EPOCH, 0)) for name in (b"a", b"b")}
+    shard.receive(b"one", hellos[b"a"])
+    shard.receive(b"two", hellos[b"b"])
+    shard.receive(b"two", data(0, 3, b"not a batch"))
+    shard.receive(b"two", hellos[b"a"])  # b's session rests, with a batch whose turn has not come
+    assert shard.publishers == 1
+    shard.receive(b"two", data(0, 2, blob(2)))
+    await until(lambda: any(isinstance(frame, Ack) and frame.cumulative == 2 for frame in sent[b"two"]))
+    assert (len(handled), shard.backlog) == (2, 0)
+    assert Reject(EPOCH, "malformed") not in sent[b"two"]
     await shard.close()
