@@ -10,16 +10,16 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Final, Generic, Protocol, TypeVar
 
 from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Book, Recorder, book_bytes
 
-KEYS: Final = 65_536
-PUBLISHERS: Final = 10
+_BOOK: Final = {"keys": 65_536, "publishers": 10}
 _FULL_S: Final = 0.0005
-EVIDENCE_BYTES: Final = book_bytes(keys=KEYS, publishers=PUBLISHERS) + journal_bytes()
+EVIDENCE_BYTES: Final = book_bytes(**_BOOK) + journal_bytes()
 
 
 def _take_room(descriptor: int, size: int) -> None:
@@ -40,23 +40,6 @@ def _map_file(path: str, size: int) -> mmap.mmap:
         os.close(descriptor)
 
 
-class _Shared:
-    """A mapped file that somebody has a layout for. Close it when done; the file stays."""
-
-    def __init__(self, path: str, size: int) -> None:
-        self._map = _map_file(path, size)
-        self._view = memoryview(self._map)
-
-    def close(self) -> None:
-        """Unmap it."""
-        self._release()
-        self._view.release()
-        self._map.close()
-
-    def _release(self) -> None:
-        raise NotImplementedError
-
-
 def _wait(parent: int) -> None:
     """For the supervisor, which makes room; without it, this worker is to end."""
     if os.getppid() != parent:
@@ -64,7 +47,29 @@ def _wait(parent: int) -> None:
     time.sleep(_FULL_S)
 
 
-class SharedRecorder(_Shared):
+class _Layout(Protocol):
+    def release(self) -> None: ...
+
+
+_LayoutT = TypeVar("_LayoutT", bound=_Layout)
+
+
+class _Shared(Generic[_LayoutT]):
+    """A mapped file, and what lies in it. Close it when done; the file stays."""
+
+    def __init__(self, path: str, size: int, lay_out: Callable[[memoryview], _LayoutT]) -> None:
+        self._map = _map_file(path, size)
+        self._view = memoryview(self._map)
+        self._layout = lay_out(self._view)
+
+    def close(self) -> None:
+        """Unmap it."""
+        self._layout.release()
+        self._view.release()
+        self._map.close()
+
+
+class SharedRecorder(_Shared[Recorder]):
     """A worker's side of a book in a file. Where the log is full, it waits for the supervisor.
 
     Raises:
@@ -72,14 +77,12 @@ class SharedRecorder(_Shared):
     """
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, book_bytes(keys=KEYS, publishers=PUBLISHERS))
-        self.recorder = Recorder(self._view, keys=KEYS, publishers=PUBLISHERS, full=partial(_wait, os.getppid()))
-
-    def _release(self) -> None:
-        self.recorder.release()
+        full = partial(_wait, os.getppid())
+        super().__init__(path, book_bytes(**_BOOK), lambda view: Recorder(view, full=full, **_BOOK))
+        self.recorder = self._layout
 
 
-class SharedBook(_Shared):
+class SharedBook(_Shared[Book]):
     """The supervisor's side of a book in a file.
 
     Raises:
@@ -87,14 +90,11 @@ class SharedBook(_Shared):
     """
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, book_bytes(keys=KEYS, publishers=PUBLISHERS))
-        self.book = Book(self._view, keys=KEYS, publishers=PUBLISHERS)
-
-    def _release(self) -> None:
-        self.book.release()
+        super().__init__(path, book_bytes(**_BOOK), lambda view: Book(view, **_BOOK))
+        self.book = self._layout
 
 
-class SharedJournal(_Shared):
+class SharedJournal(_Shared[Journal]):
     """A journal in a file.
 
     Raises:
@@ -102,8 +102,5 @@ class SharedJournal(_Shared):
     """
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, journal_bytes())
-        self.journal = Journal(self._view)
-
-    def _release(self) -> None:
-        self.journal.release()
+        super().__init__(path, journal_bytes(), Journal)
+        self.journal = self._layout
