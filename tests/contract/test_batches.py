@@ -16,7 +16,7 @@ from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Recorder, book_bytes
 from shardbus.shard import Shard
 from shardbus.testing import MemoryStore
-from shardbus.wire.codec import Batch
+from shardbus.wire.codec import Batch, encode_bodies
 from shardbus.wire.frames import Ack, Data, Hello, Reject, Welcome, decode_to_publisher, encode_frame
 
 EPOCH = b"e"
@@ -30,7 +30,7 @@ class Step(Event, key="key"):
 
 def blob(count: int) -> bytes:
     batch = Batch()
-    batch.add_many("Step", ["a"] * count, [b"\x81\xa3key\xa1a"] * count)
+    batch.add_many("Step", ["a"] * count, encode_bodies([Step(key="a")] * count))
     return batch.seal()
 
 

@@ -12,7 +12,7 @@ from shardbus.config import DEFAULT_LIMITS
 from shardbus.errors import RemoteProtocolError
 from shardbus.inbound import Inbound, Inbox
 from shardbus.metrics import Book, Evidence, Recorder, book_bytes
-from shardbus.wire.codec import Batch
+from shardbus.wire.codec import Batch, encode_bodies
 from shardbus.wire.frames import Data
 from shardbus.wire.session import WorkerSession
 
@@ -34,7 +34,7 @@ class Cursor:
         self.recorder = Recorder(buffer, full=lambda: None, **SIZES)
         session: Any = SimpleNamespace(publisher=PUBLISHER, finish_range=lambda first, end: end - first)
         batch = Batch()
-        batch.add_many("Step", ["k"] * 5, [b""] * 5)
+        batch.add_many("Step", ["k"] * 5, encode_bodies([None] * 5))
         batch.stamp_many([1, 2, 3, 4, 5], intended_ns, 5)
         self.inbound = Inbound(session, self.recorder, data(1, 5, batch.seal()), skip, 0)
         self.inbound.open({}, careful=True)
