@@ -604,9 +604,8 @@ class PublisherBook:
                 last[at] = ordinal
             return
         for key in set().union(*unwritten):
-            at = positions.get(key)
-            if at is not None:
-                last[at] = known[key]
+            if key in positions:
+                last[positions[key]] = known[key]
 
     def measure_all(self, intended_ns: Sequence[int], began_ns: Sequence[int], ended_ns: Sequence[int]) -> None:
         """Events with these intended instants were handled from when to when; 0: it has none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
 from array import array
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def batch_of(published: list[Message]) -> Batch:
         if at % 3:
             batch.add(message.name, message.key, message.body)
         else:
-            batch.add_many(message.name, [message.key], [message.body])
+            batch.add_many(message.name, [message.key], message.body)
         if message.stamp is not None:
             batch.stamp(*message.stamp)
         if message.headers is not None:
@@ -155,6 +156,14 @@ def test_as_many_headers_as_are_allowed_arrive():
     headers = {f"header-{at}": "v" * 1000 for at in range(DEFAULT_LIMITS.headers_max)}
     columns = decode_batch(batch_of([Message("A", None, NOTHING, None, headers, 0, False)]).seal(), 1)
     assert columns.extras[0].headers == headers
+
+
+def test_a_body_that_is_nested_deeper_than_this_stack_has_room_for_arrives():
+    deep = b"\x91" * 1500 + NOTHING
+    batch = batch_of([Message("A", None, body, None, None, 0, False) for body in (pack("x"), deep, pack("y"))])
+    limit = sys.getrecursionlimit()
+    assert decode_batch(batch.seal(), 3).apart() == [pack("x"), deep, pack("y")]
+    assert sys.getrecursionlimit() == limit
 
 
 # -- what is not
