@@ -215,6 +215,11 @@ class Inbound:
             self.rows = compress(self.rows, wanted)
 
     @property
+    def is_open(self) -> bool:
+        """Whether it was opened."""
+        return self.columns is not NOTHING
+
+    @property
     def next_seq(self) -> int:
         """The sequence of the row that comes next; the present one's is one less."""
         return self.end - length_hint(self._items)
@@ -310,13 +315,13 @@ class Inbound:
 
 
 class Inbox:
-    """Batches whose turn has not come: each session's in their order, and the sessions in turn, one batch each.
+    """Batches whose turn has not come: each session's in their order, and one session after another.
 
-    So what one publisher has sent ahead holds up the others by a batch of its own at a time.
+    `pop` takes from the first session, again and again, until `rotate` or `give_back` make another one the first.
     """
 
     def __init__(self) -> None:
-        self._queues: dict[WorkerSession, deque[Inbound]] = {}  # the next session first
+        self._queues: dict[WorkerSession, deque[Inbound]] = {}  # the session whose turn it is first
 
     def __bool__(self) -> bool:
         return bool(self._queues)
@@ -334,11 +339,23 @@ class Inbox:
     def pop(self) -> Inbound:
         """Take the next batch; there is one."""
         session = next(iter(self._queues))
-        queue = self._queues.pop(session)
+        queue = self._queues[session]
         inbound = queue.popleft()
-        if queue:
-            self._queues[session] = queue
+        if not queue:
+            del self._queues[session]
         return inbound
+
+    def give_back(self, begun: Inbound) -> None:
+        """Take back a batch of which some has run: it is the first of its session, which now is the last."""
+        queue = self._queues.pop(begun.session, None) or deque()
+        queue.appendleft(begun)
+        self._queues[begun.session] = queue
+
+    def rotate(self, session: WorkerSession) -> None:
+        """Let this session be the last, if it has batches left."""
+        queue = self._queues.pop(session, None)
+        if queue is not None:
+            self._queues[session] = queue
 
     def clear(self) -> None:
         """Forget them all."""
