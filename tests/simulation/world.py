@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import logging
 import random
-import selectors
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 import msgspec
@@ -47,26 +49,123 @@ JOURNAL = {"suspended": 64, "suspects": 128}
 POISON = ("poison", "late poison", "flaky poison")  # kinds of events that end their shard
 
 
-class _VirtualSelector(selectors.DefaultSelector):
-    """Never sleeps: waiting moves the clock."""
+class _Handle(msgspec.Struct, eq=False):
+    """A callback to come."""
 
-    now = 0.0
+    callback: Callable[..., object] | None
+    args: tuple[Any, ...]
+    context: contextvars.Context | None
+    loop: VirtualLoop | None = None  # of a timer that is not due yet
 
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        assert timeout is not None, "nothing is scheduled any more, and the world has not ended"
-        self.now += max(0.0, timeout)
-        return []
+    def __lt__(self, other: _Handle) -> bool:
+        return False  # of timers for the same instant, the heap has any come first
+
+    def cancel(self) -> None:
+        self.callback = None
+        if self.loop is not None:
+            self.loop.cancelled_timers += 1
+            self.loop = None
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time passes only when nothing is left to do."""
+class VirtualLoop(asyncio.AbstractEventLoop):
+    """An event loop whose time passes only when nothing is left to do.
+
+    No more than a world needs: no selector, no threads, no debugging. What a callback raises ends the run.
+    """
 
     def __init__(self) -> None:
-        self._virtual = _VirtualSelector()
-        super().__init__(self._virtual)
+        self._now = 0.0
+        self._ready: deque[_Handle] = deque()
+        self._timers: list[tuple[float, _Handle]] = []  # a heap
+        self.cancelled_timers = 0
+        self._stopping = False
+        self._closed = False
 
     def time(self) -> float:
-        return self._virtual.now
+        return self._now
+
+    def call_soon(  # type: ignore[override]  # a handle of its own
+        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> _Handle:
+        handle = _Handle(callback, args, context)
+        self._ready.append(handle)
+        return handle
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> _Handle:
+        handle = _Handle(callback, args, context, self)
+        heappush(self._timers, (when, handle))
+        return handle
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> _Handle:
+        handle = _Handle(callback, args, context, self)
+        heappush(self._timers, (self._now + delay, handle))
+        return handle
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(self, coro: Any, **how: Any) -> asyncio.Task[Any]:
+        return asyncio.Task(coro, loop=self, **how)
+
+    def run_until_complete(self, future: Any) -> Any:
+        task = asyncio.ensure_future(future, loop=self)
+        task.add_done_callback(lambda _: self.stop())
+        asyncio._set_running_loop(self)
+        try:
+            self._stopping = False
+            while not self._stopping:
+                self._turn()
+        finally:
+            asyncio._set_running_loop(None)
+        return task.result()
+
+    def _turn(self) -> None:
+        """Run what is ready by now; what that makes ready has the next turn."""
+        ready, timers = self._ready, self._timers
+        if len(timers) > 100 and self.cancelled_timers > len(timers) / 2:
+            timers = self._timers = [timer for timer in timers if timer[1].callback is not None]
+            heapify(timers)
+            self.cancelled_timers = 0
+        while timers and timers[0][1].callback is None:
+            heappop(timers)
+            self.cancelled_timers -= 1
+        if not ready:
+            assert timers, "nothing is scheduled any more, and the world has not ended"
+            self._now += max(0.0, timers[0][0] - self._now)
+        due = self._now + 1e-9
+        while timers and timers[0][0] < due:
+            handle = heappop(timers)[1]
+            handle.loop = None
+            ready.append(handle)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            callback = handle.callback
+            if callback is not None:
+                if handle.context is None:
+                    callback(*handle.args)
+                else:
+                    handle.context.run(callback, *handle.args)
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        logging.getLogger("asyncio").error(context["message"], exc_info=context.get("exception"))
+
+    def get_debug(self) -> bool:
+        return False
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def is_closed(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        self._closed = True
+        self._ready.clear()
+        self._timers.clear()
 
 
 class Note(Event, key="key"):
