@@ -326,6 +326,7 @@ class World:
         self.buffers = [bytearray(book_bytes(**BOOK)) for _ in range(self.shards_count)]
         self.books = [_Book(memoryview(buffer), **BOOK) for buffer in self.buffers]
         self.folds = random.Random(f"{seed}/folds")
+        self.leaving = random.Random(f"{seed}/leaving")
         self.ends = [Ended() for _ in range(self.shards_count)]
         self.starting: set[int] = set()
         self.crashes = 0
@@ -342,7 +343,7 @@ class World:
         self.calls: dict[tuple[int, str, int], int] = defaultdict(int)
         self.flaky_calls: set[tuple[int, str, int, int]] = set()
         self.bad_calls: dict[tuple[int, str, int], int] = defaultdict(int)
-        retry = Retry(attempts=3, base_s=self.chance.choice([0.01, 0.5, 4.0]))
+        retry = Retry(attempts=3, base_s=self.chance.choice([0.01, 0.5, 2.0]))
         breaker = Breaker(failures=3, open_s=2.0) if self.chance.random() < 0.3 else None
         on_dead_letter: OnDeadLetter = "park" if self.parks else "continue"
         self.registry.on(Note, retry=retry, breaker=breaker, on_dead_letter=on_dead_letter)(self._handle)
@@ -568,7 +569,7 @@ class World:
 
     async def asked(self, client: Client) -> None:
         if self.loss == 0 and self.chance.random() < 0.5:
-            for key in {key for ordinals in self.ordinals.values() for key in ordinals}:
+            for key in sorted({key for ordinals in self.ordinals.values() for key in ordinals}):
                 assert await self.ask(client, key) == self.sums[key]
 
     async def ask(self, client: Client, key: str) -> int:
@@ -594,6 +595,9 @@ class World:
             senders = [group.create_task(self.sender(number)) for number in range(self.senders)]
         clients = [task.result() for task in senders]
         ledgers = [await client.flush(600.0) for client in clients]
+        for client in clients[1:]:
+            if self.leaving.random() < 0.5:  # the others stay, idle, and meet every worker that comes
+                await client.abort()
         if not self.parks:
             await self.asked(clients[0])
         # What the stores took over is handled too, when faults have ended, and what is parked when that is redriven.
@@ -602,7 +606,7 @@ class World:
             or not all(one and one.lanes.idle() for one in self.shards)
         ):
             await asyncio.sleep(0.5)
-            if self.parks:
+            if self.parks and any(rows.dead for rows in self.rows):
                 await self.redrive(clients[0])
             assert asyncio.get_running_loop().time() < 3600, "waiting events never end"
         if self.parks:
