@@ -9,6 +9,7 @@ import logging
 import random
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 from heapq import heapify, heappop, heappush
 from typing import Any, TypeVar
 
@@ -45,7 +46,7 @@ LIMITS = Limits(
     hello_interval_s=0.1,
 )
 FAULTS_END_S = 5.0
-BOOK = {"keys": 256, "publishers": 4, "log_bytes": 16_384}
+BOOK = {"keys": 256, "publishers": 2, "log_bytes": 16_384}
 JOURNAL = {"suspended": 64, "suspects": 128}
 POISON = ("poison", "late poison", "flaky poison")  # kinds of events that end their shard
 
@@ -81,6 +82,8 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self.cancelled_timers = 0
         self._stopping = False
         self._closed = False
+        self.create_future = partial(asyncio.Future, loop=self)  # type: ignore[method-assign]
+        self.create_task = partial(asyncio.Task, loop=self)  # type: ignore[method-assign,assignment]
 
     def time(self) -> float:
         return self._now
@@ -105,12 +108,6 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         handle = _Handle(callback, args, context, self)
         heappush(self._timers, (self._now + delay, handle))
         return handle
-
-    def create_future(self) -> asyncio.Future[Any]:
-        return asyncio.Future(loop=self)
-
-    def create_task(self, coro: Any, **how: Any) -> asyncio.Task[Any]:
-        return asyncio.Task(coro, loop=self, **how)
 
     def run_until_complete(self, future: Any) -> Any:
         task = asyncio.ensure_future(future, loop=self)
@@ -257,14 +254,20 @@ class WorldStore(MemoryStore):
         super().__init__(rows)
         self._chance = chance
         self._busy = False
+        self.dead = False  # with its process, which commits nothing more in the instants until it is closed
 
     async def _call(self, call: Callable[..., Awaitable[T]], *args: Any, **rows: Any) -> T:
         assert not self._busy, "two calls at once"
         self._busy = True
         try:
-            await asyncio.sleep(self._chance.random() * 0.02)
+            when = self._chance.random() * 0.08 - 0.04
+            if when < 0.0:
+                await asyncio.sleep(-when)
+            if self.dead:
+                await asyncio.Event().wait()
             answer = await call(*args, **rows)
-            await asyncio.sleep(self._chance.random() * 0.02)
+            if when > 0.0:
+                await asyncio.sleep(when)
         finally:
             self._busy = False
         return answer
@@ -321,7 +324,7 @@ class World:
         self.back: dict[bytes, _Channel] = {}
         self.rows = [MemoryRows() for _ in range(self.shards_count)]
         self.shards: list[Shard | None] = [None] * self.shards_count
-        self.stores: list[MemoryStore | None] = [None] * self.shards_count
+        self.stores: list[WorldStore | None] = [None] * self.shards_count
         self.journals = [bytearray(journal_bytes(**JOURNAL)) for _ in range(self.shards_count)]
         self.buffers = [bytearray(book_bytes(**BOOK)) for _ in range(self.shards_count)]
         self.books = [_Book(memoryview(buffer), **BOOK) for buffer in self.buffers]
@@ -488,6 +491,9 @@ class World:
         shard, self.shards[at] = self.shards[at], None
         if shard is not None:
             self.died = True
+            store = self.stores[at]
+            assert store is not None
+            store.dead = True
             shard._journal.pulse(self.now_ns())
             self.ends[at] = ended
             self.journals[at] = bytearray(self.journals[at])  # as it is now: the dead write no more
