@@ -114,39 +114,40 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         task.add_done_callback(lambda _: self.stop())
         asyncio._set_running_loop(self)
         try:
-            self._stopping = False
-            while not self._stopping:
-                self._turn()
+            self._run()
         finally:
             asyncio._set_running_loop(None)
         return task.result()
 
-    def _turn(self) -> None:
-        """Run what is ready by now; what that makes ready has the next turn."""
+    def _run(self) -> None:
+        """Turn by turn, run what is ready by then; what that makes ready has the next turn."""
         ready, timers = self._ready, self._timers
-        if len(timers) > 100 and self.cancelled_timers > len(timers) / 2:
-            timers = self._timers = [timer for timer in timers if timer[1].callback is not None]
-            heapify(timers)
-            self.cancelled_timers = 0
-        while timers and timers[0][1].callback is None:
-            heappop(timers)
-            self.cancelled_timers -= 1
-        if not ready:
-            assert timers, "nothing is scheduled any more, and the world has not ended"
-            self._now += max(0.0, timers[0][0] - self._now)
-        due = self._now + 1e-9
-        while timers and timers[0][0] < due:
-            handle = heappop(timers)[1]
-            handle.loop = None
-            ready.append(handle)
-        for _ in range(len(ready)):
-            handle = ready.popleft()
-            callback = handle.callback
-            if callback is not None:
-                if handle.context is None:
+        self._stopping = False
+        while not self._stopping:
+            if self.cancelled_timers > 50 and self.cancelled_timers > len(timers) / 2:
+                timers[:] = [timer for timer in timers if timer[1].callback is not None]
+                heapify(timers)
+                self.cancelled_timers = 0
+            while timers and timers[0][1].callback is None:
+                heappop(timers)
+                self.cancelled_timers -= 1
+            if not ready:
+                assert timers, "nothing is scheduled any more, and the world has not ended"
+                self._now = max(self._now, timers[0][0])
+            due = self._now + 1e-9
+            while timers and timers[0][0] < due:
+                handle = heappop(timers)[1]
+                handle.loop = None
+                ready.append(handle)
+            for _ in range(len(ready)):
+                handle = ready.popleft()
+                callback, context = handle.callback, handle.context
+                if callback is None:
+                    continue
+                if context is None:
                     callback(*handle.args)
                 else:
-                    handle.context.run(callback, *handle.args)
+                    context.run(callback, *handle.args)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         logging.getLogger("asyncio").error(context["message"], exc_info=context.get("exception"))
