@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import logging
 import random
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from heapq import heapify, heappop, heappush
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import msgspec
@@ -242,7 +244,8 @@ class _Connector:
         world.peers += 1
         peer = world.peers.to_bytes(4, "big")
         world.back[peer] = back
-        return _Channel(world, lambda frame: world.to_shard(address, peer, frame))
+        at, counter = map(int, address.split("/"))
+        return _Channel(world, lambda frame: world.to_shard(at, counter, peer, frame))
 
     def close(self) -> None:
         pass
@@ -444,8 +447,7 @@ class World:
         assert ask.what == "table"
         back.send(encode_frame(Answer(ask.request, "", self.table())))
 
-    def to_shard(self, address: str, peer: bytes, frame: bytes) -> None:
-        at, counter = map(int, address.split("/"))
+    def to_shard(self, at: int, counter: int, peer: bytes, frame: bytes) -> None:
         shard = self.shards[at]
         if shard is not None and counter == self.counters[at]:
             shard.receive(peer, frame)
@@ -540,19 +542,20 @@ class World:
         self.clients.append(client)
         chance = random.Random(f"{self.seed}/{number}")
         ordinals: dict[str, int] = defaultdict(int)
+        kinds = ["quick", "slow", "bad", "flaky", "stuck", *POISON]
+        weights = list(accumulate([64, 18, 8, 8, 2, *[self.poison_weight] * len(POISON)]))
+        credit = LIMITS.session_credit_events_max + LIMITS.batch_events_max  # what a session may have unfinished
+        bound = LIMITS.queued_events_max + credit * self.senders + self.keys
         for _ in range(self.events_each):
             key = f"k{chance.randrange(self.keys)}"
             ordinals[key] += 1
-            kinds, weights = ["quick", "slow", "bad", "flaky", "stuck", *POISON], [64, 18, 8, 8, 2]
-            kind = chance.choices(kinds, [*weights, *[self.poison_weight] * len(POISON)])[0]
+            kind = chance.choices(kinds, cum_weights=weights)[0]
             if kind in POISON:
                 self.poison.add((number, key, ordinals[key]))
             await client.publish(Note(key=key, n=ordinals[key], sender=number, kind=kind), ordinal=ordinals[key])
             if client.ledger().in_flight > LIMITS.outbox_events_max * self.shards_count:
                 raise AssertionError("the outboxes hold more than their bound")
             for shard in self.shards:
-                credit = LIMITS.session_credit_events_max + LIMITS.batch_events_max  # what a session may have unfinished
-                bound = LIMITS.queued_events_max + credit * self.senders + self.keys
                 assert shard is None or shard.lanes.queued <= bound, "the lanes hold more than their bound"
             if chance.random() < 0.2:
                 await asyncio.sleep(chance.random() * 0.4)
@@ -602,11 +605,11 @@ class World:
             senders = [group.create_task(self.sender(number)) for number in range(self.senders)]
         clients = [task.result() for task in senders]
         ledgers = [await client.flush(600.0) for client in clients]
-        for client in clients[1:]:
-            if self.leaving.random() < 0.5:  # the others stay, idle, and meet every worker that comes
-                await client.abort()
         if not self.parks:
             await self.asked(clients[0])
+        for client in clients[self.parks :]:
+            if self.leaving.random() < 0.7:  # the others stay, idle, and meet every worker that comes
+                await client.abort()
         # What the stores took over is handled too, when faults have ended, and what is parked when that is redriven.
         while (
             any(rows.waiting or (self.parks and rows.dead) for rows in self.rows)
@@ -703,6 +706,8 @@ def live(seed: int) -> World:
     """One life of a world."""
     loop = VirtualLoop()
     asyncio.set_event_loop(loop)
+    collects = gc.isenabled()
+    gc.disable()  # a life is short, and its garbage is collected all at once behind it
     try:
         world = World(seed)
         loop.run_until_complete(asyncio.wait_for(world.run(), 7200))
@@ -710,3 +715,5 @@ def live(seed: int) -> World:
     finally:
         asyncio.set_event_loop(None)
         loop.close()
+        if collects:
+            gc.enable()
