@@ -181,6 +181,8 @@ class MemoryStore:
         return dropped
 
     def _remove_dead(self, rows: Sequence[int]) -> int:
+        if not rows:
+            return 0
         wanted = set(rows)
         found = [identity for identity, row in self.rows.rows.items() if row in wanted]
         for identity in found:

@@ -78,7 +78,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     """
 
     def __init__(self) -> None:
-        self._now = 0.0
+        self.now = 0.0
         self._ready: deque[_Handle] = deque()
         self._timers: list[tuple[float, _Handle]] = []  # a heap
         self.cancelled_timers = 0
@@ -88,7 +88,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self.create_task = partial(asyncio.Task, loop=self)  # type: ignore[method-assign,assignment]
 
     def time(self) -> float:
-        return self._now
+        return self.now
 
     def call_soon(  # type: ignore[override]  # a handle of its own
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
@@ -108,7 +108,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self, delay: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> _Handle:
         handle = _Handle(callback, args, context, self)
-        heappush(self._timers, (self._now + delay, handle))
+        heappush(self._timers, (self.now + delay, handle))
         return handle
 
     def run_until_complete(self, future: Any) -> Any:
@@ -135,10 +135,12 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                 self.cancelled_timers -= 1
             if not ready:
                 assert timers, "nothing is scheduled any more, and the world has not ended"
-                self._now = max(self._now, timers[0][0])
-            due = self._now + 1e-9
+                self.now = max(self.now, timers[0][0])
+            due = self.now + 1e-9
             while timers and timers[0][0] < due:
                 handle = heappop(timers)[1]
+                if handle.callback is None:
+                    self.cancelled_timers -= 1
                 handle.loop = None
                 ready.append(handle)
             for _ in range(len(ready)):
@@ -200,7 +202,7 @@ class Network:
 
     def carry(self, frame: bytes, deliver: Callable[[bytes], None]) -> None:
         world, loop = self.world, self.world.loop
-        if loop.time() >= FAULTS_END_S:
+        if loop.now >= FAULTS_END_S:
             loop.call_later(0.0005, deliver, frame)
             return
         chance = world.chance.random
@@ -299,9 +301,9 @@ class _Book(Book):
 class World:
     """Shards, clients and faults of one seed. `run` lives through it and checks every promise at the end."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, loop: VirtualLoop) -> None:
         self.seed = seed
-        self.loop = asyncio.get_event_loop()
+        self.loop = loop
         self.chance = random.Random(seed)
         self.loss = self.chance.choice([0.0, 0.02, 0.2])
         self.doubling = self.chance.choice([0.0, 0.05, 0.3])
@@ -391,7 +393,7 @@ class World:
         if self.shards[at] is not None and self.counters[at] == counter:
             self.crashes += 1
             self.kill_shard(at, Ended(how="crashed", told="SIGABRT", at_ns=self.now_ns()))
-            succession = asyncio.get_running_loop().create_task(self._succeed(at, self.chance.random() * 0.5))
+            succession = self.loop.create_task(self._succeed(at, self.chance.random() * 0.5))
             self.successors.add(succession)
             succession.add_done_callback(self.successors.discard)
         await asyncio.Event().wait()
@@ -420,7 +422,7 @@ class World:
     # -- the bus
 
     def now_ns(self) -> int:
-        return int(self.loop.time() * 1e9)
+        return int(self.loop.now * 1e9)
 
     def table(self) -> bytes:
         """The routing table, packed; kept, because it is asked for much more often than it changes."""
@@ -474,7 +476,7 @@ class World:
             journal=Journal(memoryview(self.journals[at]), **JOURNAL),
             send=self.from_shard(at, self.counters[at]),
             now=self.now_ns,
-            limits=self.limits if asyncio.get_running_loop().time() < FAULTS_END_S else LIMITS,
+            limits=self.limits if self.loop.now < FAULTS_END_S else LIMITS,
             broken=self.broken.append,
             wall=self.now_ns,
             chance=self.chance.random,
@@ -504,7 +506,7 @@ class World:
                 self.books[at].fold(self.now_ns(), self.folds.randrange(10))
             self.buffers[at] = bytearray(self.buffers[at])
             self.books[at] = _Book(memoryview(self.buffers[at]), **BOOK)  # as if the supervisor had died, too
-            self.deaths.append(asyncio.get_running_loop().create_task(shard.close()))
+            self.deaths.append(self.loop.create_task(shard.close()))
             self.announce()
 
     async def faults(self) -> None:
@@ -564,7 +566,7 @@ class World:
 
     async def redrives(self) -> None:
         """Somebody has parked keys go on, now and then and in the middle of faults."""
-        while self.parks and asyncio.get_running_loop().time() < FAULTS_END_S:
+        while self.parks and self.loop.now < FAULTS_END_S:
             await asyncio.sleep(self.chance.random())
             async with asyncio.TaskGroup() as group:
                 for client in self.clients:
@@ -618,7 +620,7 @@ class World:
             await asyncio.sleep(0.5)
             if self.parks and any(rows.dead for rows in self.rows):
                 await self.redrive(clients[0])
-            assert asyncio.get_running_loop().time() < 3600, "waiting events never end"
+            assert self.loop.now < 3600, "waiting events never end"
         if self.parks:
             assert all(one is not None and not one.lanes.busy_keys and not one.lanes.parked_keys for one in self.shards)
             await self.asked(clients[0])
@@ -709,7 +711,7 @@ def live(seed: int) -> World:
     collects = gc.isenabled()
     gc.disable()  # a life is short, and its garbage is collected all at once behind it
     try:
-        world = World(seed)
+        world = World(seed, loop)
         loop.run_until_complete(asyncio.wait_for(world.run(), 7200))
         return world
     finally:
