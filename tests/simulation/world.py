@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import gc
 import logging
 import random
 from collections import defaultdict, deque
@@ -708,8 +707,6 @@ def live(seed: int) -> World:
     """One life of a world."""
     loop = VirtualLoop()
     asyncio.set_event_loop(loop)
-    collects = gc.isenabled()
-    gc.disable()  # a life is short, and its garbage is collected all at once behind it
     try:
         world = World(seed, loop)
         loop.run_until_complete(asyncio.wait_for(world.run(), 7200))
@@ -717,5 +714,3 @@ def live(seed: int) -> World:
     finally:
         asyncio.set_event_loop(None)
         loop.close()
-        if collects:
-            gc.enable()
