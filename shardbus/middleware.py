@@ -321,7 +321,7 @@ class Idempotency:
             )
         self._key = key
         self._now = now
-        self._done = Remembered(int(window_s * _NS), entries_max)
+        self._done = Remembered(math.ceil(window_s * _NS), entries_max)
         self._running: dict[Hashable, asyncio.Event] = {}  # bounded by what a worker has under way
 
     async def __call__(self, message: Any, context: Context, call_next: CallNext) -> Any:
