@@ -78,7 +78,10 @@ class _ClientWithMiddleware(Client):
         for stamps in (ordinals, intended_ns):
             if stamps is not None and len(stamps) != len(events):
                 raise UsageError(f"{len(events)} events and {len(stamps)} stamps; give one for each event, or none")
-        for event, ordinal, instant in zip(events, ordinals or repeat(0), intended_ns or repeat(0), strict=False):
+        no_stamps = repeat(0)
+        all_ordinals = no_stamps if ordinals is None else ordinals
+        all_instants = no_stamps if intended_ns is None else intended_ns
+        for event, ordinal, instant in zip(events, all_ordinals, all_instants, strict=False):
             await self.publish(event, ordinal=ordinal, intended_ns=instant)
 
     async def execute(

@@ -96,7 +96,8 @@ class Plan:
         is_plain = (
             only is not None
             and only.is_async
-            and not (only.wants_context or only.timeout_s or only.breaker or only.where)
+            and only.where is None
+            and not (only.wants_context or only.timeout_s or only.breaker)
         )
         self.simple: Callable[[Any], Awaitable[None]] | None = only.call if only is not None and is_plain else None
 
