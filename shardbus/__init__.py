@@ -15,6 +15,7 @@ from shardbus.errors import (
     CommandLost,
     ConfigError,
     InvalidKey,
+    InvalidMessage,
     MessageTooLarge,
     NotDelivered,
     OutboxFull,
@@ -24,7 +25,11 @@ from shardbus.errors import (
     UsageError,
 )
 from shardbus.event_loop import run
+from shardbus.filters import Filter, header_matches, is_type, key_matches, where
 from shardbus.messages import Command, Event
+from shardbus.middleware import HandlerTimes, Idempotency, Logging, RateLimit, Timing, Validation
+from shardbus.pipeline import CallNext, Middleware
+from shardbus.publishing import PublishMiddleware
 from shardbus.registry import WorkerInfo
 from shardbus.retry import Retry
 
@@ -34,6 +39,7 @@ __all__ = [
     "Bus",
     "BusRejected",
     "BusUnreachable",
+    "CallNext",
     "Client",
     "ClientClosed",
     "Command",
@@ -44,19 +50,33 @@ __all__ = [
     "DeadLetter",
     "DeadLetterFilter",
     "Event",
+    "Filter",
+    "HandlerTimes",
+    "Idempotency",
     "InvalidKey",
+    "InvalidMessage",
     "Ledger",
+    "Logging",
     "MessageTooLarge",
+    "Middleware",
     "NotDelivered",
     "OutboxFull",
+    "PublishMiddleware",
+    "RateLimit",
     "RegistrationError",
     "RemoteProtocolError",
     "Retry",
     "ShardbusError",
     "Statistics",
+    "Timing",
     "UsageError",
+    "Validation",
     "WorkerInfo",
     "connect",
+    "header_matches",
+    "is_type",
+    "key_matches",
     "run",
+    "where",
 ]
 __version__ = "0.1.0"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import get_args
 
@@ -12,6 +12,7 @@ from shardbus.client import Client, ClientBlock, OnFull, check_on_full
 from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.errors import ConfigError
 from shardbus.local import run_local
+from shardbus.publishing import PublishMiddleware, client_class
 from shardbus.registry import Registry
 
 _SHARDS_MAX = 256
@@ -20,8 +21,8 @@ _SHARDS_MAX = 256
 class Bus(Registry):
     """An application: its name, its handlers, its lifespan.
 
-    Register with `@bus.on(EventType)`, `@bus.command(CommandType)` and `@bus.lifespan`. Run it on all cores with
-    `shardbus serve MODULE:BUS`, or in this process with `local()`.
+    Register with `@bus.on(EventType)`, `@bus.command(CommandType)`, `@bus.lifespan` and `bus.use(middleware)`. Run it on all
+    cores with `shardbus serve MODULE:BUS`, or in this process with `local()`.
     """
 
     def local(
@@ -35,6 +36,7 @@ class Bus(Registry):
         close_timeout: float = 30.0,
         on_full: OnFull = "wait",
         on_pressure: Callable[[bool], object] | None = None,
+        middleware: Sequence[PublishMiddleware] = (),
     ) -> AbstractAsyncContextManager[Client]:
         """Run the application in the calling process: `async with bus.local() as client`.
 
@@ -49,10 +51,11 @@ class Bus(Registry):
             close_timeout: seconds that leaving the block waits for what is unfinished.
             on_full: as for `shardbus.connect`.
             on_pressure: likewise.
+            middleware: likewise, around publishing; what is around handlers is `use`'s.
 
         Raises:
             NotDelivered: on leaving, if events were left when the time was up.
-            UsageError: an `on_full` that is none.
+            UsageError: an `on_full` or a middleware that is none.
             ConfigError: a number of shards or a bound out of range, or a store that cannot be opened.
         """
         if not 1 <= shards <= _SHARDS_MAX:
@@ -78,5 +81,6 @@ class Bus(Registry):
             close_timeout_s=close_timeout,
             on_full=on_full,
             on_pressure=on_pressure,
+            make_client=client_class(middleware),
         )
         return ClientBlock(block, "bus.local()")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 
 from shardbus.addresses import Address, default_address, parse_address
 from shardbus.client import Client, ClientBlock, OnFull, check_on_full, open_client
+from shardbus.publishing import PublishMiddleware, client_class
 from shardbus.zmq_transport import ZmqConnector
 
 
@@ -19,6 +20,7 @@ def connect(
     close_timeout: float = 30.0,
     on_full: OnFull = "wait",
     on_pressure: Callable[[bool], object] | None = None,
+    middleware: Sequence[PublishMiddleware] = (),
 ) -> AbstractAsyncContextManager[Client]:
     """Connect to a bus: `async with shardbus.connect() as client`.
 
@@ -30,18 +32,23 @@ def connect(
             oldest batch that no worker has seen ("drop_oldest"), which the ledger counts.
         on_pressure: called from the event loop with True when an outbox is filled to three quarters, and with False when all
             are below one quarter again.
+        middleware: called for each event and command, in this order, before it is encoded: a plain `def` of
+            `(message, headers)`. It may change the headers, return another message with the same key (None: this one), or
+            raise, which the caller sees, and then nothing was published. `publish_many` then publishes one by one.
 
     Raises:
         BusUnreachable: no bus answered in time.
         ConfigError: the address is none.
+        UsageError: an `on_full` or a middleware that is none.
         NotDelivered: on leaving, if events were left when the time was up.
     """
     parsed = _parsed(address)
     check_on_full(on_full)
+    make = client_class(middleware)
 
     @contextlib.asynccontextmanager
     async def opened() -> AsyncIterator[Client]:
-        client = Client(parsed.url, ZmqConnector(), parsed.control, on_full=on_full, on_pressure=on_pressure)
+        client = make(parsed.url, ZmqConnector(), parsed.control, on_full=on_full, on_pressure=on_pressure)
         async with open_client(client, timeout_s=timeout, close_timeout_s=close_timeout):
             yield client
 

@@ -4,6 +4,7 @@
     ├── UsageError                  you did: the program or the call is wrong
     │   ├── RegistrationError       a handler, a type or a key that cannot be registered
     │   ├── InvalidKey              a key that cannot be routed
+    │   ├── InvalidMessage          a message whose fields are not what its type declares
     │   ├── MessageTooLarge         one message above the limit
     │   ├── ClientClosed            a call on a client that has been closed
     │   └── ConfigError             an option or an address that cannot be used
@@ -49,6 +50,15 @@ class RegistrationError(UsageError):
 
 class InvalidKey(UsageError):
     """A key is none of `str`, `int` (64 bits), `bytes` (up to 1,024) and `UUID`."""
+
+
+class InvalidMessage(UsageError):
+    """A message's fields are not what its type declares; raised by `Validation`. Nothing was published."""
+
+    def __init__(self, type_name: str, error: str) -> None:
+        super().__init__(f"{type_name} is not as it is declared, so nothing was published: {error}")
+        self.type_name = type_name
+        self.error = error
 
 
 class MessageTooLarge(UsageError):

@@ -47,6 +47,7 @@ from shardbus.errors import RemoteProtocolError
 from shardbus.inbound import UNKNOWN, Delivery, Inbound, Inbox
 from shardbus.journal import ALIVE, END, FIRST, Journal
 from shardbus.messages import WireKey
+from shardbus.pipeline import OUR_FILES
 from shardbus.quarantine import Convicted, Crowded, Hold, Identity, Quarantine, Run
 from shardbus.registry import Plan, Registered
 from shardbus.retry import GiveUp, RetryIn
@@ -63,7 +64,7 @@ _STRIDE_MAX: Final = 32  # messages between two looks at the clock, which cost 6
 _ERROR_CHARS_MAX: Final = 2000
 _TRACEBACK_CHARS_MAX: Final = 32_000
 _PLACES_MAX: Final = 1024
-_OUR_FILES: Final = (__file__, asyncio.timeouts.__file__)  # between a worker's loop and a handler
+_OUR_FILES: Final = (__file__, asyncio.timeouts.__file__, *OUR_FILES)  # between a worker's loop and a handler
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
 
 CRASHED: Final = "crashed"  # the reason of a dead letter whose handling ends its worker
@@ -710,7 +711,15 @@ class Lanes:
     async def _run_handler(
         self, handler: Registered, circuit: Circuit | None, round_: _Round, message: Any, context: Context
     ) -> None:
-        """Call a handler, where its circuit lets it be called, and note what became of it."""
+        """Call a handler, where it is concerned and its circuit lets it be called, and note what became of it."""
+        if handler.where is not None:
+            try:
+                if not handler.where(message, context):
+                    return
+            except BaseException as error:  # the application's
+                round_.ran = True
+                self._handler_failed(round_, handler, error, "failed")
+                return
         term = 0
         if circuit is not None:
             match circuit.admit(self._now()):

@@ -151,6 +151,7 @@ async def run_local(
     close_timeout_s: float = 30.0,
     on_full: OnFull = "wait",
     on_pressure: Callable[[bool], object] | None = None,
+    make_client: Callable[..., Client] = Client,
 ) -> AsyncIterator[Client]:
     """Run an application in this process and hand out a client of it; see `Bus.local`.
 
@@ -166,7 +167,7 @@ async def run_local(
 
     try:
         async with _running(
-            registry, shards, dead_letters, stores, limits, close_timeout_s, on_full, on_pressure, on_broken
+            registry, shards, dead_letters, stores, limits, close_timeout_s, on_full, on_pressure, make_client, on_broken
         ) as client:
             clients.append(client)
             yield client
@@ -188,6 +189,7 @@ async def _running(
     close_timeout_s: float,
     on_full: OnFull,
     on_pressure: Callable[[bool], object] | None,
+    make_client: Callable[..., Client],
     on_broken: Callable[[BaseException], None],
 ) -> AsyncIterator[Client]:
     incarnation = os.urandom(16)
@@ -232,7 +234,7 @@ async def _running(
             stack.callback(_tell_what_ends, running)
         ticker = loop.create_task(_tick(running))
         stack.callback(ticker.cancel)
-        client = Client("local", bus, _CONTROL, limits=limits, on_full=on_full, on_pressure=on_pressure)
+        client = make_client("local", bus, _CONTROL, limits=limits, on_full=on_full, on_pressure=on_pressure)
         async with open_client(client, timeout_s=10.0, close_timeout_s=close_timeout_s):
             yield client
         for shard in running:

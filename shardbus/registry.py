@@ -1,4 +1,4 @@
-"""Which handlers an application has for which message, and what is checked when they are registered.
+"""Which handlers an application has for which message, what runs around them, and what is checked when they are registered.
 
 Owns the declarations of an application. Knows nothing of lanes, processes or transports; a worker asks it once for
 `plans`, and runs those.
@@ -12,14 +12,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final, Literal, TypeVar, get_args
 
 import msgspec
+from msgspec.structs import replace
 
 from shardbus.breaker import Breaker, Circuit
 from shardbus.errors import RegistrationError
+from shardbus.filters import Filter, Matches, as_filter
 from shardbus.messages import Command, Event, Message, check_key_type, reply_type, wire_name
+from shardbus.pipeline import Layer, Middleware, compose, layer
 from shardbus.retry import Retry
+from shardbus.signatures import is_coroutine_function, parameters_of, positional_count, shown, wants_context
+from shardbus.threads import THREADS_MAX, Threads
 
 Handler = Callable[..., Any]
 HandlerT = TypeVar("HandlerT", bound=Handler)
+MiddlewareT = TypeVar("MiddlewareT", bound=Middleware)
 Lifespan = Callable[["WorkerInfo"], AsyncIterator[None]]
 OnDeadLetter = Literal["continue", "park"]
 """What a key's later events do when one of them became a dead letter: go on, or wait until that is disposed of."""
@@ -51,6 +57,10 @@ class Registered(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float | None
     breaker: Breaker | None
     on_dead_letter: OnDeadLetter = "continue"
+    where: Matches | None = None
+    """Which messages concern it; None: all."""
+    priority: int = 0
+    in_thread: bool = False
 
 
 class Plan:
@@ -85,7 +95,12 @@ class Plan:
         self.is_command = issubclass(message_type, Command)
         self._parking = frozenset(one.name for one in handlers if one.on_dead_letter == "park")
         only = handlers[0] if len(handlers) == 1 and not self.is_command else None
-        is_plain = only is not None and not (only.wants_context or only.timeout_s or only.breaker) and only.is_async
+        is_plain = (
+            only is not None
+            and only.is_async
+            and only.where is None
+            and not (only.wants_context or only.timeout_s or only.breaker)
+        )
         self.simple: Callable[[Any], Awaitable[None]] | None = only.call if only is not None and is_plain else None
 
     def parks(self, gave_up: tuple[str, ...]) -> bool:
@@ -94,20 +109,32 @@ class Plan:
 
 
 class Registry:
-    """Handlers by message type. `Bus` is this, and the ways to run it."""
+    """Handlers by message type. `Bus` is this, and the ways to run it.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: the application's.
+        threads_max: how many `in_thread` handlers run at a time in one worker.
+    """
+
+    def __init__(self, name: str, *, threads_max: int = THREADS_MAX) -> None:
         if not isinstance(name, str) or not name:
             raise RegistrationError("a bus needs a name, for instance Bus('shop')")
+        if type(threads_max) is not int or threads_max < 1:
+            raise RegistrationError(f"threads_max={threads_max!r}: a handler that asks for a thread needs at least one")
         self.name = name
         self._handlers: dict[type[Message], list[Registered]] = {}
         self._types: dict[str, type[Message]] = {}
+        self._layers: list[Layer] = []
+        self._threads = Threads(threads_max)
         self._lifespans: list[Callable[[WorkerInfo], contextlib.AbstractAsyncContextManager[None]]] = []
 
     def on(
         self,
         event_type: type[Event],
-        *,
+        *more_types: type[Event],
+        where: Filter | Callable[..., Any] | None = None,
+        priority: int = 0,
+        in_thread: bool = False,
         retry: Retry | None = None,
         timeout_s: float | None = None,
         breaker: Breaker | None = None,
@@ -116,13 +143,22 @@ class Registry:
         """Register an event handler: `@bus.on(OrderPlaced)`.
 
         The handler takes `(event)` or `(event, context)` and is `async def` or plain `def`. Handlers of one event run one
-        after another, in the order of their registration. One that fails is called again by its own policy, while those
-        that succeeded are not; its key waits meanwhile, other keys go on.
+        after another, by priority, and of one priority in the order of their registration. One that fails is called again by
+        its own policy, while those that succeeded are not; its key waits meanwhile, other keys go on.
 
         Args:
             event_type: the event.
+            *more_types: more of them, each as if it were registered alone.
+            where: which events concern it: a filter of `shardbus.filters`, or a function of the event. It is asked in the
+                worker, also before a retry. Others pass the handler by; an event that concerns none counts as handled. One
+                that raises is this handler's failure, of which a breaker hears nothing.
+            priority: among the handlers of one event, the higher runs first.
+            in_thread: run a plain `def`, which blocks, in a thread of the worker, so that other keys go on. At most
+                `Bus(threads_max=…)` run at a time. It has the context variables of whoever calls it. A thread cannot be
+                cancelled: its key, and a worker that drains, wait for its end.
             retry: how often it is called for one event, and after which waits. Default: `Retry()`, three times.
-            timeout_s: seconds after which the handler is cancelled and has failed; only for `async def`. Default: none.
+            timeout_s: seconds after which the handler, with the middleware around it, is cancelled and has failed; only for
+                `async def`. Default: none.
             breaker: when to stop calling a handler that keeps failing. Default: never.
             on_dead_letter: what becomes of the key when this handler gives one of its events up. `"continue"`: its later
                 events go on. `"park"`: they wait in the store until that dead letter is redriven, and then runs first, or
@@ -134,27 +170,46 @@ class Registry:
             RegistrationError: not an event type, a key that cannot be one, a name that another type has, a signature
                 that cannot be called so or is for another type, or options that make no sense.
         """
-        if not (isinstance(event_type, type) and issubclass(event_type, Event) and event_type is not Event):
-            raise RegistrationError(
-                f"@bus.on takes a subclass of Event, not {_shown(event_type)}; write @bus.on(EventType)"
-            )
+        kinds = (event_type, *more_types)
+        for kind in kinds:
+            if not (isinstance(kind, type) and issubclass(kind, Event) and kind is not Event):
+                raise RegistrationError(f"@bus.on takes a subclass of Event, not {shown(kind)}; write @bus.on(EventType)")
         if on_dead_letter not in get_args(OnDeadLetter):
             raise RegistrationError(f"on_dead_letter={on_dead_letter!r}: say 'continue' or 'park'")
-        if on_dead_letter == "park" and event_type.__shardbus_key__ is None:
-            raise RegistrationError(
-                f"{event_type.__name__} has no key that on_dead_letter='park' could park; declare one with key=…"
-            )
+        for kind in kinds:
+            if on_dead_letter == "park" and kind.__shardbus_key__ is None:
+                raise RegistrationError(
+                    f"{kind.__name__} has no key that on_dead_letter='park' could park; declare one with key=…"
+                )
         _check_policy("retry", retry, Retry, "attempts", 3)
         _check_policy("breaker", breaker, Breaker, "failures", 5)
-        return self._registrar(event_type, retry or Retry(), timeout_s, breaker, on_dead_letter)
+        if type(priority) is not int:
+            raise RegistrationError(f"priority={priority!r}: write a whole number; the higher runs first")
+        matches = None if where is None else as_filter(where)
+        if matches is not None:
+            for kind in kinds:
+                matches.check(kind)
+        return self._registrar(
+            kinds,
+            _Options(
+                retry=retry or Retry(),
+                timeout_s=timeout_s,
+                breaker=breaker,
+                on_dead_letter=on_dead_letter,
+                where=None if matches is None else matches.matches,
+                priority=priority,
+                in_thread=in_thread,
+            ),
+        )
 
     def command(
-        self, command_type: type[Command[Any]], *, timeout_s: float | None = None
+        self, command_type: type[Command[Any]], *, in_thread: bool = False, timeout_s: float | None = None
     ) -> Callable[[HandlerT], HandlerT]:
         """Register the one handler of a command: `@bus.command(GetTotal)`. What it returns is the reply.
 
         Args:
             command_type: the command.
+            in_thread: as for `on`.
             timeout_s: seconds after which the handler is cancelled, whatever its caller would wait. Default: none.
 
         Raises:
@@ -162,9 +217,36 @@ class Registry:
         """
         if not (isinstance(command_type, type) and issubclass(command_type, Command) and command_type is not Command):
             raise RegistrationError(
-                f"@bus.command takes a subclass of Command, not {_shown(command_type)}; write @bus.command(CommandType)"
+                f"@bus.command takes a subclass of Command, not {shown(command_type)}; write @bus.command(CommandType)"
             )
-        return self._registrar(command_type, Retry(attempts=1), timeout_s, None, "continue")
+        return self._registrar(
+            (command_type,), _Options(retry=Retry(attempts=1), timeout_s=timeout_s, in_thread=in_thread)
+        )
+
+    def use(self, middleware: MiddlewareT, *, on: type[Message] | tuple[type[Message], ...] = ()) -> MiddlewareT:
+        """Put a middleware around the handlers: `bus.use(Logging())`, or `@bus.use` on a function. The first is outermost.
+
+        A middleware is `async def middleware(message, context, call_next)`. It is called for each call of a handler, so
+        again for a retry and for each handler of an event, and goes on with `await call_next(message, context)`, which
+        returns what the handler does: of a command, the reply. It may hand on another message, or another context
+        (`context.with_headers(…)`), which what is further in gets; return something else; or not call `call_next`, and then
+        the handler counts as having succeeded. What it raises is the handler's failure. `call_next.handler` is the name of
+        the handler. A handler that a filter keeps from an event is not called, and so neither is what is around it.
+
+        It applies to all handlers, whenever they are registered, of a bus that starts later. Each worker has its own.
+
+        Args:
+            middleware: an `async def`, or an object that is called as one.
+            on: message types, and subclasses, that it is for. Default: all.
+
+        Raises:
+            RegistrationError: it cannot be called so, is used already, or `on` names what is no message type.
+        """
+        made = layer(middleware, on)
+        if any(known.middleware is middleware for known in self._layers):
+            raise RegistrationError(f"{shown(middleware)} is used already; name all its types at once: on=(A, B)")
+        self._layers.append(made)
+        return middleware
 
     def lifespan(self, function: LifespanT) -> LifespanT:
         """Register what opens before a worker's first message and closes after its last: an async generator function.
@@ -173,10 +255,10 @@ class Registry:
         """
         is_lifespan: bool = inspect.isasyncgenfunction(function)
         if not is_lifespan:
-            raise RegistrationError(f"@bus.lifespan takes an `async def` that yields once, not {_shown(function)}")
-        takes = _positional_count(function)
+            raise RegistrationError(f"@bus.lifespan takes an `async def` that yields once, not {shown(function)}")
+        takes = positional_count(function)
         if not (takes[0] <= 1 and takes[1] >= 0):
-            raise RegistrationError(f"{_shown(function)}: a lifespan takes (worker) or nothing")
+            raise RegistrationError(f"{shown(function)}: a lifespan takes (worker) or nothing")
         manager: Callable[..., contextlib.AbstractAsyncContextManager[None]] = contextlib.asynccontextmanager(function)
         self._lifespans.append(manager if takes[1] >= 1 else lambda _worker: manager())
         return function
@@ -187,58 +269,100 @@ class Registry:
         async with contextlib.AsyncExitStack() as stack:
             for lifespan in self._lifespans:
                 await stack.enter_async_context(lifespan(worker))
+            stack.enter_context(self._threads.open())  # closed first: what runs there uses what was opened
             yield
 
     def plans(self) -> dict[str, Plan]:
         """A plan for each message type that has a handler, by its name on the wire."""
-        return {wire_name(kind): Plan(kind, tuple(handlers)) for kind, handlers in self._handlers.items()}
+        return {wire_name(kind): self._plan(kind, handlers) for kind, handlers in self._handlers.items()}
 
-    def _registrar(
-        self,
-        message_type: type[Message],
-        retry: Retry,
-        timeout_s: float | None,
-        breaker: Breaker | None,
-        on_dead_letter: OnDeadLetter,
-    ) -> Callable[[HandlerT], HandlerT]:
-        check_key_type(message_type)
+    def _plan(self, message_type: type[Message], handlers: list[Registered]) -> Plan:
+        layers = tuple(one for one in self._layers if one.is_for(message_type))
+        in_turn = sorted(handlers, key=lambda one: -one.priority)  # stable: of one priority as registered
+        return Plan(message_type, tuple(self._composed(one, layers) for one in in_turn))
+
+    def _composed(self, handler: Registered, layers: tuple[Layer, ...]) -> Registered:
+        """The handler with what runs around it; itself where that is nothing."""
+        if not layers and not handler.in_thread:
+            return handler
+        call = compose(
+            handler.call,
+            name=handler.name,
+            is_async=handler.is_async,
+            wants_context=handler.wants_context,
+            layers=layers,
+            threads=self._threads if handler.in_thread else None,
+        )
+        return replace(handler, call=call, is_async=True, wants_context=True)
+
+    def _registrar(self, kinds: tuple[type[Message], ...], options: _Options) -> Callable[[HandlerT], HandlerT]:
+        timeout_s = options.timeout_s
         if timeout_s is not None and (isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float)):
             raise RegistrationError(f"timeout_s={timeout_s!r}: write seconds as a number, for instance timeout_s=10.0")
-        name = wire_name(message_type)
-        known = self._types.get(name)
-        if known is not None and known is not message_type:
-            raise RegistrationError(
-                f"two message types have the name {name!r}: {_place(known)} and {_place(message_type)}; "
-                "give one of them another with name=…"
-            )
+        types = dict(self._types)
+        for kind in kinds:
+            check_key_type(kind)
+            name = wire_name(kind)
+            known = types.get(name)
+            if known is not None and known is not kind:
+                raise RegistrationError(
+                    f"two message types have the name {name!r}: {_place(known)} and {_place(kind)}; "
+                    "give one of them another with name=…"
+                )
+            types[name] = kind
+        if len(set(kinds)) < len(kinds):
+            raise RegistrationError("@bus.on names a type twice")
 
         def register(function: HandlerT) -> HandlerT:
-            handlers = self._handlers.get(message_type, [])
-            if handlers and issubclass(message_type, Command):
-                raise RegistrationError(
-                    f"{message_type.__name__} has a handler already ({handlers[0].name}); a command has exactly one"
-                )
-            call = _inspect(function, message_type)
-            if timeout_s is not None and not (timeout_s > 0 and call.is_async):
-                why = "a time is above 0" if call.is_async else "a plain `def` cannot be cancelled; make it `async def`"
-                raise RegistrationError(f"{_shown(function)}: timeout_s={timeout_s:g}: {why}")
-            registered = Registered(
-                name=_unique(call.name, {handler.name for handler in handlers}),
-                call=function,
-                is_async=call.is_async,
-                wants_context=call.wants_context,
-                retry=retry,
-                timeout_s=timeout_s,
-                breaker=breaker,
-                on_dead_letter=on_dead_letter,
-            )
-            if issubclass(message_type, Command):
-                _check_reply(message_type)
-            self._types[name] = message_type
-            self._handlers.setdefault(message_type, []).append(registered)
+            made = [self._registered(function, kind, options) for kind in kinds]  # before any is kept: all, or none
+            for kind, registered in zip(kinds, made, strict=True):
+                self._types[wire_name(kind)] = kind
+                self._handlers.setdefault(kind, []).append(registered)
             return function
 
         return register
+
+    def _registered(self, function: Handler, message_type: type[Message], options: _Options) -> Registered:
+        handlers = self._handlers.get(message_type, [])
+        if handlers and issubclass(message_type, Command):
+            raise RegistrationError(
+                f"{message_type.__name__} has a handler already ({handlers[0].name}); a command has exactly one"
+            )
+        call = _inspect(function, message_type)
+        timeout_s = options.timeout_s
+        if options.in_thread and (call.is_async or timeout_s is not None):
+            why = "an `async def` needs none" if call.is_async else "it cannot be cancelled there; drop timeout_s"
+            raise RegistrationError(f"{shown(function)}: in_thread=True is for a plain `def` without a time-out: {why}")
+        if timeout_s is not None and not (timeout_s > 0 and call.is_async):
+            why = "a time is above 0" if call.is_async else "a plain `def` cannot be cancelled; make it `async def`"
+            raise RegistrationError(f"{shown(function)}: timeout_s={timeout_s:g}: {why}")
+        if issubclass(message_type, Command):
+            _check_reply(message_type)
+        return Registered(
+            name=_unique(call.name, {handler.name for handler in handlers}),
+            call=function,
+            is_async=call.is_async,
+            wants_context=call.wants_context,
+            retry=options.retry,
+            timeout_s=timeout_s,
+            breaker=options.breaker,
+            on_dead_letter=options.on_dead_letter,
+            where=options.where,
+            priority=options.priority,
+            in_thread=options.in_thread,
+        )
+
+
+class _Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What was said of a handler where it was registered."""
+
+    retry: Retry
+    timeout_s: float | None = None
+    breaker: Breaker | None = None
+    on_dead_letter: OnDeadLetter = "continue"
+    where: Matches | None = None
+    priority: int = 0
+    in_thread: bool = False
 
 
 class _Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -256,27 +380,22 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def _inspect(function: Handler, message_type: type[Message]) -> _Call:
-    shown = _shown(function)
+    told = shown(function)
     if not callable(function):
-        raise RegistrationError(f"{shown} is not callable; a handler is a function of (message) or (message, context)")
+        raise RegistrationError(f"{told} is not callable; a handler is a function of (message) or (message, context)")
     if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
-        raise RegistrationError(f"{shown} yields; a handler of {message_type.__name__} returns")
+        raise RegistrationError(f"{told} yields; a handler of {message_type.__name__} returns")
     name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-    least, most = _positional_count(function)
+    least, most = positional_count(function)
     if least > 2 or most < 1:
-        found = ", ".join(inspect.signature(function).parameters)
+        found = ", ".join(parameter.name for parameter in parameters_of(function))
         raise RegistrationError(f"a handler takes (message) or (message, context), and {name} takes ({found})")
     wanted = _annotated_message(function, message_type)
     if wanted is not None and not issubclass(message_type, wanted):
         raise RegistrationError(
             f"{name} takes {wanted.__name__}, but is registered for {message_type.__name__}; change one of the two"
         )
-    target = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004 - the method itself is inspected
-    return _Call(
-        name=name,
-        is_async=inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(target),
-        wants_context=_wants_context(function, least, most),
-    )
+    return _Call(name=name, is_async=is_coroutine_function(function), wants_context=wants_context(function))
 
 
 def _annotated_message(function: Handler, message_type: type[Message]) -> type[Message] | None:
@@ -285,39 +404,11 @@ def _annotated_message(function: Handler, message_type: type[Message]) -> type[M
     An annotation that is text is looked up in the handler's module. Where the text is the name of the registered type it is
     taken for that: a class inside a function is not found there, and one of its name may be.
     """
-    first = next(iter(inspect.signature(function).parameters.values()))
+    first = parameters_of(function)[0]
     annotation = first.annotation
     if isinstance(annotation, str) and annotation != message_type.__name__:
         annotation = getattr(function, "__globals__", {}).get(annotation)
     return annotation if isinstance(annotation, type) and issubclass(annotation, Message) else None
-
-
-def _wants_context(function: Handler, least: int, most: int) -> bool:
-    """A second positional parameter is the context, unless it has a default and another name."""
-    if most < 2:
-        return False
-    if least == 2:
-        return True
-    parameters = list(inspect.signature(function).parameters.values())
-    return len(parameters) > 1 and parameters[1].name == "context"
-
-
-def _positional_count(function: Handler) -> tuple[int, int]:
-    """How many positional arguments a callable needs at least, and takes at most."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError) as error:
-        raise RegistrationError(f"{_shown(function)}: its signature cannot be read") from error
-    least = most = 0
-    for parameter in parameters:
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            most += 1
-            least += parameter.default is parameter.empty
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            most += 2
-        elif parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
-            raise RegistrationError(f"{_shown(function)}: the keyword-only parameter {parameter.name!r} has no default")
-    return least, most
 
 
 def _check_policy(option: str, value: object, kind: type[Retry | Breaker], count: str, usual: int) -> None:
@@ -333,10 +424,6 @@ def _check_reply(command_type: type[Command[Any]]) -> None:
         msgspec.msgpack.Decoder(reply_type(command_type))
     except TypeError as error:
         raise RegistrationError(f"{command_type.__name__}: its reply cannot travel: {error}") from error
-
-
-def _shown(thing: object) -> str:
-    return f"{getattr(thing, '__qualname__', None) or repr(thing)}"
 
 
 def _place(kind: type) -> str:

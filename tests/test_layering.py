@@ -35,7 +35,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("wire.codec",),
     ("wire.session",),
     ("context",),
-    ("registry",),
+    ("signatures", "threads"),
+    ("filters",),
+    ("pipeline",),
+    ("registry", "middleware"),
     ("store",),
     ("store_writer",),
     ("dead_letters", "reports"),
@@ -46,6 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evidence", "sql_store", "zmq_transport", "processes", "rundir", "logs", "application", "event_loop", "watchdog"),
     ("shard",),
     ("client", "worker", "supervisor"),  # roles
+    ("publishing",),
     ("local", "connecting"),
     ("bus",),
     ("testing",),
@@ -104,6 +108,7 @@ OWNERS: tuple[Owner, ...] = (
     Owner("shared memory", ("mmap",), ("shardbus/evidence.py",)),
     Owner("command lines", ("click",), ("shardbus/cli.py", "loadgen/cli.py")),
     Owner("threads", ("threading",), ("shardbus/watchdog.py", "shardbus/processes.py")),
+    Owner("pools of threads", ("concurrent",), ("shardbus/threads.py",)),
     Owner("event loops", ("uvloop",), ("shardbus/event_loop.py",)),
     Owner("locks on files", ("fcntl",), ("shardbus/rundir.py",)),
 )

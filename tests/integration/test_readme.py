@@ -6,6 +6,7 @@ The state that survives a crash is checked with made-up history; `SHARDBUS_HISTO
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import gzip
 import json
@@ -90,6 +91,25 @@ def test_the_small_program_prints_the_total(make_bus: MakeBus) -> None:
         check=False,
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "9.5\n", "")
+
+
+def test_the_guarded_program_prints_what_ran(make_bus: MakeBus) -> None:
+    bus = make_bus(application="accounts:none")  # only its directory and environment
+    bus.close()
+    write_programs(bus.directory)
+    ran = subprocess.run(
+        [sys.executable, "guarded.py"],
+        cwd=bus.directory,
+        env=bus.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    *lines, counted = ran.stdout.splitlines()
+    assert lines == ["book 1", "report 1", "book 2"]
+    assert sorted(ast.literal_eval(counted)) == [("__main__.book", 3), ("__main__.report", 2)]
 
 
 def test_the_served_program_prints_ledger_and_total(make_bus: MakeBus, short_path: Path) -> None:

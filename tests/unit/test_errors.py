@@ -18,6 +18,7 @@ from shardbus.errors import (
     CommandLost,
     ConfigError,
     InvalidKey,
+    InvalidMessage,
     MessageTooLarge,
     NotDelivered,
     OutboxFull,
@@ -33,6 +34,7 @@ EXAMPLES: list[tuple[ShardbusError, dict[str, object]]] = [
     (UsageError("wrong"), {}),
     (RegistrationError("no such field"), {}),
     (InvalidKey("a float"), {}),
+    (InvalidMessage("OrderPlaced", "Expected `float`"), {"type_name": "OrderPlaced", "error": "Expected `float`"}),
     (MessageTooLarge("OrderPlaced", 2_000_000, 1_048_576),
      {"type_name": "OrderPlaced", "size_bytes": 2_000_000, "limit_bytes": 1_048_576}),
     (ClientClosed("closed"), {}),
@@ -110,7 +112,7 @@ class TillClosed(ShardbusError):
         self.till = till
 
 
-@pytest.mark.parametrize("kind", [RegistrationError, InvalidKey, MessageTooLarge, ClientClosed, ConfigError])
+@pytest.mark.parametrize("kind", [RegistrationError, InvalidKey, InvalidMessage, MessageTooLarge, ClientClosed, ConfigError])
 def test_what_the_caller_did_is_a_usage_error(kind: type[ShardbusError]):
     assert issubclass(kind, UsageError)
 

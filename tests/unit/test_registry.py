@@ -11,6 +11,7 @@ import pytest
 
 from shardbus.context import Context
 from shardbus.errors import RegistrationError
+from shardbus.filters import where
 from shardbus.messages import Command, Event
 from shardbus.registry import Registry, WorkerInfo
 
@@ -146,6 +147,26 @@ REFUSED: dict[str, tuple[Callable[[Registry], Any], list[str]]] = {
         lambda bus: bus.command(GetTotal, timeout_s=True),
         ["timeout_s=True", "timeout_s=10.0"],
     ),
+    "a filter of a field that is not there": (
+        lambda bus: bus.on(Placed, where=where(amount=5)),
+        ["where(amount=5)", "Placed has no field 'amount'", "order_id"],
+    ),
+    "a filter that is none": (lambda bus: bus.on(Placed, where="order_id"), ["where='order_id'", "lambda event"]),
+    "a priority that is no number": (lambda bus: bus.on(Placed, priority="high"), ["priority='high'", "whole number"]),
+    "a type twice": (lambda bus: bus.on(Placed, Placed), ["a type twice"]),
+    "two types of one name at once": (lambda bus: bus.on(Placed, OtherPlaced), ["'Placed'", "name=…"]),
+    "one of two types that the handler does not take": (
+        lambda bus: bus.on(Shipped, Placed)(takes_shipped),
+        ["takes Shipped", "registered for Placed"],
+    ),
+    "a thread for what needs none": (
+        lambda bus: bus.on(Placed, in_thread=True)(takes_event),
+        ["takes_event", "in_thread=True", "plain `def`"],
+    ),
+    "a thread with a time-out": (
+        lambda bus: bus.command(GetTotal, in_thread=True, timeout_s=5)(lambda command: 0.0),
+        ["in_thread=True", "cannot be cancelled", "drop timeout_s"],
+    ),
     "parking without a key": (
         lambda bus: bus.on(Shipped, on_dead_letter="park"),
         ["Shipped has no key", "on_dead_letter='park'", "key=…"],
@@ -238,7 +259,29 @@ def test_handlers_of_an_event_stand_in_the_order_of_their_registration(bus: Regi
     assert [handler.call for handler in bus.plans()["Placed"].handlers] == [takes_event, plain, takes_event]
 
 
+def test_handlers_of_an_event_stand_by_priority_first(bus: Registry):
+    for priority in (0, 5, -1, 5):
+        bus.on(Placed, priority=priority)(takes_event)
+    numbers = [handler.name.partition("#")[2] for handler in bus.plans()["Placed"].handlers]
+    assert numbers == ["2", "4", "", "3"]
+
+
+def test_a_handler_behind_a_filter_or_in_a_thread_is_not_simple(bus: Registry):
+    bus.on(Placed, where=where(order_id="42"))(takes_event)
+    bus.on(Shipped, in_thread=True)(lambda event: None)
+    assert bus.plans()["Placed"].simple is None
+    assert bus.plans()["Shipped"].simple is None
+
+
 def test_one_function_may_handle_several_events(bus: Registry):
+    bus.on(Placed, Shipped)(takes_either)
+    assert {name: [one.call for one in plan.handlers] for name, plan in bus.plans().items()} == {
+        "Placed": [takes_either],
+        "Shipped": [takes_either],
+    }
+
+
+def test_one_function_may_be_registered_for_several_events(bus: Registry):
     bus.on(Placed)(takes_event)
     bus.on(Shipped)(takes_event)
     assert set(bus.plans()) == {"Placed", "Shipped"}
