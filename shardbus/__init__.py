@@ -1,5 +1,6 @@
 """A message bus for Python applications that have outgrown one core."""
 
+from shardbus import blocking
 from shardbus.breaker import Breaker
 from shardbus.bus import Bus
 from shardbus.client import Client, Ledger, Statistics
@@ -56,6 +57,7 @@ __all__ = [
     "Statistics",
     "UsageError",
     "WorkerInfo",
+    "blocking",
     "connect",
     "run",
 ]

@@ -48,7 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("client", "worker", "supervisor"),  # roles
     ("local", "connecting"),
     ("bus",),
-    ("testing",),
+    ("blocking", "testing"),
     ("demo",),
     ("cli",),
     ("__main__",),
@@ -103,7 +103,7 @@ OWNERS: tuple[Owner, ...] = (
     Owner("other processes' use", ("psutil",), ("shardbus/processes.py", "loadgen/resources.py")),
     Owner("shared memory", ("mmap",), ("shardbus/evidence.py",)),
     Owner("command lines", ("click",), ("shardbus/cli.py", "loadgen/cli.py")),
-    Owner("threads", ("threading",), ("shardbus/watchdog.py", "shardbus/processes.py")),
+    Owner("threads", ("threading",), ("shardbus/watchdog.py", "shardbus/processes.py", "shardbus/blocking.py")),
     Owner("event loops", ("uvloop",), ("shardbus/event_loop.py",)),
     Owner("locks on files", ("fcntl",), ("shardbus/rundir.py",)),
 )
