@@ -6,16 +6,16 @@
 
 It is the asyncio client, on an event loop in one background thread; the calls wait for it. Many threads may share one.
 
-**What a call costs.** `publish` checks and encodes the event in the calling thread, puts it into the *hand-over*, and wakes the
-loop once a burst. Where the hand-over or an outbox is full, and for a large event, it waits for a round trip to the loop
+**What a call costs.** `publish` checks and encodes the event in the calling thread, puts it into the *hand-over*, and wakes
+the loop once a burst. Where the hand-over or an outbox is full, and for a large event, it waits for a round trip to the loop
 instead, as all other calls do. `publish_many` is one round trip a call.
 
-**The hand-over** is a part of the outbox: up to 1,024 events of up to 1 KiB each, above the outbox's own bound. What is in it
-has been published, is waited for by `flush` and by the end of the block, and comes before all that its thread does next. With
-`on_full="reject"` it is not used: whether there is room must be known before `publish` returns.
+**The hand-over** is a part of the outbox: up to 1,024 events of up to 1 KiB each, above the outbox's own bound. What is in
+it has been published, is waited for by `flush` and by the end of the block, and comes before all that its thread does next.
+With `on_full="reject"` it is not used: whether there is room must be known before `publish` returns.
 
-**Forks.** The thread stays in the parent, so a client cannot be used in a child of `os.fork()`, and says so. Pre-fork servers
-connect in their workers: in gunicorn's `post_fork`, in uWSGI's `@postfork`, or at the first request.
+**Forks.** The thread stays in the parent, so a client cannot be used in a child of `os.fork()`, and says so. Pre-fork
+servers connect in their workers: in gunicorn's `post_fork`, in uWSGI's `@postfork`, or at the first request.
 """
 
 from __future__ import annotations
