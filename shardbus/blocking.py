@@ -155,17 +155,18 @@ class BlockingClient:
         self._main: asyncio.Task[None] | None = None
         self._leave: asyncio.Event
         self._given_up = False
+        self._aborting: asyncio.Task[None] | None = None
         self._opened: Future[None] = Future()
         self._closed: Future[None] = Future()
         # A daemon: `atexit` comes after the end of all other threads, which may use this client until then.
         self._thread = threading.Thread(target=self._live, args=(block,), name="shardbus-client", daemon=True)
+        _clients.add(self)
         try:
             self._thread.start()
             self._opened.result()
         except BaseException:
             self._give_up()
             raise
-        _clients.add(self)
         atexit.register(self._close_at_exit)
 
     # -- life
@@ -212,8 +213,8 @@ class BlockingClient:
     def _give_up(self) -> None:
         """End the thread at once. What is unfinished is forgotten."""
         self._given_up = True
-        if self._main is not None:
-            self._tell_loop(self._main.cancel)
+        if self._loop is not None:
+            self._tell_loop(self._abort)
         with contextlib.suppress(RuntimeError):  # interrupted before it had begun: it will see the flag
             self._thread.join()
         atexit.unregister(self._close_at_exit)
@@ -240,16 +241,10 @@ class BlockingClient:
             BusRejected: the bus has refused this client for good.
         """
         self._check()
-        packed = self._client.pack(event, headers)
-        if packed[-1] <= _HANDED_EVENT_BYTES_MAX:
-            with self._lock:
-                if self._has_room and len(self._handed) < _HANDED_EVENTS_MAX and not self._closing:
-                    self._handed.append(packed)
-                    if self._woken:
-                        return
-                    self._woken = True
-                    self._tell_loop(self._hand_on)
-                    return
+        if self._has_room:
+            packed = self._client.pack(event, headers)
+            if packed[-1] <= _HANDED_EVENT_BYTES_MAX and self._hand_over(packed):
+                return
         self._call(lambda client: _publish(client, event, headers, timeout))
 
     def publish_many(self, events: Sequence[Event]) -> None:
@@ -321,6 +316,17 @@ class BlockingClient:
         if self._closing:
             raise ClientClosed("the client is closed; use it inside its `with` block")
 
+    def _hand_over(self, packed: Packed) -> bool:
+        """Put an event where the loop will take it from; False where there is no room."""
+        with self._lock:
+            if self._closing or not self._has_room or len(self._handed) >= _HANDED_EVENTS_MAX:
+                return False
+            self._handed.append(packed)
+            if not self._woken:
+                self._woken = True
+                self._tell_loop(self._hand_on)
+            return True
+
     def _call(self, work: Callable[[Client], Coroutine[Any, Any, ResultT]]) -> ResultT:
         """Have the loop do something, behind all that was handed over, and wait for the outcome."""
         self._check()
@@ -329,8 +335,8 @@ class BlockingClient:
             if self._ended:
                 raise ClientClosed("the client's thread has ended")
             self._calls.add(call)
-        self._tell_loop(self._begin, call)
         try:
+            self._tell_loop(self._begin, call)
             result: ResultT = call.outcome.result()
             return result
         except CancelledError:
@@ -341,7 +347,7 @@ class BlockingClient:
 
     def _tell_loop(self, do: Callable[..., object], *arguments: Any) -> None:
         """Have the loop do something soon. One that has ended has done all that was promised, and failed the rest."""
-        assert self._loop is not None  # the client has started
+        assert self._loop is not None  # it has begun
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(do, *arguments)
 
@@ -381,11 +387,17 @@ class BlockingClient:
             await self._leave.wait()
             self._hand_on()
 
+    def _abort(self) -> None:
+        if self._opened.done():
+            self._leave.set()
+            self._aborting = asyncio.ensure_future(self._client.abort())  # so the flush that waits is over, too
+        elif self._main is not None:
+            self._main.cancel()
+
     def _look(self) -> None:
+        asyncio.get_running_loop().call_later(_LOOK_S, self._look)
         self._hand_on()
         self._feel_room()
-        assert self._loop is not None  # it runs this
-        self._loop.call_later(_LOOK_S, self._look)
 
     def _hand_on(self) -> None:
         """Take over what was handed over. First the flag: who hands something over after this wakes the loop again."""
@@ -400,16 +412,16 @@ class BlockingClient:
     def _begin(self, call: _Call) -> None:
         self._hand_on()
         if call.given_up:
-            self._calls.discard(call)
             return
-        assert self._loop is not None  # it runs this
-        call.task = self._loop.create_task(call.work(self._client))
+        call.task = asyncio.ensure_future(call.work(self._client))
         call.task.add_done_callback(lambda task: self._end(call, task))
 
     def _cancel(self, call: _Call) -> None:
         call.given_up = True
         if call.task is not None:
             call.task.cancel()
+        else:
+            self._calls.discard(call)
 
     def _end(self, call: _Call, task: asyncio.Task[Any]) -> None:
         self._calls.discard(call)
@@ -456,4 +468,5 @@ def _note_fork() -> None:
         client._note_fork()
 
 
-os.register_at_fork(after_in_child=_note_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ from shardbus import (
     Bus,
     BusRejected,
     BusUnreachable,
+    Client,
     ClientClosed,
     Command,
     CommandFailed,
@@ -32,6 +34,7 @@ from shardbus import (
     Retry,
     UsageError,
     blocking,
+    connect,
 )
 from shardbus.blocking import BlockingClient
 from shardbus.config import Limits
@@ -166,6 +169,29 @@ def interrupted_while(condition: Callable[[], object]) -> Iterator[None]:
 
 
 # -- the calls
+
+
+_SHARED = [name for name in vars(BlockingClient) if hasattr(Client, name) and not name.startswith("_") and name != "close"]
+_STAMPS = ("ordinal", "ordinals", "intended_ns")  # for load generators
+
+
+@pytest.mark.parametrize(
+    ("model", "call"),
+    [
+        (connect, blocking.connect),
+        (Bus.local, blocking.local),
+        *((getattr(Client, name), getattr(BlockingClient, name)) for name in _SHARED),
+    ],
+    ids=["connect", "local", *_SHARED],
+)
+def test_every_call_takes_what_its_model_takes(model: Callable[..., Any], call: Callable[..., Any]):
+    wanted = [one for one in inspect.signature(model).parameters.values() if one.name not in _STAMPS]
+    found = list(inspect.signature(call).parameters.values())
+    if call is blocking.local:
+        wanted, found = wanted[1:], found[1:]  # the bus itself
+    if call is BlockingClient.publish:
+        found = [one for one in found if one.name != "timeout"]  # asyncio has its own
+    assert [(one.name, one.kind, one.default) for one in found] == [(one.name, one.kind, one.default) for one in wanted]
 
 
 def test_a_script_publishes_executes_flushes_and_looks_at_the_counts():
@@ -363,7 +389,7 @@ def test_an_interrupt_cancels_the_call_that_waits_and_the_client_goes_on():
 
 
 def test_an_interrupt_while_the_block_is_left_ends_the_client_at_once():
-    client = running()
+    client = running(close_timeout_s=600)
     client.publish(Step(key="stuck"))
     with interrupted_while(lambda: client._closing), client:
         pass
