@@ -7,8 +7,10 @@
 It is the asyncio client, on an event loop in one background thread; the calls wait for it. Many threads may share one.
 
 **What a call costs.** `publish` checks and encodes the event in the calling thread, puts it into the *hand-over*, and wakes
-the loop once a burst. Where the hand-over or an outbox is full, and for a large event, it waits for a round trip to the loop
-instead, as all other calls do. `publish_many` is one round trip a call.
+the loop once a burst: 2.4 µs an event in a loop, where the asyncio client took 1.1 to 2.5 on the same machine, and 30 µs for
+one that comes alone. Where the hand-over or an outbox is full, and for a large event, it waits for a round trip to the loop
+instead, as all other calls do: 50 to 90 µs. `publish_many` is one round trip a call, and then costs what the asyncio client's
+does; with fewer than some 30 events `publish` is the cheaper one.
 
 **The hand-over** is a part of the outbox: up to 1,024 events of up to 1 KiB each, above the outbox's own bound. What is in
 it has been published, is waited for by `flush` and by the end of the block, and comes before all that its thread does next.
