@@ -39,11 +39,11 @@ def load_message_type(name: str) -> type[Message]:
     """
     module, attribute = _import(name, "MODULE:CLASS, for instance shop:OrderPlaced")
     found = _attribute(module, attribute)
-    if not (isinstance(found, type) and issubclass(found, Message)) or found in (Event, Command, Message):
-        others = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Message)]
-        hint = ", ".join(key for key in others if key not in ("Event", "Command"))
-        raise BootError(f"{module.__name__} has no event or command {attribute!r}{'; it has ' + hint if hint else ''}")
-    return found
+    if not _is_declared(found):
+        others = ", ".join(key for key, value in vars(module).items() if _is_declared(value))
+        raise BootError(f"{module.__name__} has no event or command {attribute!r}{'; it has ' + others if others else ''}")
+    declared: type[Message] = found
+    return declared
 
 
 def _import(name: str, form: str) -> tuple[ModuleType, str]:
@@ -72,6 +72,11 @@ def _attribute(module: ModuleType, name: str) -> Any:
     for part in name.split("."):
         found = getattr(found, part, None)
     return found
+
+
+def _is_declared(thing: object) -> bool:
+    """Whether it is an event or a command of somebody's."""
+    return isinstance(thing, type) and issubclass(thing, Message) and thing not in (Event, Command, Message)
 
 
 def _place(error: BaseException) -> str:

@@ -7,10 +7,10 @@
 It is the asyncio client, on an event loop in one background thread; the calls wait for it. Many threads may share one.
 
 **What a call costs.** `publish` checks and encodes the event in the calling thread, puts it into the *hand-over*, and wakes
-the loop once a burst: 2.4 µs an event in a loop, where the asyncio client took 1.1 to 2.5 on the same machine, and 30 µs for
-one that comes alone. Where the hand-over or an outbox is full, and for a large event, it waits for a round trip to the loop
-instead, as all other calls do: 50 to 90 µs. `publish_many` is one round trip a call, and then costs what the asyncio client's
-does; with fewer than some 30 events `publish` is the cheaper one.
+the loop once a burst: 2.4 µs an event in a loop, where the asyncio client took 1.1 to 2.5 on the same machine, and 30 µs
+for one that comes alone. Where the hand-over or an outbox is full, and for a large event, it waits for a round trip to the
+loop instead, as all other calls do: 50 to 90 µs. `publish_many` is one round trip a call, and then costs what the asyncio
+client's does; with fewer than some 30 events `publish` is the cheaper one.
 
 **The hand-over** is a part of the outbox: up to 1,024 events of up to 1 KiB each, above the outbox's own bound. What is in
 it has been published, is waited for by `flush` and by the end of the block, and comes before all that its thread does next.
@@ -50,8 +50,8 @@ log = logging.getLogger("shardbus.blocking")
 ResultT = TypeVar("ResultT")
 ReplyT = TypeVar("ReplyT")
 
-_HANDED_EVENTS_MAX: Final = 1024  # when full, `publish` makes a round trip
-_HANDED_EVENT_BYTES_MAX: Final = 1024  # a larger event makes a round trip, too
+_HANDED_EVENTS_MAX: Final = DEFAULT_LIMITS.handed_events_max
+_HANDED_EVENT_BYTES_MAX: Final = DEFAULT_LIMITS.handed_event_bytes_max
 _LOOK_S: Final = 0.1  # a KeyboardInterrupt may strike between the hand-over and the waking, so the loop looks by itself
 _TIMEOUT_S_MAX: Final = 10_000_000  # 115 days
 

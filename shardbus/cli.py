@@ -25,14 +25,7 @@ from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import ShardbusError, UsageError
 from shardbus.example_application import FILES, write_example
-from shardbus.json_messages import (
-    LINE_BYTES_MAX,
-    BadLine,
-    check_kind,
-    choose_type,
-    message_from_json,
-    messages_from_lines,
-)
+from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, message_from_json
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.messages import Command, Event, Message, wire_name
 from shardbus.processes import check_platform
@@ -328,10 +321,10 @@ def _publish_lines(
     """Publish what standard input has, up to a line that is not sound, or an interrupt; say which, and the exit code."""
     number = 0
     try:
-        for number, event in messages_from_lines(kind, sys.stdin.buffer):  # noqa: B007 - an error of `publish` names it
-            client.publish(cast(Event, event), headers=headers)
-    except BadLine as error:
-        return str(error), 2
+        while line := sys.stdin.buffer.readline(JSON_BYTES_MAX + 1):
+            number += 1
+            if not line.isspace():
+                client.publish(cast(Event, message_from_json(kind, line)), headers=headers)
     except UsageError as error:
         return f"line {number}: {error}", 2
     except KeyboardInterrupt:
@@ -369,7 +362,7 @@ def execute(
     """
     kind = _find_type(type_, application, Command)
     with _telling():
-        command = message_from_json(kind, sys.stdin.buffer.read(LINE_BYTES_MAX) if text == "-" else text)
+        command = message_from_json(kind, sys.stdin.buffer.read(JSON_BYTES_MAX + 1) if text == "-" else text)
         with blocking.connect(address, timeout=_CONNECT_S, close_timeout=0.0) as client:
             reply = client.execute(cast(Command[Any], command), timeout=timeout, headers=dict(headers))
     try:

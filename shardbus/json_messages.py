@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Final, Protocol, TypeVar
+from collections.abc import Mapping
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -13,20 +13,11 @@ from shardbus.messages import Command, Event, Message, wire_name
 
 MessageT = TypeVar("MessageT", bound=Message)
 
-LINE_BYTES_MAX: Final = 4 * DEFAULT_LIMITS.event_bytes_max  # JSON takes more room than msgpack; a longer line is refused
+JSON_BYTES_MAX: Final = 4 * DEFAULT_LIMITS.event_bytes_max
+"""JSON takes more room than msgpack; what is longer is refused."""
+
 _SHOWN: Final = 60  # characters of what is no JSON
 _decode_object: Final = msgspec.json.Decoder(dict[str, Any]).decode
-
-
-class BadLine(UsageError):
-    """A line that holds no sound message; its text begins with the line's number."""
-
-
-class Lines(Protocol):
-    """Bytes to be read line by line, for instance `sys.stdin.buffer`."""
-
-    def readline(self, limit: int, /) -> bytes:
-        """The next line, or as much of it as the limit allows; empty at the end."""
 
 
 def choose_type(known: Mapping[str, type[Message]], name: str, application: str) -> type[Message]:
@@ -60,9 +51,11 @@ def message_from_json(kind: type[MessageT], text: str | bytes) -> MessageT:
     """A message from a JSON object. Bytes are written in base64, times in ISO 8601, as msgspec has them.
 
     Raises:
-        UsageError: no JSON object, a field that is missing, unknown or of another type; the message names it.
+        UsageError: no JSON object, or too long; a field that is missing, unknown or of another type, with its name.
     """
     name = wire_name(kind)
+    if len(text) > JSON_BYTES_MAX:
+        raise UsageError(f"{name}: more than {JSON_BYTES_MAX:,} bytes of JSON")
     try:
         fields = _decode_object(text)
     except msgspec.ValidationError:
@@ -80,26 +73,6 @@ def message_from_json(kind: type[MessageT], text: str | bytes) -> MessageT:
         what, _, path = str(error).rpartition(" - at `$.")
         told = f"field {path.rstrip('`')}: {what[:1].lower()}{what[1:]}" if what else f"{error}; {_takes(kind)}"
         raise UsageError(f"{name}: {told}") from None
-
-
-def messages_from_lines(kind: type[MessageT], lines: Lines) -> Iterator[tuple[int, MessageT]]:
-    """A message from each line, with the line's number; empty ones are skipped. Holds one line at a time.
-
-    Raises:
-        BadLine: as for `message_from_json`, or a line above the limit.
-    """
-    number = 0
-    while line := lines.readline(LINE_BYTES_MAX + 1):
-        number += 1
-        if len(line) > LINE_BYTES_MAX:
-            raise BadLine(f"line {number}: it has more than {LINE_BYTES_MAX:,} bytes")
-        if line.isspace():
-            continue
-        try:
-            message = message_from_json(kind, line)
-        except UsageError as error:
-            raise BadLine(f"line {number}: {error}") from None
-        yield number, message
 
 
 def _takes(kind: type[Message]) -> str:

@@ -70,7 +70,11 @@ def test_lines_are_published_up_to_the_first_that_is_not_sound(bus: RunningBus) 
     done = run(bus, "publish", "accounts:Added", "-", text=too_long)
     assert done.returncode == 2
     assert done.stderr.startswith("shardbus: line 2: a key of more than 1,024 bytes")
-    assert run(bus, "execute", "accounts:GetTotal", '{"account": "lines"}').stdout == f"{2000 * 2001 // 2 + 2}\n"
+    endless = '{"account": "lines"}\n\n' + "x" * 5_000_000
+    done = run(bus, "publish", "accounts:Added", "-", text=endless)
+    assert (done.returncode, json.loads(done.stdout)) == (2, report(published=1, handled=1))
+    assert done.stderr.startswith("shardbus: line 3: Added: more than 4,194,304 bytes of JSON; 1 event before")
+    assert run(bus, "execute", "accounts:GetTotal", '{"account": "lines"}').stdout == f"{2000 * 2001 // 2 + 3}\n"
     assert json.loads(run(bus, "publish", "accounts:Added", "-").stdout) == report()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -11,14 +10,7 @@ import msgspec
 import pytest
 
 from shardbus.errors import UsageError
-from shardbus.json_messages import (
-    LINE_BYTES_MAX,
-    BadLine,
-    check_kind,
-    choose_type,
-    message_from_json,
-    messages_from_lines,
-)
+from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, message_from_json
 from shardbus.messages import Command, Event
 
 
@@ -68,6 +60,7 @@ def test_fields_are_taken_as_json_writes_them():
         (Placed, b"\xff", "is no JSON: "),
         (Placed, '{"a": ' + "[" * 100_000, "…' is no JSON: "),
         (Placed, '{"order_id": "1", "note": "?"}', "field note: invalid base64"),
+        (Placed, " " * (JSON_BYTES_MAX + 1), "Placed: more than 4,194,304 bytes of JSON"),
         (Empty, '{"a": 1}', "Empty has no field 'a'; Empty takes {}"),
     ],
 )
@@ -75,26 +68,6 @@ def test_what_is_not_sound_is_told_with_the_fields_name(kind: Any, text: str | b
     with pytest.raises(UsageError) as raised:
         message_from_json(kind, text)
     assert told in str(raised.value)
-
-
-def test_lines_are_read_one_at_a_time_up_to_the_first_that_is_not_sound():
-    lines = io.BytesIO(b'{"order_id": "1"}\n\n  \n{"order_id": "2"}\n{"order_id": 3}\n{"order_id": "4"}')
-    found = []
-    with pytest.raises(BadLine, match="line 5: Placed: field order_id: expected `str`, got `int`"):
-        found.extend(messages_from_lines(Placed, lines))
-    reader = messages_from_lines(Placed, io.BytesIO(lines.getvalue()))
-    assert [next(reader), next(reader)] == [(1, Placed(order_id="1")), (4, Placed(order_id="2"))]
-    assert list(messages_from_lines(Placed, io.BytesIO(b""))) == []
-
-
-def test_a_line_without_an_end_is_refused_before_it_is_read_to_it():
-    class Endless:
-        def readline(self, limit: int, /) -> bytes:
-            assert limit == LINE_BYTES_MAX + 1
-            return b"x" * limit
-
-    with pytest.raises(BadLine, match="line 1: it has more than 4,194,304 bytes"):
-        next(messages_from_lines(Placed, Endless()))
 
 
 def test_an_unknown_name_is_told_with_the_known_ones():
