@@ -366,6 +366,35 @@ def test_the_loop_looks_by_itself_where_an_interrupt_kept_a_publisher_from_wakin
         wait_for(lambda: handled)
 
 
+@pytest.mark.parametrize("call", ["execute", "flush", "leave"])
+def test_what_was_handed_over_comes_before_every_later_call(monkeypatch: pytest.MonkeyPatch, call: str):
+    monkeypatch.setattr(blocking, "_LOOK_S", 3600.0)
+    with blocking.local(bus) as client:
+        client._woken = True  # as above
+        client.publish(Step(key="a"))
+        if call == "execute":
+            assert client.execute(Count(key="a")) == 1
+        elif call == "flush":
+            assert client.flush().handled == 1
+    assert len(handled) == 1
+
+
+def test_every_burst_wakes_the_loop(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(blocking, "_LOOK_S", 3600.0)
+    with blocking.local(bus) as client:
+        for number in range(1, 4):
+            client.publish(Step(key="a"))
+            client.publish(Step(key="a"))
+            wait_for(lambda number=number: len(handled) == 2 * number)
+
+
+def test_nothing_is_handed_over_once_the_client_closes():
+    with blocking.local(bus) as client:
+        packed = client._client.pack(Step(key="a"))
+        assert client._hand_over(packed)
+    assert not client._hand_over(packed)  # a thread that had looked before
+
+
 # -- interrupts
 
 
