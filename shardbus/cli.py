@@ -23,7 +23,7 @@ from shardbus.client import Client, Ledger
 from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
-from shardbus.errors import ShardbusError, UsageError
+from shardbus.errors import NotDelivered, ShardbusError, UsageError
 from shardbus.example_application import FILES, write_example
 from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, message_from_json
 from shardbus.logs import FORMATS, LEVELS, configure_logging
@@ -301,18 +301,23 @@ def publish(
     2: something was not sound, and neither it nor what follows was published.
     """
     kind = _find_type(type_, application, Event)
-    refused = None
+    refused, left = None, ""
     with _telling():
         event = None if text == "-" else message_from_json(kind, text)
-        # What is left when `flush` gives up, or is interrupted, is not waited for once more.
-        with blocking.connect(address, timeout=_CONNECT_S, close_timeout=0.0) as client:
+        # What is left when `flush` gives up, or is interrupted, is told, and not waited for once more.
+        with (
+            contextlib.suppress(NotDelivered),
+            blocking.connect(address, timeout=_CONNECT_S, close_timeout=0.0) as client,
+        ):
             if event is None:
                 refused = _publish_lines(client, kind, dict(headers))
             else:
                 client.publish(cast(Event, event), headers=dict(headers))
-            ledger = client.flush(timeout)
-    click.echo(json.dumps(msgspec.to_builtins(ledger)))
-    _tell_outcome(ledger, wire_name(kind), refused)
+            try:
+                ledger = client.flush(timeout)
+            except NotDelivered as error:
+                ledger, left = client.ledger(), str(error)
+    _tell_outcome(ledger, wire_name(kind), left, refused)
 
 
 def _publish_lines(
@@ -332,13 +337,17 @@ def _publish_lines(
     return None
 
 
-def _tell_outcome(ledger: Ledger, name: str, refused: tuple[str, int] | None) -> None:
+def _tell_outcome(ledger: Ledger, name: str, left: str, refused: tuple[str, int] | None) -> NoReturn:
+    """Print the counts, say what was not handled and what was not published, and exit as that asks for."""
+    click.echo(json.dumps(msgspec.to_builtins(ledger)))
+    if left:
+        click.echo(f"shardbus: {left}", err=True)
     if ledger.dead:
         told = f"{_counted(ledger.dead, 'dead letter')}; see `shardbus dead-letters list --type {name}`"
         click.echo(f"shardbus: {told}", err=True)
     if refused is not None:
         _fail(f"{refused[0]}; {_counted(ledger.published, 'event')} before that had been published", refused[1])
-    sys.exit(1 if ledger.dead else 0)
+    sys.exit(1 if ledger.dead or left else 0)
 
 
 @cli.command()
