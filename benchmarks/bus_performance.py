@@ -39,7 +39,7 @@ _ATTEMPTS: Final = 4
 _FAILURES: Final = 5
 _FRAGILE: Final = 200
 _OPEN_S: Final = 1.0
-_BATCH: Final = 256
+_BATCH: Final = 512
 _PATIENCE_S: Final = 30.0
 
 

@@ -45,7 +45,7 @@ from loadgen.spec import (
 )
 from shardbus.demo import GetCount
 
-BATCH: Final = 256  # events a call: what fits into a frame of the bus
+BATCH: Final = 512  # events a call: what fits into a frame of the bus
 COMMANDS_MAX: Final = 4096  # whose replies one driver waits for; when so many are under way, the next one waits
 _NS: Final = 1_000_000_000
 _NAP_NS_MIN: Final = 100_000  # really about 160 µs: what Linux makes of it

@@ -28,11 +28,12 @@ _counts: dict[str, int] = {}
 @bus.on(Tick)
 async def count(event: Tick) -> None:
     """Count ticks by key."""
-    key = event.key
-    known = _counts.get(key, 0)
-    if not known and len(_counts) >= _KEYS_MAX:
-        _counts.clear()
-    _counts[key] = known + 1
+    try:
+        _counts[event.key] += 1
+    except KeyError:
+        if len(_counts) >= _KEYS_MAX:
+            _counts.clear()
+        _counts[event.key] = 1
 
 
 @bus.command(GetCount)

@@ -7,7 +7,7 @@ what is finished.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, compress, islice, repeat
 from operator import length_hint
 from typing import Any, Final
@@ -23,7 +23,7 @@ from shardbus.wire.session import WorkerSession
 
 _FEW: Final = 8  # rows that are noted one by one: a record of their own would cost more, and its folding, too
 UNKNOWN: Final = Plan(Message, ())  # stands for every type that has no handler here
-NOTHING: Final = Columns((), (), memoryview(b""), (), None, None, {})  # of a batch that is not open yet
+NOTHING: Final = Columns((), (), memoryview(b""), b"\x90", None, None, {})  # of a batch that is not open yet
 
 
 class Delivery:
@@ -188,14 +188,15 @@ class Inbound:
         if isinstance(names, str):
             plan = self._plans = plans.get(names, UNKNOWN)
             handlers = repeat(plan.simple)
-            messages = None if careful else _all_decoded(map(plan.decode, columns.bodies))
+            messages = None if careful else _all_decoded(plan.decode_all, columns.bodies)
         else:
             several = self._plans = [plans.get(name, UNKNOWN) for name in names]
             handlers = [plan.simple for plan in several]
-            pairs = zip(several, columns.bodies, strict=True)
-            messages = None if careful else _all_decoded(plan.decode(body) for plan, body in pairs)
+            pairs = zip(several, columns.apart(), strict=True)
+            messages = None if careful else _all_decoded(list, (plan.decode(body) for plan, body in pairs))
         self._messages = messages
         if messages is None:
+            columns.apart()
             handlers = repeat(None)
         else:
             self._items = iter(messages)
@@ -212,6 +213,11 @@ class Inbound:
                 wanted[low:high] = bytes(high - low)
             self.wanted = wanted
             self.rows = compress(self.rows, wanted)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was opened."""
+        return self.columns is not NOTHING
 
     @property
     def next_seq(self) -> int:
@@ -296,7 +302,7 @@ class Inbound:
             columns.names if isinstance(columns.names, str) else columns.names[at],
             self.plan_at(at),
             columns.keys[at],
-            columns.bodies[at],
+            columns.apart()[at],
             stamp_at(columns.ordinals, at),
             stamp_at(columns.intended_ns, at),
             self.attempt,
@@ -309,13 +315,13 @@ class Inbound:
 
 
 class Inbox:
-    """Batches whose turn has not come: each session's in their order, and the sessions in turn, one batch each.
+    """Batches whose turn has not come: each session's in their order, and one session after another.
 
-    So what one publisher has sent ahead holds up the others by a batch of its own at a time.
+    `pop` takes from the first session, again and again, until `rotate` or `give_back` make another one the first.
     """
 
     def __init__(self) -> None:
-        self._queues: dict[WorkerSession, deque[Inbound]] = {}  # the next session first
+        self._queues: dict[WorkerSession, deque[Inbound]] = {}  # the session whose turn it is first
 
     def __bool__(self) -> bool:
         return bool(self._queues)
@@ -333,23 +339,35 @@ class Inbox:
     def pop(self) -> Inbound:
         """Take the next batch; there is one."""
         session = next(iter(self._queues))
-        queue = self._queues.pop(session)
+        queue = self._queues[session]
         inbound = queue.popleft()
-        if queue:
-            self._queues[session] = queue
+        if not queue:
+            del self._queues[session]
         return inbound
+
+    def give_back(self, begun: Inbound) -> None:
+        """Take back a batch of which some has run: it is the first of its session, which now is the last."""
+        queue = self._queues.pop(begun.session, None) or deque()
+        queue.appendleft(begun)
+        self._queues[begun.session] = queue
+
+    def rotate(self, session: WorkerSession) -> None:
+        """Let this session be the last, if it has batches left."""
+        queue = self._queues.pop(session, None)
+        if queue is not None:
+            self._queues[session] = queue
 
     def clear(self) -> None:
         """Forget them all."""
         self._queues.clear()
 
 
-def _all_decoded(messages: Iterable[Any]) -> list[Any] | None:
+def _all_decoded(decode: Callable[[Any], list[Any]], bodies: Any) -> list[Any] | None:
     """The messages of a batch, or None where one cannot be decoded: then each is, beside its handler.
 
     All at once because that takes 130 ns a message less than decoding and handling by turns (seen in turns in one run).
     """
     try:
-        return list(messages)
+        return decode(bodies)
     except BaseException:  # whatever a message's own checks raise
         return None

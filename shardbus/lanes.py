@@ -55,6 +55,9 @@ from shardbus.wire.frames import REPLY_EXPIRED, REPLY_FAILED, REPLY_OK
 from shardbus.wire.session import WorkerSession
 
 _SLICE_NS: Final = 2_000_000  # a leader gives the event loop a turn about every two milliseconds
+# A publisher has the leader for so long (and a stride) before the next one that waits: by time, because one may send batches
+# of three events and another batches of 512, of handlers that fail.
+_SHARE_NS: Final = 500_000
 _NOTE_NS: Final = _SLICE_NS // 4  # evidence is at most so much, and a stride, behind what has run
 _STRIDE_MAX: Final = 32  # messages between two looks at the clock, which cost 60 ns; fewer where handlers are slow
 _ERROR_CHARS_MAX: Final = 2000
@@ -185,6 +188,8 @@ class Lanes:
         self._clean = contextvars.copy_context()
         self._inbox = Inbox()  # bounded by credit
         self._cursor: Inbound | None = None
+        self._served: WorkerSession | None = None  # whose turn it is, and until when
+        self._share_ends_ns = 0
         self._busy: dict[WireKey, _Lane] = {}
         self._ready: deque[_Lane] = deque()
         self._leader: object | None = None
@@ -404,9 +409,9 @@ class Lanes:
                 lane = ready.popleft()
                 await self._run_head(lane, token)
             elif self._cursor is not None or self._inbox:
-                cursor = self._cursor or self._open(self._inbox.pop())
+                cursor = self._next_batch()
                 if cursor is not None:
-                    await self._run_batch(cursor, token, context, end_ns)
+                    await self._run_batch(cursor, token, context, min(end_ns, self._share_ends_ns))
             else:
                 break
             if _differ(context, self._clean) or self._now() >= end_ns:
@@ -414,6 +419,28 @@ class Lanes:
         if self._leader is token:
             self._leader = None
             self._journal.rest()
+
+    def _next_batch(self) -> Inbound | None:
+        """The batch to go on with: of the publisher whose turn it is, as long as that is, and then of the next."""
+        now_ns = self._now()
+        cursor, inbox = self._cursor, self._inbox
+        if now_ns >= self._share_ends_ns:
+            self._share_ends_ns = now_ns + _SHARE_NS
+            if cursor is not None and inbox:
+                inbox.give_back(cursor)
+                cursor = self._cursor = None
+            elif self._served is not None:
+                inbox.rotate(self._served)
+        if cursor is not None:
+            return cursor
+        cursor = inbox.pop()
+        if cursor.session is not self._served:
+            self._served = cursor.session
+            self._share_ends_ns = now_ns + _SHARE_NS
+        if cursor.is_open:
+            self._cursor = cursor
+            return cursor
+        return self._open(cursor)
 
     def _open(self, inbound: Inbound) -> Inbound | None:
         """Make a batch the cursor, unless it is not sound."""

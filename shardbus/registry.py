@@ -65,6 +65,7 @@ class Plan:
         "_parking",
         "circuits",
         "decode",
+        "decode_all",
         "encode_reply",
         "handlers",
         "is_command",
@@ -77,6 +78,7 @@ class Plan:
         self.name = wire_name(message_type)
         self.message_type = message_type
         self.decode: Callable[[bytes], Any] = msgspec.msgpack.Decoder(message_type).decode
+        self.decode_all: Callable[[bytes | memoryview], list[Any]] = msgspec.msgpack.Decoder(list[message_type]).decode  # type: ignore[valid-type]
         self.encode_reply: Callable[[Any], bytes] = _ENCODE_REPLY
         self.handlers = handlers
         self.circuits = {one.name: Circuit(one.breaker) for one in handlers if one.breaker is not None}

@@ -56,18 +56,27 @@ class MemoryStore:
     def counts(self) -> StoreCounts:
         """See `Store.counts`."""
         rows = self.rows
-        dead = rows.dead.values()
-        dead_bytes = sum(row_bytes(letter.envelope) for letter in dead)
+        dead = waiting = droppable = position_max = parked = 0
+        for letter in rows.dead.values():
+            size = row_bytes(letter.envelope)
+            dead += size
+            if letter.position:
+                parked += 1
+                position_max = max(position_max, letter.position)
+            else:
+                droppable += size
+        for row in rows.waiting.values():
+            waiting += row_bytes(row.envelope)
         return StoreCounts(
             dead=len(rows.dead),
             waiting=len(rows.waiting),
-            position_max=max([*rows.waiting, *(letter.position for letter in dead)], default=0),
-            parked=sum(letter.position > 0 for letter in dead),
+            position_max=max(position_max, max(rows.waiting, default=0)),
+            parked=parked,
             redriven=rows.redriven,
             purged=rows.purged,
             dropped=rows.dropped,
-            bytes=dead_bytes + sum(row_bytes(row.envelope) for row in rows.waiting.values()),
-            droppable_bytes=sum(row_bytes(letter.envelope) for letter in dead if not letter.position),
+            bytes=dead + waiting,
+            droppable_bytes=droppable,
         )
 
     async def close(self) -> None:
@@ -172,6 +181,8 @@ class MemoryStore:
         return dropped
 
     def _remove_dead(self, rows: Sequence[int]) -> int:
+        if not rows:
+            return 0
         wanted = set(rows)
         found = [identity for identity, row in self.rows.rows.items() if row in wanted]
         for identity in found:

@@ -1,14 +1,17 @@
 """A batch of events ↔ bytes: columns, not rows, because three lists pack and unpack in a third of the time of 256 tuples.
 
 Bodies stay opaque: they are encoded beside the publisher's call and decoded beside the handler, so a body that does
-not decode costs nothing but itself.
+not decode costs nothing but itself. They travel as one array, packed beside the other columns: whoever knows the type of
+all of them encodes or decodes the whole in one call, which saves a third and a fifth of the time of one by one.
 """
 
 from __future__ import annotations
 
+import struct
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Annotated, Any, Final
 
@@ -47,41 +50,41 @@ class Batch:
     where they differ.
     """
 
-    __slots__ = ("_name", "_names", "bodies", "extras", "intended_ns", "keys", "ordinals")
+    __slots__ = ("_bodies", "_name", "_names", "extras", "intended_ns", "keys", "ordinals")
 
     def __init__(self) -> None:
         self._name: str | None = None  # of every message; None: none is there, or they differ
         self._names: list[str] = []
         self.keys: list[WireKey] = []
-        self.bodies: list[bytes] = []
+        self._bodies: list[bytes] = []  # one after another; an element may hold several
         self.ordinals: array[int] = array("q")
         self.intended_ns: array[int] = array("q")
         self.extras: list[Extra] = []
 
     def __len__(self) -> int:
-        return len(self.bodies)
+        return len(self.keys)
 
     def add(self, name: str, key: WireKey, body: bytes) -> None:
         """Append a message."""
         if name is not self._name:
             self._rename(name, 1)
         self.keys.append(key)
-        self.bodies.append(body)
+        self._bodies.append(body)
 
-    def add_many(self, name: str, keys: Sequence[WireKey], bodies: Sequence[bytes]) -> None:
-        """Append messages of one name."""
+    def add_many(self, name: str, keys: Sequence[WireKey], bodies: bytes) -> None:
+        """Append messages of one name, their bodies as `encode_bodies` made them."""
         if name is not self._name:
-            self._rename(name, len(bodies))
+            self._rename(name, len(keys))
         self.keys.extend(keys)
-        self.bodies.extend(bodies)
+        self._bodies.append(bodies)
 
     def _rename(self, name: str, count: int) -> None:
         """The next `count` messages have another name than all before."""
-        if not self.bodies:
+        if not self.keys:
             self._name = name
             return
         if self._name is not None:
-            self._names = [self._name] * len(self.bodies)
+            self._names = [self._name] * len(self.keys)
             self._name = None
         self._names.extend(repeat(name, count))
 
@@ -105,17 +108,21 @@ class Batch:
 
     def _lengthen(self, column: array[int], but: int) -> None:
         """Leave every message unstamped that has no stamp yet, but the last ones."""
-        missing = len(self.bodies) - but - len(column)
+        missing = len(self.keys) - but - len(column)
         if missing:
             column.extend(repeat(0, missing))
 
     def seal(self) -> bytes:
         """Pack all columns. A batch of one type carries its name once."""
         names: Sequence[str] = (self._name,) if self._name is not None else tuple(dict.fromkeys(self._names))
-        places = None if len(names) == 1 else bytes(map(names.index, self._names))
+        places = None
+        if len(names) > 1:
+            place_of = {name: place for place, name in enumerate(names)}
+            places = struct.pack(f"<{len(self._names)}H", *map(place_of.__getitem__, self._names))
         ordinals, intended = self._stamps_out(self.ordinals), self._stamps_out(self.intended_ns)
         extras = _encode(self.extras) if self.extras else None
-        return _encode((names, places, self.keys, self.bodies, ordinals, intended, extras))
+        bodies = b"".join((_array_of(len(self.keys)), *self._bodies))
+        return _encode((names, places, self.keys, bodies, ordinals, intended, extras))
 
     def _stamps_out(self, stamps: array[int]) -> bytes | None:
         if not stamps:
@@ -127,20 +134,35 @@ class Batch:
         return stamps.tobytes()
 
 
-class Columns:
-    """A batch as it arrived: checked columns of equal length.
+def encode_bodies(messages: list[Any]) -> bytes:
+    """The bodies of messages, one after another, for `Batch.add_many`.
 
+    Raises whatever encoding one of them raises.
+    """
+    packed = _encode(messages)
+    return packed[len(_array_of(len(messages))) :]
+
+
+def _array_of(count: int) -> bytes:
+    """How msgpack begins an array of so many elements."""
+    return bytes((0x90 | count,)) if count < 16 else b"\xdc" + count.to_bytes(2, "big")
+
+
+class Columns:
+    """A batch as it arrived: checked columns of equal length, but for `bodies`: that is one msgpack array.
+
+    What is in it is not looked at before its turn: `open` decodes it as a whole, `apart` finds each body.
     Stamps are as they came, 8 bytes each, little end first, 0 for none; None where nobody stamped. Few look at them.
     """
 
-    __slots__ = ("bodies", "extras", "intended_ns", "keys", "names", "ordinals", "packed_keys")
+    __slots__ = ("_apart", "bodies", "extras", "intended_ns", "keys", "names", "ordinals", "packed_keys")
 
     def __init__(
         self,
         names: str | Sequence[str],
         keys: Sequence[WireKey],
         packed_keys: memoryview,
-        bodies: tuple[bytes, ...],
+        bodies: bytes | memoryview,
         ordinals: bytes | None,
         intended_ns: bytes | None,
         extras: dict[int, Extra],
@@ -152,6 +174,17 @@ class Columns:
         self.ordinals = ordinals
         self.intended_ns = intended_ns
         self.extras = extras
+        self._apart: list[bytes] | None = None
+
+    def apart(self) -> list[bytes]:
+        """Each message's body.
+
+        Raises:
+            RemoteProtocolError: they are not an array of as many bodies as there are messages.
+        """
+        if self._apart is None:
+            self._apart = _taken_apart(self.bodies, len(self.keys))
+        return self._apart
 
 
 _column: Final = msgspec.Meta(max_length=DEFAULT_LIMITS.batch_events_max)
@@ -159,12 +192,14 @@ _Text = Annotated[str, msgspec.Meta(max_length=DEFAULT_LIMITS.key_bytes_max)]
 
 
 class _PackedBatch(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
-    """A batch on the wire. `places` has an index into `names` for each message, or is None where all have the one name."""
+    """A batch on the wire. `places` has an index into `names` for each message, in two bytes, little end first, or is
+    None where all have the one name.
+    """
 
     names: Annotated[tuple[_Text, ...], _column]
     places: bytes | None
     keys: msgspec.Raw
-    bodies: Annotated[tuple[bytes, ...], _column]
+    bodies: memoryview
     ordinals: bytes | None
     intended_ns: bytes | None
     extras: bytes | None
@@ -175,6 +210,7 @@ _decode_packed: Final = msgspec.msgpack.Decoder(_PackedBatch).decode
 _decode_usual_keys: Final = msgspec.msgpack.Decoder(Annotated[tuple[_Text | int | None, ...], _column]).decode
 # msgspec takes no union of text and bytes.
 _decode_any_keys: Final = msgspec.msgpack.Decoder(Annotated[list[Any], _column]).decode
+_decode_apart: Final = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
 _decode_extras: Final = msgspec.msgpack.Decoder(Annotated[list[Extra], _column]).decode
 
 
@@ -190,7 +226,7 @@ def decode_batch(blob: bytes, count: int) -> Columns:
         if len(packed_keys) > KEYS_BYTES_MAX:
             raise RemoteProtocolError(f"a batch with more than {KEYS_BYTES_MAX:,} bytes of keys")
         keys = unpack_keys(packed_keys)
-        if not len(keys) == count == len(packed.bodies):
+        if len(keys) != count or packed.bodies[: len(head := _array_of(count))] != head:
             raise RemoteProtocolError(f"a batch whose columns do not hold {count} messages each")
         return Columns(
             _names_in(packed.names, packed.places, count),
@@ -205,12 +241,40 @@ def decode_batch(blob: bytes, count: int) -> Columns:
         raise RemoteProtocolError(f"not a batch: {brief(error)}") from None
 
 
+def _taken_apart(bodies: bytes | memoryview, count: int) -> list[bytes]:
+    try:
+        try:
+            found = _decode_apart(bodies)
+        except RecursionError:
+            # Whoever encoded it may have stood higher on its stack: one body that is nested deep must cost only itself.
+            with _deeper():
+                found = _decode_apart(bodies)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise RemoteProtocolError(f"a batch with a body that is not msgpack: {brief(error)}") from None
+    if len(found) != count:
+        raise RemoteProtocolError(f"a batch of {count} messages with {len(found)} bodies")
+    return list(map(bytes, found))
+
+
+@contextmanager
+def _deeper() -> Iterator[None]:
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(2 * limit)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 def _names_in(names: tuple[str, ...], places: bytes | None, count: int) -> str | list[str]:
     if places is None and len(names) == 1:
         return names[0]
-    if places is None or len(places) != count or max(places, default=0) >= len(names):
+    if places is None or len(places) != 2 * count:
         raise RemoteProtocolError("a batch whose names are not one for each message")
-    return [names[place] for place in places]
+    indices = struct.unpack(f"<{count}H", places)
+    if max(indices, default=0) >= len(names):
+        raise RemoteProtocolError("a batch whose names are not one for each message")
+    return [names[place] for place in indices]
 
 
 def _sound_key(key: Any) -> WireKey:

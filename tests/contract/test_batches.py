@@ -16,7 +16,7 @@ from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Recorder, book_bytes
 from shardbus.shard import Shard
 from shardbus.testing import MemoryStore
-from shardbus.wire.codec import Batch
+from shardbus.wire.codec import Batch, encode_bodies
 from shardbus.wire.frames import Ack, Data, Hello, Reject, Welcome, decode_to_publisher, encode_frame
 
 EPOCH = b"e"
@@ -28,9 +28,9 @@ class Step(Event, key="key"):
     key: str
 
 
-def blob(count: int) -> bytes:
+def blob(count: int, key: str = "a") -> bytes:
     batch = Batch()
-    batch.add_many("Step", ["a"] * count, [b"\x81\xa3key\xa1a"] * count)
+    batch.add_many("Step", [key] * count, encode_bodies([Step(key=key)] * count))
     return batch.seal()
 
 
@@ -48,6 +48,11 @@ def shard_that_notes(handled: list[str]) -> tuple[Shard, dict[bytes, list[Any]]]
     """A shard whose handler notes keys, and what it sends to each peer."""
     bus = Bus("batches")
     bus.on(Step)(lambda event: handled.append(event.key))
+    return shard_of(bus, monotonic_ns)
+
+
+def shard_of(bus: Bus, now: Callable[[], int]) -> tuple[Shard, dict[bytes, list[Any]]]:
+    """A shard of an application, and what it sends to each peer."""
     sent: dict[bytes, list[Any]] = defaultdict(list)
     shard = Shard(
         shard=0,
@@ -58,7 +63,7 @@ def shard_that_notes(handled: list[str]) -> tuple[Shard, dict[bytes, list[Any]]]
         recorder=Recorder(memoryview(bytearray(book_bytes(**BOOK))), full=lambda: None, **BOOK),
         journal=Journal(memoryview(bytearray(journal_bytes(**JOURNAL))), **JOURNAL),
         send=lambda peer, frame: sent[peer].append(decode_to_publisher(frame)) or True,
-        now=monotonic_ns,
+        now=now,
         limits=DEFAULT_LIMITS,
         broken=lambda error: pytest.fail(f"the lanes are broken: {error!r}"),
     )
@@ -105,4 +110,32 @@ async def test_a_connection_has_one_session_also_where_it_takes_up_another_publi
     await until(lambda: any(isinstance(frame, Ack) and frame.cumulative == 2 for frame in sent[b"two"]))
     assert (len(handled), shard.backlog) == (2, 0)
     assert Reject(EPOCH, "malformed") not in sent[b"two"]
+    await shard.close()
+
+
+@pytest.mark.parametrize("suspends", [False, True])
+async def test_a_publisher_whose_events_take_long_leaves_others_their_turn(suspends: bool):
+    clock, handled = 1, list[str]()
+    bus = Bus("turns")
+
+    @bus.on(Step)
+    async def step(event: Step) -> None:
+        nonlocal clock
+        handled.append(event.key)
+        clock += 1_000_000 if event.key == "slow" else 1000
+        if suspends:
+            await asyncio.sleep(0)
+
+    shard, _ = shard_of(bus, lambda: clock)
+    await shard.start()
+    for peer in (b"1", b"2", b"3"):
+        shard.receive(peer, encode_frame(Hello(PROTOCOL, peer * 16, 1, EPOCH, 0)))
+    for first in range(0, 1024, 512):
+        shard.receive(b"1", data(first, 512, blob(512, "slow")))
+    for seq in range(50):
+        shard.receive(b"2", data(seq, 1, blob(1, "quick")))
+        shard.receive(b"3", data(seq, 1, blob(1, "quick too")))
+    await until(lambda: len(handled) == 1124)
+    assert handled[:40].count("slow") < 5  # 100 of the others were there when it began
+    assert handled[:110].count("quick") == handled[:110].count("quick too") == 50
     await shard.close()

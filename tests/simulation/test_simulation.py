@@ -46,7 +46,7 @@ def test_a_death_is_judged_once_though_the_store_cannot_be_opened_at_first(
         raise StoreError("locked")
 
     async def begin() -> None:
-        world = World(0)
+        world = World(0, loop)
         dead = Journal(memoryview(world.journals[0]), **JOURNAL)
         dead.scene()
         dead.lead(b"p" * 16, 3, 4)

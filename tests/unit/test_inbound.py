@@ -12,7 +12,7 @@ from shardbus.config import DEFAULT_LIMITS
 from shardbus.errors import RemoteProtocolError
 from shardbus.inbound import Inbound, Inbox
 from shardbus.metrics import Book, Evidence, Recorder, book_bytes
-from shardbus.wire.codec import Batch
+from shardbus.wire.codec import Batch, encode_bodies
 from shardbus.wire.frames import Data
 from shardbus.wire.session import WorkerSession
 
@@ -34,7 +34,7 @@ class Cursor:
         self.recorder = Recorder(buffer, full=lambda: None, **SIZES)
         session: Any = SimpleNamespace(publisher=PUBLISHER, finish_range=lambda first, end: end - first)
         batch = Batch()
-        batch.add_many("Step", ["k"] * 5, [b""] * 5)
+        batch.add_many("Step", ["k"] * 5, encode_bodies([None] * 5))
         batch.stamp_many([1, 2, 3, 4, 5], intended_ns, 5)
         self.inbound = Inbound(session, self.recorder, data(1, 5, batch.seal()), skip, 0)
         self.inbound.open({}, careful=True)
@@ -104,15 +104,30 @@ def test_a_batch_that_is_not_sound_is_found_when_its_turn_comes(blob: bytes):
         inbound.open({}, careful=False)
 
 
-def test_batches_are_taken_from_all_sessions_in_turn_and_from_each_in_order():
+def test_batches_are_taken_from_one_session_until_its_turn_is_over_and_from_each_in_order():
     recorder = Cursor().recorder
     sessions: list[Any] = [WorkerSession(bytes([at] * 16), b"", 1, DEFAULT_LIMITS) for at in range(3)]
     inbox = Inbox()
     for at, first in [(0, 1), (0, 2), (0, 3), (1, 1), (2, 1), (0, 4), (2, 2)]:
         inbox.push(Inbound(sessions[at], recorder, data(first, 1, b""), (), 0))
     assert max((sessions.index(one.session), one.first) for one in inbox) == (2, 2)
-    taken = []
-    while inbox:
+
+    def pop() -> Inbound:
         one = inbox.pop()
         taken.append((sessions.index(one.session), one.first))
-    assert taken == [(0, 1), (1, 1), (2, 1), (0, 2), (2, 2), (0, 3), (0, 4)]
+        return one
+
+    taken: list[tuple[int, int]] = []
+    pop()
+    begun = pop()
+    inbox.give_back(begun)  # its turn is over in the middle of that
+    pop()  # all that the second one has
+    inbox.rotate(sessions[1])
+    pop()
+    inbox.rotate(sessions[2])
+    while inbox:
+        pop()
+    assert taken == [(0, 1), (0, 2), (1, 1), (2, 1), (0, 2), (0, 3), (0, 4), (2, 2)]
+    inbox.give_back(begun)
+    assert inbox.pop() is begun
+    assert not inbox

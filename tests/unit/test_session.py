@@ -846,13 +846,13 @@ def test_finished_messages_of_a_resent_batch_cost_no_credit():
 
 
 def test_a_publisher_beyond_any_credit_is_refused():
-    limits = Limits(session_credit_events_max=512)
+    limits = Limits(session_credit_events_max=1024)
     session = WorkerSession(PUBLISHER, b"e", 0, limits)
-    for first in range(0, 768, 256):
-        assert session.accept(Data(b"e", 1, first, 256, 1, (), b"x")) == ()
+    for first in range(0, 1536, 512):
+        assert session.accept(Data(b"e", 1, first, 512, 1, (), b"x")) == ()
     with pytest.raises(RemoteProtocolError, match="more than any credit"):
-        session.accept(Data(b"e", 1, 768, 1, 1, (), b"x"))
-    assert session.received == 768
+        session.accept(Data(b"e", 1, 1536, 1, 1, (), b"x"))
+    assert session.received == 1536
 
 
 # -- all of it at once
