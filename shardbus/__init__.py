@@ -1,5 +1,6 @@
 """A message bus for Python applications that have outgrown one core."""
 
+from shardbus import blocking
 from shardbus.breaker import Breaker
 from shardbus.bus import Bus
 from shardbus.client import Client, Ledger, Statistics
@@ -72,6 +73,7 @@ __all__ = [
     "UsageError",
     "Validation",
     "WorkerInfo",
+    "blocking",
     "connect",
     "header_matches",
     "is_type",

@@ -1,4 +1,4 @@
-"""Finds an application: `MODULE:BUS` to its registry."""
+"""Finds an application, or one of its message types: `MODULE:BUS` and `MODULE:CLASS`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import importlib
 import os
 import sys
 import traceback
-from typing import Final
+from types import ModuleType
+from typing import Any, Final
 
 from shardbus.errors import BootError, ShardbusError
+from shardbus.messages import Command, Event, Message
 from shardbus.registry import Registry
 
 DEMO: Final = "shardbus.demo:bus"
@@ -20,13 +22,39 @@ def load_application(name: str) -> Registry:
     Raises:
         BootError: it is not of that form, does not import, or is not a Bus; the message says which, with the place.
     """
+    module, attribute = _import(name, "MODULE:BUS, for instance shop:bus")
+    found = _attribute(module, attribute)
+    if not isinstance(found, Registry):
+        others = [key for key, value in vars(module).items() if isinstance(value, Registry)]
+        hint = f"; it has {', '.join(others)}" if others else ""
+        raise BootError(f"{module.__name__} has no Bus named {attribute!r}{hint}")
+    return found
+
+
+def load_message_type(name: str) -> type[Message]:
+    """Import `MODULE:CLASS`, an event or a command, in the same way.
+
+    Raises:
+        BootError: it is not of that form, does not import, or is neither; the message says which.
+    """
+    module, attribute = _import(name, "MODULE:CLASS, for instance shop:OrderPlaced")
+    found = _attribute(module, attribute)
+    if not _is_declared(found):
+        others = ", ".join(key for key, value in vars(module).items() if _is_declared(value))
+        raise BootError(f"{module.__name__} has no event or command {attribute!r}{'; it has ' + others if others else ''}")
+    declared: type[Message] = found
+    return declared
+
+
+def _import(name: str, form: str) -> tuple[ModuleType, str]:
+    """The module before the colon, and the name behind it."""
     module_name, separator, attribute = name.partition(":")
     if not separator or not module_name or not attribute:
-        raise BootError(f"{name!r} is not MODULE:BUS, for instance shop:bus")
+        raise BootError(f"{name!r} is not {form}")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(module_name), attribute
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise BootError(f"there is no module {module_name!r} here ({os.getcwd()}) or on the Python path") from None
@@ -37,14 +65,18 @@ def load_application(name: str) -> Registry:
         if isinstance(error, KeyboardInterrupt):
             raise
         raise BootError(f"{module_name} does not import: {type(error).__name__}: {error} ({_place(error)})") from None
-    found = module
-    for part in attribute.split("."):
-        found = getattr(found, part, None)  # type: ignore[assignment]  # modules and objects alike
-    if not isinstance(found, Registry):
-        others = [key for key, value in vars(module).items() if isinstance(value, Registry)]
-        hint = f"; it has {', '.join(others)}" if others else ""
-        raise BootError(f"{module_name} has no Bus named {attribute!r}{hint}")
+
+
+def _attribute(module: ModuleType, name: str) -> Any:
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
     return found
+
+
+def _is_declared(thing: object) -> bool:
+    """Whether it is an event or a command of somebody's."""
+    return isinstance(thing, type) and issubclass(thing, Message) and thing not in (Event, Command, Message)
 
 
 def _place(error: BaseException) -> str:

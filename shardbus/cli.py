@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar, cast, get_args
 from uuid import UUID
 
 import click
 import msgspec
 
+from shardbus import blocking
 from shardbus.addresses import check_ports, default_address, parse_address
-from shardbus.application import DEMO, load_application
-from shardbus.client import Client
+from shardbus.application import DEMO, load_application, load_message_type
+from shardbus.client import Client, Ledger
 from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
-from shardbus.errors import ShardbusError, UsageError
+from shardbus.errors import NotDelivered, ShardbusError, UsageError
+from shardbus.example_application import FILES, write_example
+from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, message_from_json
 from shardbus.logs import FORMATS, LEVELS, configure_logging
+from shardbus.messages import Command, Event, Message, wire_name
 from shardbus.processes import check_platform
 from shardbus.store import DEAD_REASONS, StoreError
 
@@ -55,16 +61,22 @@ def _counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """Run to the end; what went wrong is one line for people."""
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """What goes wrong in the block is one line for people."""
     try:
-        return asyncio.run(work)
+        yield
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except UsageError as error:
         _fail(str(error), 2)
-    except (ShardbusError, StoreError) as error:
+    except (ShardbusError, StoreError, TimeoutError) as error:
         _fail(str(error))
+
+
+def _run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    with _telling():
+        return asyncio.run(work)
 
 
 @click.group(context_settings={"auto_envvar_prefix": "SHARDBUS", "help_option_names": ["-h", "--help"]})
@@ -216,6 +228,173 @@ def drain(address: str | None, timeout: float) -> None:
         click.echo(line, err=True)
     click.echo("drained" if not left else "stopped, not wholly drained")
     sys.exit(1 if left else 0)
+
+
+# -- messages
+
+
+def _parse_header(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise click.BadParameter(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def _message_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option(
+            "--header", "headers", type=_parse_header, metavar="NAME=VALUE", multiple=True, help="May come several times."
+        ),
+        click.option(
+            "--app",
+            "application",
+            metavar="MODULE:BUS",
+            envvar="SHARDBUS_APP",
+            help="Whose types are meant. Default: the demo's. [env: SHARDBUS_APP]",
+        ),
+        _connect_option,
+        click.argument("text", metavar="JSON"),
+        click.argument("type_", metavar="TYPE"),
+    ):
+        command = option(command)
+    return command
+
+
+def _find_type(name: str, application: str | None, wanted: type[Event] | type[Command[Any]]) -> type[Message]:
+    """The type that is meant: a name on the wire, of the application's; or MODULE:CLASS."""
+    try:
+        known = {} if application is None and ":" in name else load_application(application or DEMO).plans()
+        if name in known or ":" not in name:
+            types = {one: plan.message_type for one, plan in known.items()}
+            kind = choose_type(types, name, application or "the demo")
+        else:
+            kind = load_message_type(name)
+        check_kind(kind, wanted)
+    except ShardbusError as error:
+        _fail(str(error), 2)
+    return kind
+
+
+@cli.command()
+@_message_options
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0.1, 86_400),
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait until all is handled, once it is published.",
+)
+def publish(
+    type_: str,
+    text: str,
+    address: str | None,
+    application: str | None,
+    headers: tuple[tuple[str, str], ...],
+    timeout: float,
+) -> None:
+    """Publish an event, and wait until it is handled: shardbus publish shop:OrderPlaced '{"order_id": "42"}'
+
+    TYPE is MODULE:CLASS, or the event's name in the application of --app. JSON is an object with its fields, or - for one a
+    line from standard input, up to the first that is not sound. It is checked before it is sent.
+
+    Prints the report as JSON. Exit code 0: all were handled, or wait in the store; 1: dead letters, or not finished in time;
+    2: something was not sound, and neither it nor what follows was published.
+    """
+    kind = _find_type(type_, application, Event)
+    refused, left = None, ""
+    with _telling():
+        event = None if text == "-" else message_from_json(kind, text)
+        # What is left when `flush` gives up, or is interrupted, is told, and not waited for once more.
+        with (
+            contextlib.suppress(NotDelivered),
+            blocking.connect(address, timeout=_CONNECT_S, close_timeout=0.0) as client,
+        ):
+            if event is None:
+                refused = _publish_lines(client, kind, dict(headers))
+            else:
+                client.publish(cast(Event, event), headers=dict(headers))
+            try:
+                ledger = client.flush(timeout)
+            except NotDelivered as error:
+                ledger, left = client.ledger(), str(error)
+    _tell_outcome(ledger, wire_name(kind), left, refused)
+
+
+def _publish_lines(
+    client: blocking.BlockingClient, kind: type[Message], headers: dict[str, str]
+) -> tuple[str, int] | None:
+    """Publish what standard input has, up to a line that is not sound, or an interrupt; say which, and the exit code."""
+    number = 0
+    try:
+        while line := sys.stdin.buffer.readline(JSON_BYTES_MAX + 1):
+            number += 1
+            if not line.isspace():
+                client.publish(cast(Event, message_from_json(kind, line)), headers=headers)
+    except UsageError as error:
+        return f"line {number}: {error}", 2
+    except KeyboardInterrupt:
+        return "interrupted", 130
+    return None
+
+
+def _tell_outcome(ledger: Ledger, name: str, left: str, refused: tuple[str, int] | None) -> NoReturn:
+    """Print the counts, say what was not handled and what was not published, and exit as that asks for."""
+    click.echo(json.dumps(msgspec.to_builtins(ledger)))
+    if left:
+        click.echo(f"shardbus: {left}", err=True)
+    if ledger.dead:
+        told = f"{_counted(ledger.dead, 'dead letter')}; see `shardbus dead-letters list --type {name}`"
+        click.echo(f"shardbus: {told}", err=True)
+    if refused is not None:
+        _fail(f"{refused[0]}; {_counted(ledger.published, 'event')} before that had been published", refused[1])
+    sys.exit(1 if ledger.dead or left else 0)
+
+
+@cli.command()
+@_message_options
+@click.option(
+    "--timeout", type=click.FloatRange(0.001, 86_400), default=5.0, show_default=True, help="Seconds to wait for the reply."
+)
+def execute(
+    type_: str,
+    text: str,
+    address: str | None,
+    application: str | None,
+    headers: tuple[tuple[str, str], ...],
+    timeout: float,
+) -> None:
+    """Execute a command and print its reply as JSON: shardbus execute shop:GetTotal '{"order_id": "42"}'
+
+    TYPE is MODULE:CLASS, or the command's name in the application of --app. JSON is an object with its fields, or - for
+    standard input. It is checked before it is sent. Exit code 1: the command failed, with the remote traceback; or there was
+    no reply in time.
+    """
+    kind = _find_type(type_, application, Command)
+    with _telling():
+        command = message_from_json(kind, sys.stdin.buffer.read(JSON_BYTES_MAX + 1) if text == "-" else text)
+        with blocking.connect(address, timeout=_CONNECT_S, close_timeout=0.0) as client:
+            reply = client.execute(cast(Command[Any], command), timeout=timeout, headers=dict(headers))
+    try:
+        click.echo(msgspec.json.encode(reply).decode())
+    except (TypeError, ValueError, msgspec.EncodeError) as error:
+        _fail(f"the command was executed, and its reply is no JSON: {error}: {reply!r}")
+
+
+@cli.command()
+@click.argument("name")
+def init(name: str) -> None:
+    """Write an example application into the new directory NAME: handlers, a test, a publisher."""
+    with _telling():
+        write_example(name, Path())
+    click.echo(
+        f"""{name}/ has {", ".join(FILES)}. Next:
+
+  cd {name}
+  pytest                        # the application in one process
+  shardbus serve app:bus        # on all cores, until Ctrl-C
+  python publish.py             # in another terminal
+  shardbus execute app:GetTotal '{{"order_id": "7"}}'"""
+    )
 
 
 # -- dead letters

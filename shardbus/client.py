@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 from array import array
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from itertools import repeat
 from types import TracebackType
@@ -145,6 +145,9 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     rejected: int
     outboxes: tuple[OutboxState, ...]
 
+
+Packed = tuple[str, WireKey, bytes, dict[str, str] | None, int]
+"""An event as it travels, checked: name, key, body, headers, and the bytes of the last two. See `Client.pack`."""
 
 OnFull = Literal["wait", "reject", "drop_oldest"]
 
@@ -465,6 +468,53 @@ class Client:
                 continue
             for event, ordinal, instant in zip(chunk, ordinals or repeat(0), instants or repeat(0), strict=False):
                 await self.publish(event, ordinal=ordinal, intended_ns=instant)
+
+    def pack(self, event: Event, headers: dict[str, str] | None = None) -> Packed:
+        """Check an event and encode it, for `publish_packed`. Any thread may call it. Raises as `publish` does."""
+        route = self._routes.get(event.__class__) or self._learn(event, Event)
+        try:
+            body = _encode(event)
+        except _UNENCODABLE as error:
+            raise _cannot_encode(route, error) from error
+        if len(body) > self._limits.event_bytes_max:
+            raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
+        size_bytes = len(body)
+        if headers is not None:
+            size_bytes += _check_headers(headers, self._limits)
+            headers = headers.copy() or None
+        key: Any = None
+        if route.key_of is not None:
+            key = route.key_of(event)
+            if key.__class__ is not route.key_class or key not in self._outbox_of:
+                key = to_wire_key(key)
+        return route.name, key, body, headers, size_bytes
+
+    def publish_packed(self, events: Iterable[Packed]) -> None:
+        """Put events into their outboxes at once, also into full ones, and also when the bus has refused this client.
+
+        For who gave their publishers a promise already; whoever calls it looks at `has_room` before, and bounds how many.
+        """
+        for name, key, body, headers, size_bytes in events:
+            if key is None:
+                outbox = self._outboxes[self._keyless]
+            else:
+                outbox = self._outbox_of.get(key) or self._remember(key)
+            size = size_bytes if headers is None else _SMALL_BYTES + size_bytes  # what has headers is always counted
+            if size > _SMALL_BYTES:
+                self._weigh(outbox, size)
+            batch = outbox.batch
+            batch.add(name, key, body)
+            if headers is not None:
+                batch.extras.append(Extra(len(batch) - 1, headers, 0, False))
+            self._published += 1
+            if len(batch) >= self._limits.batch_events_max:
+                self._seal(outbox)
+            elif not outbox.dirty:
+                self._mark(outbox)
+
+    def has_room(self) -> bool:
+        """Whether no outbox is full."""
+        return not any(map(self._is_full, self._outboxes))
 
     def _parts_of(self, chunk: Sequence[Event]) -> list[_Part] | None:
         """Events of one keyed type, encoded outbox by outbox; None where they are not such, or one of them is not sound.
@@ -815,7 +865,9 @@ class Client:
     def _place(self, key: WireKey) -> _Outbox:
         """The outbox of a key that is not remembered; validates the key."""
         self._check_open()
-        key = to_wire_key(key) if not isinstance(key, tuple) else to_wire_key(_uuid(key))
+        return self._remember(to_wire_key(key) if not isinstance(key, tuple) else to_wire_key(_uuid(key)))
+
+    def _remember(self, key: WireKey) -> _Outbox:
         assert self._table is not None  # the client has started
         outbox = self._outboxes[self._table.shard_of(key)]
         if len(self._outbox_of) >= self._limits.route_cache_max:

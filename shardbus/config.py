@@ -39,6 +39,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     # -- publisher
     outbox_events_max: int = 65_536  # per shard, sent or not; when full, `publish` waits
     outbox_bytes_max: int = 32 * 1024 * 1024  # likewise
+    handed_events_max: int = 1024  # of a blocking client, above its outboxes; when full, `publish` waits for its loop
+    handed_event_bytes_max: int = 1024  # likewise, for a larger event
     route_cache_max: int = 16_384  # keys whose slot is remembered; when full, it starts over
     commands_in_flight_max: int = 16_384  # per shard; when full, `execute` waits
 

@@ -1,4 +1,4 @@
-"""A thread that notices when the event loop stands still, and says in which handler. The only file that starts a thread.
+"""A thread that notices when the event loop stands still, and says in which handler.
 
 A handler that blocks its event loop silences the whole worker: no other key goes on, and after some seconds the supervisor
 replaces it. The loop itself can say nothing meanwhile, so a thread looks at it from outside.

@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("clock",),
     ("addresses",),
     ("messages",),
-    ("routing", "restart", "retry", "breaker"),
+    ("routing", "restart", "retry", "breaker", "json_messages"),
     ("quarantine",),
     ("journal",),
     ("wire",),  # the package itself, which holds nothing
@@ -47,12 +47,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lanes",),
     # adapters: one effect each
     ("evidence", "sql_store", "zmq_transport", "processes", "rundir", "logs", "application", "event_loop", "watchdog"),
+    ("example_application",),
     ("shard",),
     ("client", "worker", "supervisor"),  # roles
     ("publishing",),
     ("local", "connecting"),
     ("bus",),
-    ("testing",),
+    ("blocking", "testing"),
     ("demo",),
     ("cli",),
     ("__main__",),
@@ -107,7 +108,7 @@ OWNERS: tuple[Owner, ...] = (
     Owner("other processes' use", ("psutil",), ("shardbus/processes.py", "loadgen/resources.py")),
     Owner("shared memory", ("mmap",), ("shardbus/evidence.py",)),
     Owner("command lines", ("click",), ("shardbus/cli.py", "loadgen/cli.py")),
-    Owner("threads", ("threading",), ("shardbus/watchdog.py", "shardbus/processes.py")),
+    Owner("threads", ("threading",), ("shardbus/watchdog.py", "shardbus/processes.py", "shardbus/blocking.py")),
     Owner("pools of threads", ("concurrent",), ("shardbus/threads.py",)),
     Owner("event loops", ("uvloop",), ("shardbus/event_loop.py",)),
     Owner("locks on files", ("fcntl",), ("shardbus/rundir.py",)),

@@ -112,23 +112,24 @@ def test_the_guarded_program_prints_what_ran(make_bus: MakeBus) -> None:
     assert sorted(ast.literal_eval(counted)) == [("__main__.book", 3), ("__main__.report", 2)]
 
 
-def test_the_served_program_prints_ledger_and_total(make_bus: MakeBus, short_path: Path) -> None:
+def test_the_served_programs_print_ledger_and_total(make_bus: MakeBus, short_path: Path) -> None:
     write_programs(short_path)
     bus = make_bus("--workers", "2", application="shop:bus")
     bus.wait_ready()
-    ran = subprocess.run(
-        [sys.executable, "publish.py"],
-        cwd=bus.directory,
-        env=bus.environment() | {"SHARDBUS_URL": bus.address},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert ran.stderr == ""
-    assert ran.stdout == (
-        "Ledger(published=1000, handled=1000, dead=0, waiting=0, dropped=0, in_flight=0)\n100.0\n"
-    )
+    for program, count, total in (("publish.py", 1000, 100.0), ("script.py", 1, 9.5)):
+        ran = subprocess.run(
+            [sys.executable, program],
+            cwd=bus.directory,
+            env=bus.environment() | {"SHARDBUS_URL": bus.address},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert ran.stderr == ""
+        assert ran.stdout == (
+            f"Ledger(published={count}, handled={count}, dead=0, waiting=0, dropped=0, in_flight=0)\n{total}\n"
+        )
 
 
 @pytest.mark.parametrize("kills", [0, 4])
