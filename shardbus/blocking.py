@@ -14,7 +14,8 @@ client's does; with fewer than some 30 events `publish` is the cheaper one.
 
 **The hand-over** is a part of the outbox: up to 1,024 events of up to 1 KiB each, above the outbox's own bound. What is in
 it has been published, is waited for by `flush` and by the end of the block, and comes before all that its thread does next.
-With `on_full="reject"` it is not used: whether there is room must be known before `publish` returns.
+With `on_full="reject"` it is not used: whether there is room must be known before `publish` returns. Nor is it with
+middleware, which runs on the loop.
 
 **Forks.** The thread stays in the parent, so a client cannot be used in a child of `os.fork()`, and says so. Pre-fork
 servers connect in their workers: in gunicorn's `post_fork`, in uWSGI's `@postfork`, or at the first request.
@@ -44,6 +45,7 @@ from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import BusRejected, ClientClosed, NotDelivered, UsageError
 from shardbus.event_loop import run
 from shardbus.messages import Command, Event
+from shardbus.publishing import PublishMiddleware
 
 log = logging.getLogger("shardbus.blocking")
 
@@ -63,6 +65,7 @@ def connect(
     close_timeout: float = 30.0,
     on_full: OnFull = "wait",
     on_pressure: Callable[[bool], object] | None = None,
+    middleware: Sequence[PublishMiddleware] = (),
 ) -> BlockingClient:
     """Connect to a bus, and wait for it: `with shardbus.blocking.connect() as client`.
 
@@ -75,6 +78,7 @@ def connect(
         close_timeout: seconds that leaving the block waits for what is unfinished.
         on_full: as for `shardbus.connect`.
         on_pressure: as for `shardbus.connect`; called from the client's own thread, so it must not wait.
+        middleware: likewise.
 
     Raises:
         BusUnreachable: no bus answered in time.
@@ -82,9 +86,14 @@ def connect(
         UsageError: an `on_full` that is none, or an event loop runs in this thread.
     """
     block = connecting.connect(
-        address, timeout=timeout, close_timeout=close_timeout, on_full=on_full, on_pressure=on_pressure
+        address,
+        timeout=timeout,
+        close_timeout=close_timeout,
+        on_full=on_full,
+        on_pressure=on_pressure,
+        middleware=middleware,
     )
-    return BlockingClient(block, on_full)
+    return BlockingClient(block, hands_over=on_full != "reject" and not middleware)
 
 
 @contextlib.contextmanager
@@ -99,6 +108,7 @@ def local(
     close_timeout: float = 30.0,
     on_full: OnFull = "wait",
     on_pressure: Callable[[bool], object] | None = None,
+    middleware: Sequence[PublishMiddleware] = (),
 ) -> Iterator[BlockingClient]:
     """Run an application in this process, on the client's thread: `with shardbus.blocking.local(bus) as client`.
 
@@ -113,8 +123,9 @@ def local(
         close_timeout=close_timeout,
         on_full=on_full,
         on_pressure=on_pressure,
+        middleware=middleware,
     )
-    with BlockingClient(block, on_full) as client:
+    with BlockingClient(block, hands_over=on_full != "reject" and not middleware) as client:
         yield client
 
 
@@ -141,9 +152,9 @@ class BlockingClient:
     loop runs in the calling thread: it would stand still, and has the asyncio client.
     """
 
-    def __init__(self, block: AbstractAsyncContextManager[Client], on_full: OnFull) -> None:
+    def __init__(self, block: AbstractAsyncContextManager[Client], *, hands_over: bool) -> None:
         _check_no_loop()
-        self._hands_over = on_full != "reject"
+        self._hands_over = hands_over
         self._handed: deque[Packed] = deque()
         self._has_room = False
         self._woken = False

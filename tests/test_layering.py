@@ -109,7 +109,7 @@ OWNERS: tuple[Owner, ...] = (
     Owner("shared memory", ("mmap",), ("shardbus/evidence.py",)),
     Owner("command lines", ("click",), ("shardbus/cli.py", "loadgen/cli.py")),
     Owner("threads", ("threading",), ("shardbus/watchdog.py", "shardbus/processes.py", "shardbus/blocking.py")),
-    Owner("pools of threads", ("concurrent",), ("shardbus/threads.py",)),
+    Owner("pools of threads", ("concurrent",), ("shardbus/threads.py", "shardbus/blocking.py")),
     Owner("event loops", ("uvloop",), ("shardbus/event_loop.py",)),
     Owner("locks on files", ("fcntl",), ("shardbus/rundir.py",)),
 )

@@ -127,7 +127,7 @@ def running(
         close_timeout_s=close_timeout_s,
         on_full=on_full,
     )
-    return BlockingClient(block, on_full)
+    return BlockingClient(block, hands_over=on_full != "reject")
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -524,7 +524,7 @@ def test_a_bus_with_a_defect_ends_the_calls_that_wait_and_is_raised_where_the_bl
     async def raise_(event: Step) -> None:
         raise ValueError
 
-    client = BlockingClient(other.local(), "wait")
+    client = BlockingClient(other.local(), hands_over=True)
     client.publish(Step(key="a"))
     for call in (client.flush, lambda: client.publish(Step(key="a"))):
         with pytest.raises(BusRejected, match="has a defect"):
@@ -571,7 +571,23 @@ def test_a_callback_of_the_clients_own_thread_cannot_wait_for_it():
             told.append(error)
 
     block = run_local(bus, stores=[MemoryStore()], limits=SMALL, on_pressure=on_pressure)
-    with BlockingClient(block, "wait") as client:
+    with BlockingClient(block, hands_over=True) as client:
         fill(client)
         wait_for(lambda: told)
         gate.set()
+
+
+def test_middleware_sees_each_message_once():
+    seen: list[str] = []
+
+    def note(message: Any, headers: dict[str, str]) -> None:
+        seen.append(type(message).__name__)
+        headers["seen"] = "once"
+
+    with blocking.local(bus, middleware=[note]) as client:
+        client.publish(Step(key="a", n=1))
+        client.publish(Step(key="a", n=2, payload=bytes(5000)))
+        client.publish_many([Step(key="a", n=3)])
+        assert client.execute(Count(key="a")) == 3
+    assert seen == ["Step", "Step", "Step", "Count"]
+    assert seen_headers == [{"seen": "once"}] * 3
