@@ -58,8 +58,8 @@ from shardbus.wire.session import WorkerSession
 _SLICE_NS: Final = 2_000_000  # a leader gives the event loop a turn about every two milliseconds
 # A publisher has the leader for so long (and a stride) before the next one that waits: by time, because one may send batches
 # of three events and another batches of 512, of handlers that fail.
-_SHARE_NS: Final = 500_000
-_NOTE_NS: Final = _SLICE_NS // 4  # evidence is at most so much, and a stride, behind what has run
+_SHARE_NS: Final = 1_000_000
+_NOTE_NS: Final = _SLICE_NS // 2  # evidence is at most so much, and a stride, behind what has run
 _STRIDE_MAX: Final = 32  # messages between two looks at the clock, which cost 60 ns; fewer where handlers are slow
 _ERROR_CHARS_MAX: Final = 2000
 _TRACEBACK_CHARS_MAX: Final = 32_000
@@ -459,7 +459,7 @@ class Lanes:
         """Run messages of a batch, in strides, until its end or that of the leader's slice.
 
         The clock is looked at between strides only, so a stride is short where a message has taken long. Evidence is noted
-        once a batch, and of a slow one every half millisecond: a worker that dies takes that of so much with it.
+        once a batch, and of a slow one every millisecond: a worker that dies takes that of so much with it.
 
         The hot path of a worker, so what is rare is elsewhere, and what is constant is local.
         """
