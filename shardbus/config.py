@@ -57,7 +57,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     # "stop": nothing more is acked as stored, so publishers wait. "drop_oldest": the oldest dead letters make room, and are
     # counted as dropped; waiting events and what parks its key never do.
     store_full: StoreFull = "stop"
-    store_write_rows_max: int = 1024  # rows of a kind in a transaction; more gain little and hold the others up
+    store_write_rows_max: int = 256  # rows of a kind in a transaction; more gain nothing and hold the others up
     blocked_peers_max: int = 4096  # peers that sent garbage and are ignored; the oldest is forgotten
 
     # -- time, in seconds
