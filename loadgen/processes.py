@@ -73,7 +73,7 @@ async def started_bus(
     log_level: str = "warning",
     options: Sequence[str] = (),
 ) -> AsyncIterator[Process]:
-    """Run an application on a bus of its own, ready to take messages, until the block is left.
+    """Run an application on a bus of its own, ready to take messages, until the block is left or this process ends.
 
     Args:
         workers: how many worker processes.
@@ -85,10 +85,10 @@ async def started_bus(
     Raises:
         LoadError: it did not start; it has said why on stderr.
     """
-    arguments = ["shardbus", "serve", *([application] if application is not None else [])]
+    arguments = ["shardbus", "serve", *([application] if application is not None else []), "--until-stdin-closes"]
     arguments += ["--workers", str(workers), "--drain-timeout", f"{_DRAIN_S:g}", "--log-level", log_level]
     arguments += [*(["--bind", address] if address is not None else []), *options]
-    async with started(arguments, piped_stdin=False) as process:
+    async with started(arguments, piped_stdin=True) as process:
         assert process.stdout is not None  # it is a pipe
         try:
             async with asyncio.timeout(_READY_S):

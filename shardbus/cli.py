@@ -125,6 +125,7 @@ def cli() -> None:
 @click.option("--drain-timeout", type=click.FloatRange(0, 3600), default=30.0, show_default=True, help="Seconds.")
 @click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
 @click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True)
+@click.option("--until-stdin-closes", is_flag=True, hidden=True)  # for a program that serves a bus for itself
 def serve(
     application: str,
     workers: int,
@@ -136,6 +137,7 @@ def serve(
     drain_timeout: float,
     log_level: str,
     log_format: str,
+    until_stdin_closes: bool,
 ) -> None:
     """Run an application on all cores, until SIGTERM or Ctrl-C; without one, the built-in demo.
 
@@ -165,6 +167,7 @@ def serve(
             drain_s=drain_timeout,
             log_level=log_level,
             log_format=log_format,
+            until_stdin_closes=until_stdin_closes,
         )
     except ShardbusError as error:
         _fail(str(error), 2)

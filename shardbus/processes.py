@@ -217,6 +217,20 @@ def on_stop_signals(stop: Stop) -> None:
         loop.add_signal_handler(number, stop)
 
 
+def on_stdin_closed(stop: Stop) -> None:
+    """Have the end of standard input call `stop` from the event loop: it ends with whoever holds the other end."""
+    loop = asyncio.get_running_loop()
+    os.set_blocking(0, False)
+
+    def look() -> None:
+        with contextlib.suppress(BlockingIOError):
+            if not os.read(0, 65_536):
+                loop.remove_reader(0)
+                stop()
+
+    loop.add_reader(0, look)
+
+
 def reap_orphans(own: set[int]) -> None:
     """As process 1 of a container, collect what others left behind; elsewhere the system does."""
     if os.getpid() != 1:

@@ -26,6 +26,7 @@ from shardbus.processes import (
     Child,
     cores,
     kernel_kills,
+    on_stdin_closed,
     on_stop_signals,
     reap_orphans,
     signal_name,
@@ -83,6 +84,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: float
     log_level: str
     log_format: str
+    until_stdin_closes: bool = False
+    """Stop as on a first signal when standard input comes to its end."""
 
 
 class _Worker:
@@ -156,7 +159,11 @@ class Supervisor:
             ConfigError: a directory or store cannot be used.
             BootError: the application does not start, or another bus runs at the address.
         """
+        on_stop_signals(self._on_signal)  # first: what is made from here on is to be removed
+        if self._options.until_stdin_closes:
+            on_stdin_closed(lambda: None if self._stopping else self._on_signal())
         rundir = RunDir(self._options.address)
+        is_first = not rundir.shards_before()
         listener = ZmqListener()
         try:
             rundir.remove_sockets()
@@ -164,7 +171,6 @@ class Supervisor:
             for shard in range(self._options.workers):
                 self._workers.append(_Worker(shard, *self._mappings(rundir, shard)))
             self._router = listener.bind(self._options.address.control, self._on_frame)
-            on_stop_signals(self._on_signal)
             self._fold_timer = asyncio.get_running_loop().call_later(_FOLD_S, self._fold_evidence)
             for worker in self._workers:
                 self._start(worker, rundir)
@@ -186,7 +192,8 @@ class Supervisor:
                 worker.journal.close()
             # What nobody will ask for again does not stay on RAM for ever.
             spent = bool(self._workers) and all(one.drained and one.drained.is_clean for one in self._workers)
-            rundir.close(forget=spent)
+            unused = is_first and not any(one.ready_at for one in self._workers)
+            rundir.close(forget=spent or unused)
 
     @staticmethod
     def _mappings(rundir: RunDir, shard: int) -> tuple[SharedBook, SharedJournal]:

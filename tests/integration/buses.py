@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from shardbus.connecting import ask_bus
 
 APPLICATION = """
 import asyncio
+import hashlib
 import os
 import time
 
@@ -123,12 +125,18 @@ def charge(event: Charged, context: Context) -> None:
 """Handlers that fail until there is a file named `mended`, and write down what they take."""
 
 
+def state_of(address: str) -> str:
+    """The directory on RAM where a bus at an address keeps its state."""
+    return f"/dev/shm/shardbus-{os.getuid()}-{hashlib.sha256(address.encode()).hexdigest()[:16]}"
+
+
 class RunningBus:
     """A `shardbus serve` that a test started."""
 
     def __init__(self, directory: Path, *arguments: str, application: str | None = "accounts:bus") -> None:
         self.directory = directory
         self.address = f"ipc://{directory}/bus"
+        self.state = state_of(self.address)
         (directory / "accounts.py").write_text(APPLICATION)
         (directory / "payments.py").write_text(PAYMENTS)
         self._command = [sys.executable, "-m", "shardbus", "serve"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from buses import RunningBus
+from buses import RunningBus, state_of
 
 
 @contextmanager
@@ -21,9 +20,9 @@ def short_directory() -> Iterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-        digest = hashlib.sha256(f"ipc://{directory}/bus".encode()).hexdigest()[:16]
-        for base in ("/dev/shm", tempfile.gettempdir()):
-            shutil.rmtree(f"{base}/shardbus-{os.getuid()}-{digest}", ignore_errors=True)
+        state = state_of(f"ipc://{directory}/bus")
+        for path in (state, f"{tempfile.gettempdir()}/{os.path.basename(state)}"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import csv
 import gzip
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from buses import RunningBus
+from buses import RunningBus, state_of, wait_until
 
 import shardbus
 
@@ -44,8 +43,7 @@ def loadgen(directory: Path, *arguments: str, **environment: str) -> subprocess.
     )
     for address in re.findall(r"serving \S+ at (\S+) for this run", done.stderr):
         # Nothing of it may stay: no dead letter on RAM, no directory.
-        digest = hashlib.sha256(address.encode()).hexdigest()[:16]
-        assert not os.path.exists(f"/dev/shm/shardbus-{os.getuid()}-{digest}")
+        assert not os.path.exists(state_of(address))
         assert not os.path.exists(address.removeprefix("ipc://"))
     return done
 
@@ -75,6 +73,21 @@ def test_a_bus_is_started_where_shardbus_url_names_none_and_ended_with_the_run(s
     rows = list(csv.DictReader((short_path / "series.csv").read_text().splitlines()))
     assert int(rows[-1]["published"]) == report["published"]
     assert not (short_path / "bus" / "control").exists()
+
+
+def test_a_bus_that_was_started_for_a_run_ends_with_it_also_where_that_is_killed(short_path: Path) -> None:
+    address = f"ipc://{short_path}/bus"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOADGEN_", "SHARDBUS_"))}
+    with subprocess.Popen(
+        [sys.executable, "-m", "loadgen", "--rate", "100", "--duration", "60"],
+        cwd=short_path,
+        env={**clean, "PYTHONPATH": str(CHECKOUT), "SHARDBUS_URL": address},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as running:
+        wait_until((short_path / "bus" / "control").exists, 60)
+        running.kill()
+    wait_until(lambda: not (short_path / "bus" / "control").exists() and not os.path.exists(state_of(address)), 60)
 
 
 def test_a_bus_that_was_named_is_not_started(short_path: Path) -> None:

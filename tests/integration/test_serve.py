@@ -203,6 +203,21 @@ def test_a_lifespan_that_raises_ends_the_start(make_bus: MakeBus) -> None:
     refused = bus.shardbus("serve", "pools:bus", "--bind", bus.address, "--workers", "2")
     assert refused.returncode == 1
     assert "its lifespan raised OSError: no database here" in refused.stderr
+    assert not os.path.exists(bus.state)
+
+
+def test_a_bus_that_is_stopped_before_it_is_ready_leaves_nothing(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1", application="accounts:nothing")
+    bus.close()
+    (bus.directory / "slow.py").write_text(
+        "import asyncio\nfrom shardbus import Bus\nbus = Bus('slow')\n\n@bus.lifespan\nasync def pool(worker):\n"
+        "    await asyncio.sleep(600)\n    yield\n"
+    )
+    bus = make_bus("--workers", "1", application="slow:bus")
+    wait_until(lambda: os.path.exists(bus.state) and len(os.listdir(bus.state)) > 2)
+    bus.process.terminate()
+    bus.process.wait(timeout=30)
+    assert not os.path.exists(bus.state)
 
 
 def test_a_host_that_cannot_be_found_is_told_as_that(make_bus: MakeBus) -> None:
