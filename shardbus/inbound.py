@@ -79,7 +79,7 @@ class Delivery:
         self.intended_ns = intended_ns
         self.attempt = attempt
         self.extra = extra
-        self.deadline_ns = deadline_ns  # of a command, by the worker's clock; 0: an event
+        self.deadline_ns = deadline_ns  # it is too late then, by the worker's clock; 0: never
         self.position = position  # its row in the store; 0: none
         self.message = message  # decoded already; None: not yet, or it does not decode
         self.due_ns = 0  # not before, by the worker's clock
@@ -146,7 +146,7 @@ class Inbound:
         self.first = frame.first
         self.end = frame.first + frame.count
         self.attempt = frame.attempt
-        self.asked_ns = asked_ns  # when its commands were sent, by this worker's clock
+        self.asked_ns = asked_ns  # when what has a deadline was sent, by this worker's clock
         self.columns = NOTHING
         self.recorder: Recorder | None = None
         self._of_shard = recorder
@@ -203,8 +203,8 @@ class Inbound:
             if columns.extras:
                 handlers = list(islice(handlers, len(messages)))
                 for at, extra in columns.extras.items():
-                    if extra.timeout_ns:
-                        handlers[at] = None  # a command, whatever its name is here
+                    if extra.timeout_ns or extra.left_ns:
+                        handlers[at] = None  # a command, whatever its name is here, or an event that may be too late
         self.rows = zip(self._items, handlers, columns.keys, strict=False)  # the first is the one that ends
         if skip := self._skip:
             wanted = bytearray(b"\x01") * (self.end - self.first)
@@ -295,6 +295,7 @@ class Inbound:
         columns = self.columns
         at = self.next_seq - 1 - self.first
         extra = columns.extras.get(at) if columns.extras else None
+        left_ns = 0 if extra is None else extra.timeout_ns or extra.left_ns
         delivery = Delivery(
             self.session,
             self.session.publisher,
@@ -307,7 +308,7 @@ class Inbound:
             stamp_at(columns.intended_ns, at),
             self.attempt,
             extra,
-            self.asked_ns + extra.timeout_ns if extra is not None and extra.timeout_ns else 0,
+            self.asked_ns + left_ns if left_ns else 0,
             message=None if self._messages is None else self._messages[at],
         )
         delivery.began_ns = self.began_ns  # the rows before it are noted: it began when they had ended

@@ -68,6 +68,7 @@ _OUR_FILES: Final = (__file__, asyncio.timeouts.__file__, *OUR_FILES)  # between
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
 
 CRASHED: Final = "crashed"  # the reason of a dead letter whose handling ends its worker
+_NS: Final = 1_000_000_000
 
 
 class Later(msgspec.Struct, frozen=True):
@@ -690,6 +691,8 @@ class Lanes:
                 error_type="",
                 error=f"no handler of this application takes the event {delivery.name!r}",
             )
+        if self._is_late(delivery):
+            return _expired(delivery)
         message = delivery.message
         if message is None:
             try:
@@ -796,7 +799,7 @@ class Lanes:
 
     async def _command(self, delivery: Delivery) -> None:
         plan = delivery.plan
-        if delivery.deadline_ns and self._now() >= delivery.deadline_ns:
+        if self._is_late(delivery):
             self._host.reply(delivery, REPLY_EXPIRED, b"")
             return
         if plan is UNKNOWN or not plan.is_command:
@@ -819,7 +822,11 @@ class Lanes:
             return
         self._host.reply(delivery, REPLY_OK, body)
 
+    def _is_late(self, delivery: Delivery) -> bool:
+        return delivery.deadline_ns > 0 and self._now() >= delivery.deadline_ns
+
     def _context_of(self, delivery: Delivery) -> Context:
+        deadline_ns = delivery.deadline_ns
         return Context(
             delivery.key,
             delivery.publisher,
@@ -827,6 +834,7 @@ class Lanes:
             delivery.attempt,
             self._host.shard,
             delivery.extra.headers if delivery.extra is not None and delivery.extra.headers else None,
+            (lambda: (deadline_ns - self._now()) / _NS) if deadline_ns else None,
         )
 
     # -- outcomes
@@ -912,6 +920,8 @@ class Lanes:
         delivery.attempt += later.ran
         delivery.message = None  # a handler may have changed what is in it
         delivery.due_ns = self._now() + int(later.delay_s * 1e9)
+        if delivery.deadline_ns:
+            delivery.due_ns = min(delivery.due_ns, delivery.deadline_ns)  # then it is known to be too late
         lane = None if delivery.key is None else self._busy.get(delivery.key)
         if lane is None:
             lane = _Lane(delivery.key, None)
@@ -1144,6 +1154,17 @@ def _crashed(delivery: Delivery, verdict: str, deaths: int) -> Failure:
         reason=CRASHED,
         error_type="",
         error=f"its handling ended the worker with {verdict}; {deaths} workers have died while it was under way",
+    )
+
+
+def _expired(delivery: Delivery) -> Failure:
+    """The outcome of an event whose deadline is over; a redrive runs the handlers that it had left, or gave up."""
+    given_up = [name for one in delivery.gave_up for name in one.handlers]
+    return Failure(
+        handlers=tuple(dict.fromkeys([*given_up, *(delivery.todo or ())])),
+        reason="expired",
+        error_type="",
+        error="its deadline was over before its handlers could begin",
     )
 
 

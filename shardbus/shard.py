@@ -626,17 +626,18 @@ class Shard:
         self._writer.add_changed(self._waiting_event(delivery))
 
     def _waiting_event(self, delivery: Delivery) -> WaitingEvent:
-        due_ns = delivery.due_ns
+        due_ns, deadline_ns = delivery.due_ns, delivery.deadline_ns
         return WaitingEvent(
             position=delivery.position,
             envelope=_envelope(delivery),
             todo=delivery.todo or {},
             gave_up=delivery.gave_up,
             due_ns=due_ns - self._now() + self._wall() if due_ns else 0,  # a successor has its own clock
+            deadline_ns=deadline_ns - self._now() + self._wall() if deadline_ns else 0,
         )
 
-    def _by_our_clock(self, wall_due_ns: int) -> int:
-        return wall_due_ns - self._wall() + self._now() if wall_due_ns else 0
+    def _by_our_clock(self, at_ns: int) -> int:
+        return at_ns - self._wall() + self._now() if at_ns else 0
 
     def _kept(self, delivery: Delivery) -> Callable[[], None]:
         def committed() -> None:
@@ -674,7 +675,7 @@ class Shard:
             envelope.intended_ns,
             envelope.attempt + inherited,
             None,
-            0,
+            self._by_our_clock(row.deadline_ns),
             row.position,
         )
         if envelope.headers:
