@@ -12,6 +12,8 @@ from itertools import chain, compress, islice, repeat
 from operator import length_hint
 from typing import Any, Final
 
+from msgspec import Struct
+
 from shardbus.messages import Message, WireKey
 from shardbus.metrics import Recorder
 from shardbus.quarantine import Identity
@@ -24,6 +26,13 @@ from shardbus.wire.session import WorkerSession
 _FEW: Final = 8  # rows that are noted one by one: a record of their own would cost more, and its folding, too
 UNKNOWN: Final = Plan(Message, ())  # stands for every type that has no handler here
 NOTHING: Final = Columns((), (), memoryview(b""), b"\x90", None, None, {})  # of a batch that is not open yet
+
+
+class Later(Struct, frozen=True):
+    """Some of a message's handlers are to run, again or at last, after `delay_s` seconds; `ran` says that some did now."""
+
+    delay_s: float
+    ran: bool
 
 
 class Delivery:

@@ -179,6 +179,7 @@ class Shard:
     async def drain(self, deadline_s: float) -> list[str]:
         """Take nothing new, and wait until everything accepted is finished; return what was not, in words."""
         self._draining = True
+        self.lanes.hurry()
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
         while not (self.lanes.idle() and self._writer.idle()) and loop.time() < end:  # noqa: ASYNC110 - once in a life
