@@ -9,7 +9,7 @@ handled costs the others no more than that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -17,7 +17,7 @@ import msgspec
 from shardbus.batching import Gathering, KeyOrder, outcomes_of
 from shardbus.breaker import Admitted, Blocked, Circuit
 from shardbus.context import Context
-from shardbus.inbound import Delivery, Later
+from shardbus.inbound import Delivery, Inbound, Later
 from shardbus.registry import Plan, Registered
 from shardbus.store import Failure
 
@@ -60,6 +60,19 @@ class Batch(Gathering[Delivery]):
         yield publisher, first, end
 
 
+class Together:
+    """A stretch of a publisher's batch, handled as it came: its events are taken apart only where they need it."""
+
+    __slots__ = ("apart", "cursor", "end", "first", "plan")
+
+    def __init__(self, plan: Plan, cursor: Inbound, first: int, end: int) -> None:
+        self.plan = plan
+        self.cursor = cursor
+        self.first = first
+        self.end = end
+        self.apart: Batch | None = None
+
+
 def slot_of(plan: Plan, delivery: Delivery) -> tuple[str, Any]:
     """What an event must have in common with those that it joins."""
     policy = plan.batching
@@ -79,7 +92,7 @@ class Caller(Protocol):
         """Its context."""
 
     async def call(self, handler: Registered, message: Any, context: Any) -> Any:
-        """Call the handler."""
+        """Call the handler, and return what it returns."""
 
     def reason_of(self, error: BaseException) -> str | None:
         """Why a dead letter is one that is dead of this; None: the worker ends, and it is no failure."""
@@ -91,7 +104,7 @@ class Caller(Protocol):
         """The handler's circuit is open: what follows."""
 
 
-class _Fault(msgspec.Struct, frozen=True):
+class Fault(msgspec.Struct, frozen=True):
     """What an event, or the whole call, failed with."""
 
     error: BaseException
@@ -103,7 +116,7 @@ async def run_batch(batch: Batch, caller: Caller) -> list[Outcome]:
     members, plan = batch.members, batch.plan
     handler = plan.handlers[0]
     circuit = plan.circuits.get(handler.name)
-    found: list[Failure | HeldBack | _Fault | None] = [None] * len(members)
+    found: list[Failure | HeldBack | Fault | None] = [None] * len(members)
     called: list[int] = []
     contexts: list[Context] = []
     with_context = handler.wants_context or handler.where is not None
@@ -125,27 +138,27 @@ async def run_batch(batch: Batch, caller: Caller) -> list[Outcome]:
                     if not handler.where(member.message, context):
                         continue
                 except BaseException as error:  # the application's
-                    found[at] = _Fault(error, "failed")
+                    found[at] = Fault(error, "failed")
                     order.wait(member.key)
                     continue
             contexts.append(context)
         called.append(at)
-    whole: _Fault | Blocked | None = None
+    whole: Fault | Blocked | None = None
     if called:
         events = [members[at].message for at in called]
-        whole = await _called(handler, circuit, events, contexts, called, found, caller)
-    return list(_settled(batch, handler, circuit, found, set(called), whole, caller))
+        whole = await call_together(handler, circuit, events, contexts, called, found, caller)
+    return list(settled(batch, handler, circuit, found, set(called), whole, caller))
 
 
-async def _called(
+async def call_together(
     handler: Registered,
     circuit: Circuit | None,
     events: list[Any],
     contexts: list[Context],
-    called: list[int],
-    found: list[Failure | HeldBack | _Fault | None],
+    called: Sequence[int],
+    found: list[Failure | HeldBack | Fault | None],
     caller: Caller,
-) -> _Fault | Blocked | None:
+) -> Fault | Blocked | None:
     """Call it, and write into `found` what it says of each; or return why that is the same for all."""
     term = 0
     if circuit is not None:
@@ -165,13 +178,13 @@ async def _called(
             raise
         if circuit is not None:
             circuit.failed(term, caller.now_ns())
-        return _Fault(error, reason)
+        return Fault(error, reason)
     some = False
     for at, outcome in zip(called, outcomes, strict=True):
         if outcome is None:
             some = True
         else:
-            found[at] = _Fault(outcome, "failed")
+            found[at] = Fault(outcome, "failed")
     if circuit is not None:
         if some:
             circuit.succeeded(term)
@@ -180,13 +193,13 @@ async def _called(
     return None
 
 
-def _settled(
+def settled(
     batch: Batch,
     handler: Registered,
     circuit: Circuit | None,
-    found: list[Failure | HeldBack | _Fault | None],
+    found: list[Failure | HeldBack | Fault | None],
     called: set[int],
-    whole: _Fault | Blocked | None,
+    whole: Fault | Blocked | None,
     caller: Caller,
 ) -> Iterator[Outcome]:
     """Each member's outcome, in their order."""
@@ -201,9 +214,9 @@ def _settled(
         elif at in called and isinstance(whole, Blocked):
             assert circuit is not None
             outcome = caller.blocked(member, handler, circuit, whole.delay_s)
-        elif at in called and isinstance(whole, _Fault):
+        elif at in called and isinstance(whole, Fault):
             outcome = caller.failed(member, handler, whole.error, whole.reason)
-        elif isinstance(one, _Fault):
+        elif isinstance(one, Fault):
             outcome = caller.failed(member, handler, one.error, one.reason)
         else:
             outcome = one

@@ -140,6 +140,7 @@ class Inbound:
         "rows",
         "session",
         "timed",
+        "together",
         "wanted",
     )
 
@@ -166,6 +167,7 @@ class Inbound:
         self.wanted: bytearray | None = None  # where some are skipped: 1 for each row that is not
         self.careful = False
         self.timed = False
+        self.together: Plan | None = None  # whose batch handler may be called with stretches of it
         # Where timed: when each row ended that was handled and is not noted yet, and when the first of them began.
         self.ended_ns: list[int] = []
         self.began_ns = 0
@@ -198,6 +200,8 @@ class Inbound:
             plan = self._plans = plans.get(names, UNKNOWN)
             handlers = repeat(plan.simple)
             messages = None if careful else _all_decoded(plan.decode_all, columns.bodies)
+            if plan.together and messages is not None and not (columns.extras or self.timed or self._skip):
+                self.together = plan
         else:
             several = self._plans = [plans.get(name, UNKNOWN) for name in names]
             handlers = [plan.simple for plan in several]
@@ -299,10 +303,20 @@ class Inbound:
         """The plan of a row."""
         return self._plans if isinstance(self._plans, Plan) else self._plans[at]
 
+    def leave(self, first: int, end: int) -> int:
+        """As `finish_before` the first of these rows, and leave them to whoever takes them out of the batch."""
+        done = self.finish_before(first)
+        self._run_start = self._noted = end
+        return done
+
     def delivery(self) -> Delivery:
         """The present row, apart."""
+        return self.delivery_of(self.next_seq - 1)
+
+    def delivery_of(self, seq: int) -> Delivery:
+        """The row of a sequence, apart."""
         columns = self.columns
-        at = self.next_seq - 1 - self.first
+        at = seq - self.first
         extra = columns.extras.get(at) if columns.extras else None
         left_ns = 0 if extra is None else extra.timeout_ns or extra.left_ns
         delivery = Delivery(

@@ -40,7 +40,17 @@ import xxhash
 from msgspec.structs import replace
 
 from shardbus import batch_handlers
-from shardbus.batch_handlers import Batch, HeldBack, Outcome, run_batch, slot_of
+from shardbus.batch_handlers import (
+    Batch,
+    Fault,
+    HeldBack,
+    Outcome,
+    Together,
+    call_together,
+    run_batch,
+    settled,
+    slot_of,
+)
 from shardbus.batching import Gatherings
 from shardbus.breaker import Admitted, Blocked, Circuit
 from shardbus.clock import NowNs
@@ -199,7 +209,7 @@ class Lanes:
         self._tasks: set[asyncio.Task[None]] = set()
         self._stride = 1
         # What the leader runs outside the fast path, for whoever overtakes it.
-        self._running: Delivery | Batch | None = None
+        self._running: Delivery | Batch | Together | None = None
         self._gatherings: Gatherings[Batch] = Gatherings()
         self._lingers = True
         self._keyless: dict[object | None, Delivery] = {}  # of overtaken leaders whose message has no lane
@@ -316,6 +326,8 @@ class Lanes:
         running, cursor = self._running, self._cursor
         if isinstance(running, Batch):
             return f"{_handlers_of(running.plan)} (a batch of {len(running.members)})"
+        if isinstance(running, Together):
+            return f"{_handlers_of(running.plan)} (a batch of {running.end - running.first})"
         if running is not None:
             return f"{_handlers_of(running.plan)} (key {running.key!r})"
         if cursor is not None:
@@ -394,6 +406,8 @@ class Lanes:
             if running.key is None:
                 self._keyless[token] = running
         self._running = None
+        if isinstance(running, Together):
+            running = self._take_apart(running)
         if isinstance(running, Batch):
             self._suspend_batch(running, token)
             return
@@ -424,7 +438,9 @@ class Lanes:
                 await self._run_head(lane, token)
             elif self._cursor is not None or self._inbox:
                 cursor = self._next_batch()
-                if cursor is not None:
+                if cursor is not None and cursor.together is not None and self._may_go_together(cursor):
+                    await self._run_together(cursor, token)
+                elif cursor is not None:
                     await self._run_batch(cursor, token, context, min(end_ns, self._share_ends_ns))
             else:
                 break
@@ -640,6 +656,76 @@ class Lanes:
             await self._run_gathered(batch, token)
             if self._leader is token:
                 self._journal.lead(delivery.publisher, first, end)  # of the batch from which this event came
+
+    def _may_go_together(self, cursor: Inbound) -> bool:
+        """Whether the next rows of a batch are a batch for their handler: enough of them, or nothing is there to join them,
+        and none has to wait for its key."""
+        plan = cursor.together
+        assert plan is not None
+        assert plan.batching is not None
+        first = cursor.next_seq
+        end = min(first + plan.batching.events_max, cursor.end)
+        if first == end or self._quarantine.suspects:
+            return False
+        if end - first < plan.batching.events_max and (self._inbox or self._ready or self._gatherings):
+            return False
+        return self._busy.keys().isdisjoint(cursor.columns.keys[first - cursor.first : end - cursor.first])
+
+    async def _run_together(self, cursor: Inbound, token: object) -> None:
+        """Call the handler with the next rows of a batch; afterwards the caller may have been overtaken."""
+        plan = cursor.together
+        assert plan is not None
+        assert plan.batching is not None
+        handler, publisher = plan.handlers[0], cursor.session.publisher
+        first = cursor.next_seq
+        events = [message for message, _, _ in islice(cursor.rows, plan.batching.events_max)]
+        end, count = cursor.next_seq, len(events)
+        contexts: list[Context] = []
+        if handler.wants_context:
+            keys = cursor.columns.keys[first - cursor.first : end - cursor.first]
+            shard, attempt = self._host.shard, cursor.attempt
+            contexts = [Context(key, publisher, first + at, attempt, shard) for at, key in enumerate(keys)]
+        now_ns = self._journal.running[ALIVE] = self._now()
+        self._journal.lead(publisher, first, end, now_ns)
+        stretch = self._running = Together(plan, cursor, first, end)
+        found: list[Failure | HeldBack | Fault | None] = [None] * count
+        whole = await call_together(handler, None, events, contexts, range(count), found, self)
+        if self._leader is token:
+            self._running = None
+            if whole is None and not any(found):
+                self._host.handled(cursor.finish_before(end))
+                self._host.touched(cursor.session)
+            if end == cursor.end:
+                self._cursor = None
+            if whole is None and not any(found):
+                return
+        else:
+            self._keyless.pop(token, None)
+        batch = stretch.apart or self._take_apart(stretch)
+        for row in batch.rows:
+            self._journal.resume(row)
+        self._settle_all(batch, list(settled(batch, handler, None, found, set(range(count)), whole, self)))
+
+    def _take_apart(self, stretch: Together) -> Batch:
+        """Its events need a life of their own: the handler is suspended, or has failed with some."""
+        cursor = stretch.cursor
+        self._host.handled(cursor.leave(stretch.first, stretch.end))
+        self._host.touched(cursor.session)
+        members = [cursor.delivery_of(seq) for seq in range(stretch.first, stretch.end)]
+        batch = stretch.apart = Batch(stretch.plan, members[0])
+        batch.members = members
+        busy = self._busy
+        for member in members:
+            if member.key is not None:
+                lane = busy.get(member.key)
+                if lane is None:
+                    lane = busy[member.key] = _Lane(member.key, member)
+                    lane.batch = batch
+                elif lane.more is None:
+                    lane.more = [member]
+                else:
+                    lane.more.append(member)
+        return batch
 
     def _is_alone(self, delivery: Delivery) -> bool:
         """Whether an event is handled by itself: a suspect, and one that has failed, or was there when all had."""

@@ -71,7 +71,8 @@ class Plan:
 
     `simple` is the handler itself where there is exactly one, for an event, `async def`, without context: the lanes await it
     directly, because that costs 62 ns and the general path three times as much. Otherwise it is None.
-    `batching` is that of the handler, which then is the only one.
+    `batching` is that of the handler, which then is the only one; `together` says that nothing has to be known of each event
+    before it is called, so that a stretch of a publisher's batch may be handed over as it came.
     `circuits` has one for each handler that asked for a breaker; they are this worker's.
     """
 
@@ -87,6 +88,7 @@ class Plan:
         "message_type",
         "name",
         "simple",
+        "together",
     )
 
     def __init__(self, message_type: type[Message], handlers: tuple[Registered, ...]) -> None:
@@ -107,6 +109,11 @@ class Plan:
             and not (only.wants_context or only.timeout_s or only.breaker or only.batching)
         )
         self.batching = None if only is None else only.batching
+        self.together = (
+            only is not None
+            and only.batching is not None
+            and not (only.batching.by_key or only.batching.linger_s or only.where or only.breaker)
+        )
         self.simple: Callable[[Any], Awaitable[None]] | None = only.call if only is not None and is_plain else None
 
     def parks(self, gave_up: tuple[str, ...]) -> bool:
