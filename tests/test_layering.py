@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("signatures", "threads"),
     ("filters",),
     ("pipeline",),
-    ("registry", "middleware"),
+    ("registry", "middleware", "tracing"),
     ("store",),
     ("store_writer",),
     ("dead_letters", "reports"),
