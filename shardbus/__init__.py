@@ -33,6 +33,7 @@ from shardbus.pipeline import CallNext, Middleware
 from shardbus.publishing import PublishMiddleware
 from shardbus.registry import WorkerInfo
 from shardbus.retry import Retry
+from shardbus.tracing import Traceparent, continue_trace, current_trace, propagate_trace, trace, trace_of
 
 __all__ = [
     "BootError",
@@ -70,15 +71,21 @@ __all__ = [
     "ShardbusError",
     "Statistics",
     "Timing",
+    "Traceparent",
     "UsageError",
     "Validation",
     "WorkerInfo",
     "blocking",
     "connect",
+    "continue_trace",
+    "current_trace",
     "header_matches",
     "is_type",
     "key_matches",
+    "propagate_trace",
     "run",
+    "trace",
+    "trace_of",
     "where",
 ]
 __version__ = "0.1.0"

@@ -240,12 +240,20 @@ class BlockingClient:
 
     # -- events
 
-    def publish(self, event: Event, *, headers: dict[str, str] | None = None, timeout: float | None = None) -> None:
+    def publish(
+        self,
+        event: Event,
+        *,
+        headers: dict[str, str] | None = None,
+        deadline: float | None = None,
+        timeout: float | None = None,
+    ) -> None:
         """Publish an event, and wait for room where its outbox is full. The promise is that of `Client.publish`.
 
         Args:
             event: any event; its key says where it goes.
             headers: text for the handlers' `context.headers`.
+            deadline: as for `Client.publish`.
             timeout: seconds to wait for room, where the outbox is full. Default: for ever.
 
         Raises:
@@ -254,11 +262,11 @@ class BlockingClient:
             BusRejected: the bus has refused this client for good.
         """
         self._check()
-        if self._has_room:
+        if self._has_room and deadline is None:
             packed = self._client.pack(event, headers)
             if packed[-1] <= _HANDED_EVENT_BYTES_MAX and self._hand_over(packed):
                 return
-        self._call(lambda client: _publish(client, event, headers, timeout))
+        self._call(lambda client: _publish(client, event, headers, deadline, timeout))
 
     def publish_many(self, events: Sequence[Event]) -> None:
         """Publish events one after another, at a lower cost for each; waits for room without end.
@@ -447,12 +455,14 @@ class BlockingClient:
             call.outcome.set_result(task.result())
 
 
-async def _publish(client: Client, event: Event, headers: dict[str, str] | None, timeout: float | None) -> None:
+async def _publish(
+    client: Client, event: Event, headers: dict[str, str] | None, deadline: float | None, timeout: float | None
+) -> None:
     if timeout is not None and not 0 < timeout <= _TIMEOUT_S_MAX:
         raise UsageError(f"timeout={timeout!r}: give seconds above 0, up to {_TIMEOUT_S_MAX:,}")
     try:
         async with asyncio.timeout(timeout):
-            await client.publish(event, headers=headers)
+            await client.publish(event, headers=headers, deadline=deadline)
     except TimeoutError:
         raise TimeoutError(
             f"{type(event).__name__}: the outbox was full for {timeout:g} s, so nothing was published "

@@ -375,7 +375,13 @@ class Client:
     # -- events
 
     async def publish(
-        self, event: Event, *, headers: dict[str, str] | None = None, ordinal: int = 0, intended_ns: int = 0
+        self,
+        event: Event,
+        *,
+        headers: dict[str, str] | None = None,
+        deadline: float | None = None,
+        ordinal: int = 0,
+        intended_ns: int = 0,
     ) -> None:
         """Publish an event: put it into its shard's outbox, and wait for room where that is full. Never drops.
 
@@ -385,6 +391,8 @@ class Client:
         Args:
             event: any event; its key says where it goes.
             headers: text for the handlers' `context.headers`.
+            deadline: seconds from this call after which it is too late: an event whose handlers have not begun by then, also
+                for a retry, becomes a dead letter with the reason `expired`. Default: never.
             ordinal: for load generators: the number of this event among this client's events of its key, from 1.
             intended_ns: for load generators: the `time.monotonic_ns()` at which it should have been published; the shard
                 measures the latency from there.
@@ -414,6 +422,7 @@ class Client:
         size = len(body)
         if headers is not None:
             size += _SMALL_BYTES + _check_headers(headers, self._limits)  # what has headers is always counted
+        deadline_ns = 0 if deadline is None else self._now() + _checked_ns(deadline)
         if ordinal or intended_ns:
             _check_stamp(ordinal)
             _check_stamp(intended_ns)
@@ -428,8 +437,9 @@ class Client:
         batch.add(route.name, key, body)
         if ordinal or intended_ns:
             batch.stamp(ordinal, intended_ns)
-        if headers:
-            batch.extras.append(Extra(len(batch) - 1, headers.copy(), 0, False))
+        if headers or deadline_ns:
+            left_ns = max(1, deadline_ns - self._now()) if deadline_ns else 0
+            batch.extras.append(Extra(len(batch) - 1, {} if headers is None else headers.copy(), 0, False, left_ns))
         self._published += 1
         if len(batch) >= self._limits.batch_events_max:
             self._seal(outbox)
@@ -910,7 +920,7 @@ class Client:
         batch = outbox.batch
         commands = tuple(outbox.open_commands)
         # First: were it to fail, nothing would be lost without a word.
-        outbox.session.offer(batch.seal(), len(batch), commands, self._now() if commands else 0)
+        outbox.session.offer(batch.seal(), len(batch), commands, self._now() if batch.extras else 0)
         outbox.batch = Batch()
         outbox.big_bytes = 0
         outbox.open_commands = []
@@ -1215,6 +1225,12 @@ def _check_headers(headers: dict[str, str], limits: Limits) -> int:
 
 def _picked(stamps: Sequence[int] | None, places: Sequence[int] | None) -> Sequence[int] | None:
     return stamps if stamps is None or places is None else [stamps[at] for at in places]
+
+
+def _checked_ns(deadline_s: float) -> int:
+    if not isinstance(deadline_s, int | float) or not 0 < deadline_s <= _TIMEOUT_S_MAX:
+        raise UsageError(f"deadline={deadline_s!r}: give seconds above 0, up to {_TIMEOUT_S_MAX:,}")
+    return int(deadline_s * _NS)
 
 
 def _check_stamp(stamp: int) -> None:

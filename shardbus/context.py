@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 from uuid import UUID
@@ -15,7 +15,7 @@ _NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 class Context:
     """Facts about one delivery. Built only for handlers that ask for it."""
 
-    __slots__ = ("_key", "_publisher", "_seq", "attempt", "headers", "shard")
+    __slots__ = ("_key", "_left_s", "_publisher", "_seq", "attempt", "headers", "shard")
 
     def __init__(
         self,
@@ -25,6 +25,7 @@ class Context:
         attempt: int,
         shard: int,
         headers: Mapping[str, str] | None = None,
+        left_s: Callable[[], float] | None = None,
     ) -> None:
         self._key = key
         self._publisher = publisher
@@ -35,6 +36,7 @@ class Context:
         """The number of the shard that handles the message."""
         self.headers: Mapping[str, str] = _NO_HEADERS if headers is None else headers
         """What the publisher sent beside the message."""
+        self._left_s = left_s
 
     @property
     def key(self) -> str | int | bytes | UUID | None:
@@ -52,10 +54,16 @@ class Context:
         """The message's identity, the same for every delivery of it: its publisher, shard and sequence."""
         return message_id(self._publisher, self.shard, self._seq)
 
+    @property
+    def remaining_s(self) -> float | None:
+        """How many seconds are left, now: of a command until its caller waits no more, of an event until the deadline that
+        it was published with; 0 where that is over, None where there is none."""
+        return None if self._left_s is None else max(0.0, self._left_s())
+
     def with_headers(self, headers: Mapping[str, str]) -> Context:
         """The same facts with these headers added, or in the place of others; for a middleware to hand on."""
         added = {**self.headers, **headers}
-        return Context(self._key, self._publisher, self._seq, self.attempt, self.shard, added)
+        return Context(self._key, self._publisher, self._seq, self.attempt, self.shard, added, self._left_s)
 
     def __repr__(self) -> str:
         return f"Context({self.message_id}, key={self.key!r}, attempt={self.attempt})"

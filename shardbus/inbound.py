@@ -12,6 +12,8 @@ from itertools import chain, compress, islice, repeat
 from operator import length_hint
 from typing import Any, Final
 
+from msgspec import Struct
+
 from shardbus.messages import Message, WireKey
 from shardbus.metrics import Recorder
 from shardbus.quarantine import Identity
@@ -24,6 +26,13 @@ from shardbus.wire.session import WorkerSession
 _FEW: Final = 8  # rows that are noted one by one: a record of their own would cost more, and its folding, too
 UNKNOWN: Final = Plan(Message, ())  # stands for every type that has no handler here
 NOTHING: Final = Columns((), (), memoryview(b""), b"\x90", None, None, {})  # of a batch that is not open yet
+
+
+class Later(Struct, frozen=True):
+    """Some of a message's handlers are to run, again or at last, after `delay_s` seconds; `ran` says that some did now."""
+
+    delay_s: float
+    ran: bool
 
 
 class Delivery:
@@ -79,7 +88,7 @@ class Delivery:
         self.intended_ns = intended_ns
         self.attempt = attempt
         self.extra = extra
-        self.deadline_ns = deadline_ns  # of a command, by the worker's clock; 0: an event
+        self.deadline_ns = deadline_ns  # it is too late then, by the worker's clock; 0: never
         self.position = position  # its row in the store; 0: none
         self.message = message  # decoded already; None: not yet, or it does not decode
         self.due_ns = 0  # not before, by the worker's clock
@@ -131,6 +140,7 @@ class Inbound:
         "rows",
         "session",
         "timed",
+        "together",
         "wanted",
     )
 
@@ -146,7 +156,7 @@ class Inbound:
         self.first = frame.first
         self.end = frame.first + frame.count
         self.attempt = frame.attempt
-        self.asked_ns = asked_ns  # when its commands were sent, by this worker's clock
+        self.asked_ns = asked_ns  # when what has a deadline was sent, by this worker's clock
         self.columns = NOTHING
         self.recorder: Recorder | None = None
         self._of_shard = recorder
@@ -157,6 +167,7 @@ class Inbound:
         self.wanted: bytearray | None = None  # where some are skipped: 1 for each row that is not
         self.careful = False
         self.timed = False
+        self.together: Plan | None = None  # whose batch handler may be called with stretches of it
         # Where timed: when each row ended that was handled and is not noted yet, and when the first of them began.
         self.ended_ns: list[int] = []
         self.began_ns = 0
@@ -189,6 +200,8 @@ class Inbound:
             plan = self._plans = plans.get(names, UNKNOWN)
             handlers = repeat(plan.simple)
             messages = None if careful else _all_decoded(plan.decode_all, columns.bodies)
+            if plan.together and messages is not None and not (columns.extras or self.timed or self._skip):
+                self.together = plan
         else:
             several = self._plans = [plans.get(name, UNKNOWN) for name in names]
             handlers = [plan.simple for plan in several]
@@ -203,8 +216,8 @@ class Inbound:
             if columns.extras:
                 handlers = list(islice(handlers, len(messages)))
                 for at, extra in columns.extras.items():
-                    if extra.timeout_ns:
-                        handlers[at] = None  # a command, whatever its name is here
+                    if extra.timeout_ns or extra.left_ns:
+                        handlers[at] = None  # a command, whatever its name is here, or an event that may be too late
         self.rows = zip(self._items, handlers, columns.keys, strict=False)  # the first is the one that ends
         if skip := self._skip:
             wanted = bytearray(b"\x01") * (self.end - self.first)
@@ -290,11 +303,22 @@ class Inbound:
         """The plan of a row."""
         return self._plans if isinstance(self._plans, Plan) else self._plans[at]
 
+    def leave(self, first: int, end: int) -> int:
+        """As `finish_before` the first of these rows, and leave them to whoever takes them out of the batch."""
+        done = self.finish_before(first)
+        self._run_start = self._noted = end
+        return done
+
     def delivery(self) -> Delivery:
         """The present row, apart."""
+        return self.delivery_of(self.next_seq - 1)
+
+    def delivery_of(self, seq: int) -> Delivery:
+        """The row of a sequence, apart."""
         columns = self.columns
-        at = self.next_seq - 1 - self.first
+        at = seq - self.first
         extra = columns.extras.get(at) if columns.extras else None
+        left_ns = 0 if extra is None else extra.timeout_ns or extra.left_ns
         delivery = Delivery(
             self.session,
             self.session.publisher,
@@ -307,7 +331,7 @@ class Inbound:
             stamp_at(columns.intended_ns, at),
             self.attempt,
             extra,
-            self.asked_ns + extra.timeout_ns if extra is not None and extra.timeout_ns else 0,
+            self.asked_ns + left_ns if left_ns else 0,
             message=None if self._messages is None else self._messages[at],
         )
         delivery.began_ns = self.began_ns  # the rows before it are noted: it began when they had ended

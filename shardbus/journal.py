@@ -5,7 +5,7 @@ worker writes down what it is about to run, and its successor reads what a dead 
 
     the stretch that the leader runs synchronously now: publisher, first sequence, the one behind the last, since when
     when the worker lived for certain
-    the messages whose handlers are suspended: publisher, sequence, since when
+    the messages whose handlers are suspended, and a batch that is not one stretch: publisher, sequence, how many, since when
     the suspects: what earlier deaths say against a message (`quarantine`), over all incarnations
 
 The lanes write the bounds of a stretch themselves, once a stride, so that it costs a few nanoseconds a message. Of several
@@ -24,14 +24,15 @@ END: Final = 3
 _BEGAN: Final = 4
 ALIVE: Final = 5  # when the worker lived for certain: its leader writes it once a stride, its watchdog all the time
 
-_MAGIC: Final = 0x534841524A4E4C31  # "SHARJNL1"
+_MAGIC: Final = 0x534841524A4E4C32  # "SHARJNL2"
 _HEADER: Final = 16  # words: magic, rows, rows, then the counters, then the stretch
 _UNWRITTEN: Final = 3  # suspended handlers that found no room
 _SUSPECTED: Final = 4
 _CONVICTED: Final = 5
 _DEATHS: Final = 6
 _RUNNING_AT: Final = 8
-_SUSPENDED_ROW: Final = 4  # words: publisher, since when, sequence + 1 (0: free)
+_SUSPENDED_ROW: Final = 5  # words: publisher, since when, how many, sequence + 1 (0: free)
+_SEQ_AT: Final = 4
 _SUSPECT_ROW: Final = 10  # words: publisher, sequence, alone, free, verdict, deaths (0: the row is vacant)
 _VERDICT_AT: Final = 5
 _VERDICT_CHARS: Final = 32
@@ -92,8 +93,9 @@ class Journal:
         """The leader runs nothing any more."""
         self.running[END] = 0
 
-    def suspend(self, publisher: bytes, seq: int, now_ns: int) -> int:
-        """The handler of this message is suspended; returns its row for `resume`, or -1 where there is none."""
+    def suspend(self, publisher: bytes, seq: int, now_ns: int, count: int = 1) -> int:
+        """The handler of this message is suspended, or that of `count` from this on; returns the row for `resume`, or -1
+        where there is none."""
         if not self._free:
             self._words[_UNWRITTEN] += 1
             return -1
@@ -102,12 +104,13 @@ class Journal:
         suspended = self._suspended
         suspended[at], suspended[at + 1] = self._pack(publisher)
         suspended[at + 2] = now_ns
-        suspended[at + 3] = seq + 1
+        suspended[at + 3] = count
+        suspended[at + _SEQ_AT] = seq + 1
         return row
 
     def resume(self, row: int) -> None:
         """Its handlers have ended."""
-        self._suspended[row * _SUSPENDED_ROW + 3] = 0
+        self._suspended[row * _SUSPENDED_ROW + _SEQ_AT] = 0
         self._free.append(row)
 
     def _pack(self, publisher: bytes) -> tuple[int, int]:
@@ -125,9 +128,9 @@ class Journal:
         running = UnderWay(_publisher(low, high), first, end, began_ns) if first < end <= first + _STRETCH_MAX else None
         rows = self._suspended.tolist()
         suspended = [
-            UnderWay(_publisher(rows[at], rows[at + 1]), rows[at + 3] - 1, rows[at + 3], rows[at + 2])
+            UnderWay(_publisher(rows[at], rows[at + 1]), seq, seq + min(rows[at + 3], _STRETCH_MAX), rows[at + 2])
             for at in range(0, len(rows), _SUSPENDED_ROW)
-            if rows[at + 3]
+            if (seq := rows[at + _SEQ_AT] - 1) >= 0
         ]
         suspended.sort(key=lambda one: (one.began_ns, one.first))
         return Scene(
@@ -167,7 +170,7 @@ class Journal:
         # Last: a kill before this line has the same death judged once more, as somebody else's.
         self.rest()
         self.running[ALIVE] = 0
-        for at in range(3, len(self._suspended), _SUSPENDED_ROW):
+        for at in range(_SEQ_AT, len(self._suspended), _SUSPENDED_ROW):
             if self._suspended[at]:
                 self._suspended[at] = 0
 

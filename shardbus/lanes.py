@@ -39,12 +39,25 @@ import msgspec
 import xxhash
 from msgspec.structs import replace
 
+from shardbus import batch_handlers
+from shardbus.batch_handlers import (
+    Batch,
+    Fault,
+    HeldBack,
+    Outcome,
+    Together,
+    call_together,
+    run_batch,
+    settled,
+    slot_of,
+)
+from shardbus.batching import Gatherings
 from shardbus.breaker import Admitted, Blocked, Circuit
 from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.context import Context
 from shardbus.errors import RemoteProtocolError
-from shardbus.inbound import UNKNOWN, Delivery, Inbound, Inbox
+from shardbus.inbound import UNKNOWN, Delivery, Inbound, Inbox, Later
 from shardbus.journal import ALIVE, END, FIRST, Journal
 from shardbus.messages import WireKey
 from shardbus.pipeline import OUR_FILES
@@ -64,17 +77,12 @@ _STRIDE_MAX: Final = 32  # messages between two looks at the clock, which cost 6
 _ERROR_CHARS_MAX: Final = 2000
 _TRACEBACK_CHARS_MAX: Final = 32_000
 _PLACES_MAX: Final = 1024
-_OUR_FILES: Final = (__file__, asyncio.timeouts.__file__, *OUR_FILES)  # between a worker's loop and a handler
+# What stands between a worker's loop and a handler.
+_OUR_FILES: Final = (__file__, batch_handlers.__file__, asyncio.timeouts.__file__, *OUR_FILES)
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
 
 CRASHED: Final = "crashed"  # the reason of a dead letter whose handling ends its worker
-
-
-class Later(msgspec.Struct, frozen=True):
-    """Some of a message's handlers are to run, again or at last, after `delay_s` seconds; `ran` says that some did now."""
-
-    delay_s: float
-    ran: bool
+_NS: Final = 1_000_000_000
 
 
 class _Stored:
@@ -137,11 +145,13 @@ class _Lane:
     A message without a key that has to wait has a lane of its own, which no other message joins.
     """
 
-    __slots__ = ("key", "parked", "parking", "queue", "running", "stored", "timer")
+    __slots__ = ("batch", "key", "more", "parked", "parking", "queue", "running", "stored", "timer")
 
     def __init__(self, key: WireKey, running: Delivery | None) -> None:
         self.key = key
         self.running = running
+        self.batch: Batch | None = None  # in which that one is, and `more` behind it
+        self.more: list[Delivery] | None = None
         self.queue: deque[Delivery | _Stored] = deque()
         self.stored = False
         self.parked = False
@@ -199,7 +209,9 @@ class Lanes:
         self._tasks: set[asyncio.Task[None]] = set()
         self._stride = 1
         # What the leader runs outside the fast path, for whoever overtakes it.
-        self._running: Delivery | None = None
+        self._running: Delivery | Batch | Together | None = None
+        self._gatherings: Gatherings[Batch] = Gatherings()
+        self._lingers = True
         self._keyless: dict[object | None, Delivery] = {}  # of overtaken leaders whose message has no lane
         self._loose: set[_Lane] = set()  # lanes of messages without a key that wait
         self._places: dict[tuple[Any, ...], tuple[str, str, list[CodeType]]] = {}
@@ -284,7 +296,7 @@ class Lanes:
 
     def idle(self) -> bool:
         """Whether nothing runs, and nothing is queued but what the store has and will give back in its time."""
-        if self._tasks or self._inbox or self._cursor or self._ready:
+        if self._tasks or self._inbox or self._cursor or self._ready or self._gatherings:
             return False
         return all(lane.asleep for lane in (*self._busy.values(), *self._loose))
 
@@ -312,6 +324,10 @@ class Lanes:
     def current(self) -> str:
         """What the leader runs now, for people; may be asked from another thread."""
         running, cursor = self._running, self._cursor
+        if isinstance(running, Batch):
+            return f"{_handlers_of(running.plan)} (a batch of {len(running.members)})"
+        if isinstance(running, Together):
+            return f"{_handlers_of(running.plan)} (a batch of {running.end - running.first})"
         if running is not None:
             return f"{_handlers_of(running.plan)} (key {running.key!r})"
         if cursor is not None:
@@ -324,6 +340,8 @@ class Lanes:
         self._closing = True
         self._inbox.clear()
         self._ready.clear()
+        self.hurry()
+        self._gatherings.clear()
         self._cursor = None
         for lane in (*self._busy.values(), *self._loose):
             if lane.timer is not None:
@@ -360,7 +378,7 @@ class Lanes:
         """Whether there is something to run that may begin now."""
         if self._hush is not None:
             return self._solo is not None and not self._tasks
-        return bool(self._cursor or self._inbox or self._ready)
+        return bool(self._cursor or self._inbox or self._ready or self._gatherings.departing)
 
     def _arm(self) -> None:
         if not self._armed and not self._closing:
@@ -388,6 +406,11 @@ class Lanes:
             if running.key is None:
                 self._keyless[token] = running
         self._running = None
+        if isinstance(running, Together):
+            running = self._take_apart(running)
+        if isinstance(running, Batch):
+            self._suspend_batch(running, token)
+            return
         running.journalled = self._journal.suspend(running.publisher, running.seq, self._now())
         self._journal.rest()
         if running.key is not None:
@@ -400,18 +423,24 @@ class Lanes:
     async def _lead(self, token: object, context: contextvars.Context) -> None:
         """Run messages until there are none, a slice is used up, or this task is overtaken inside a handler."""
         end_ns = self._now() + _SLICE_NS
-        ready = self._ready
+        ready, departing = self._ready, self._gatherings.departing
+        overdue = len(departing)  # batches of an earlier turn: first
         if self._solo is not None:
             await self._run_solo(token)
             if _differ(context, self._clean):
                 end_ns = 0
         while self._leader is token and not self._closing and self._hush is None and end_ns:
-            if ready:
+            if departing and (overdue > 0 or not (ready or self._inbox or self._cursor is not None)):
+                overdue -= 1
+                await self._run_gathered(next(iter(departing)), token)
+            elif ready:
                 lane = ready.popleft()
                 await self._run_head(lane, token)
             elif self._cursor is not None or self._inbox:
                 cursor = self._next_batch()
-                if cursor is not None:
+                if cursor is not None and cursor.together is not None and self._may_go_together(cursor):
+                    await self._run_together(cursor, token)
+                elif cursor is not None:
                     await self._run_batch(cursor, token, context, min(end_ns, self._share_ends_ns))
             else:
                 break
@@ -588,6 +617,9 @@ class Lanes:
 
     async def _deliver(self, delivery: Delivery, token: object) -> None:
         """Run one message's handlers and settle it; afterwards the caller may have been overtaken."""
+        if delivery.plan.batching is not None and delivery.is_event:
+            await self._gather(delivery, token)
+            return
         self._running = delivery
         if delivery.is_event:
             outcome = await self._event(delivery)
@@ -597,6 +629,264 @@ class Lanes:
         if self._leader is token:
             self._running = None
         self._settle(delivery, outcome)
+
+    # -- batches
+
+    async def _gather(self, delivery: Delivery, token: object) -> None:
+        """The turn of an event of a batch handler has come: it joins others, and what is full begins."""
+        lane = None if delivery.key is None else self._busy.get(delivery.key)
+        if lane is None and delivery.key is not None:
+            lane = self._busy[delivery.key] = _Lane(delivery.key, None)
+        batch = None if self._is_alone(delivery) else self._gatherings.find(slot_of(delivery.plan, delivery))
+        if batch is not None:
+            batch.members.append(delivery)
+        else:
+            batch = Batch(delivery.plan, delivery)
+            if not self._is_alone(delivery):
+                self._open_batch(batch)
+        if lane is not None:
+            lane.running, lane.batch = delivery, batch
+            while lane.queue and isinstance(head := lane.queue[0], Delivery) and self._joins(lane, head):
+                self.queued -= 1
+                lane.queue.popleft()
+        self._gatherings.joined(batch)
+        if not batch.is_open:
+            running = self._journal.running
+            first, end = running[FIRST], running[END]
+            await self._run_gathered(batch, token)
+            if self._leader is token:
+                self._journal.lead(delivery.publisher, first, end)  # of the batch from which this event came
+
+    def _may_go_together(self, cursor: Inbound) -> bool:
+        """Whether the next rows of a batch are a batch for their handler: enough of them, or nothing is there to join them,
+        and none has to wait for its key."""
+        plan = cursor.together
+        assert plan is not None
+        assert plan.batching is not None
+        first = cursor.next_seq
+        end = min(first + plan.batching.events_max, cursor.end)
+        if first == end or self._quarantine.suspects:
+            return False
+        if end - first < plan.batching.events_max and (self._inbox or self._ready or self._gatherings):
+            return False
+        return self._busy.keys().isdisjoint(cursor.columns.keys[first - cursor.first : end - cursor.first])
+
+    async def _run_together(self, cursor: Inbound, token: object) -> None:
+        """Call the handler with the next rows of a batch; afterwards the caller may have been overtaken."""
+        plan = cursor.together
+        assert plan is not None
+        assert plan.batching is not None
+        handler, publisher = plan.handlers[0], cursor.session.publisher
+        first = cursor.next_seq
+        events = [message for message, _, _ in islice(cursor.rows, plan.batching.events_max)]
+        end, count = cursor.next_seq, len(events)
+        contexts: list[Context] = []
+        if handler.wants_context:
+            keys = cursor.columns.keys[first - cursor.first : end - cursor.first]
+            shard, attempt = self._host.shard, cursor.attempt
+            contexts = [Context(key, publisher, first + at, attempt, shard) for at, key in enumerate(keys)]
+        now_ns = self._journal.running[ALIVE] = self._now()
+        self._journal.lead(publisher, first, end, now_ns)
+        stretch = self._running = Together(plan, cursor, first, end)
+        found: list[Failure | HeldBack | Fault | None] = [None] * count
+        whole = await call_together(handler, None, events, contexts, range(count), found, self)
+        if self._leader is token:
+            self._running = None
+            if whole is None and not any(found):
+                self._host.handled(cursor.finish_before(end))
+                self._host.touched(cursor.session)
+            if end == cursor.end:
+                self._cursor = None
+            if whole is None and not any(found):
+                return
+        else:
+            self._keyless.pop(token, None)
+        batch = stretch.apart or self._take_apart(stretch)
+        for row in batch.rows:
+            self._journal.resume(row)
+        self._settle_all(batch, list(settled(batch, handler, None, found, set(range(count)), whole, self)))
+
+    def _take_apart(self, stretch: Together) -> Batch:
+        """Its events need a life of their own: the handler is suspended, or has failed with some."""
+        cursor = stretch.cursor
+        self._host.handled(cursor.leave(stretch.first, stretch.end))
+        self._host.touched(cursor.session)
+        members = [cursor.delivery_of(seq) for seq in range(stretch.first, stretch.end)]
+        batch = stretch.apart = Batch(stretch.plan, members[0])
+        batch.members = members
+        busy = self._busy
+        for member in members:
+            if member.key is not None:
+                lane = busy.get(member.key)
+                if lane is None:
+                    lane = busy[member.key] = _Lane(member.key, member)
+                    lane.batch = batch
+                elif lane.more is None:
+                    lane.more = [member]
+                else:
+                    lane.more.append(member)
+        return batch
+
+    def _is_alone(self, delivery: Delivery) -> bool:
+        """Whether an event is handled by itself: a suspect, and one that has failed, or was there when all had."""
+        return delivery.todo is not None or delivery.identity in self._quarantine.suspects
+
+    def _open_batch(self, batch: Batch) -> None:
+        self._gatherings.open(batch)
+        if batch.policy.linger_s and self._lingers:
+            loop = asyncio.get_running_loop()
+            batch.timer = loop.call_later(batch.policy.linger_s, self._lingered, batch, context=self._clean)
+        else:
+            self._gatherings.due(batch)
+
+    def _lingered(self, batch: Batch) -> None:
+        self._gatherings.due(batch)
+        self._arm()
+
+    def hurry(self) -> None:
+        """Let no batch linger from now on."""
+        self._lingers = False
+        for batch in self._gatherings.lingering():
+            if batch.timer is not None:
+                batch.timer.cancel()
+            self._lingered(batch)
+
+    def _joins(self, lane: _Lane, delivery: Delivery) -> bool:
+        """Whether an event joins the batch in which those before it in its lane are; then it did."""
+        batch = lane.batch
+        if (
+            batch is None
+            or not batch.is_open
+            or batch.is_full
+            or delivery.plan is not batch.plan
+            or not delivery.is_event
+            or self._is_alone(delivery)
+        ):
+            return False
+        batch.members.append(delivery)
+        if lane.more is None:
+            lane.more = []
+        lane.more.append(delivery)
+        return True
+
+    async def _run_gathered(self, batch: Batch, token: object) -> None:
+        """Call the handler with a batch and settle its events; afterwards the caller may have been overtaken."""
+        self._gatherings.depart(batch)
+        if batch.timer is not None:
+            batch.timer.cancel()
+        now_ns = self._journal.running[ALIVE] = self._now()
+        stretches = list(batch.stretches())
+        self._journal.rest()
+        if len(stretches) == 1:
+            self._journal.lead(*stretches[0], now_ns)
+        else:
+            self._write_down(batch, now_ns)
+        for member in batch.members:
+            member.began_ns = now_ns
+        self._running = batch
+        outcomes = await run_batch(batch, self)
+        if self._leader is token:
+            self._running = None
+            self._journal.rest()
+        else:
+            self._keyless.pop(token, None)
+        for row in batch.rows:
+            self._journal.resume(row)
+        self._settle_all(batch, outcomes)
+
+    def _write_down(self, batch: Batch, now_ns: int) -> None:
+        for publisher, first, end in batch.stretches():
+            row = self._journal.suspend(publisher, first, now_ns, end - first)
+            if row >= 0:
+                batch.rows.append(row)
+
+    def _suspend_batch(self, batch: Batch, token: object) -> None:
+        """The leader is suspended in a batch handler; its keys are busy already."""
+        if batch.members[0].key is None:
+            self._keyless[token] = batch.members[0]
+        if not batch.rows:
+            self._write_down(batch, self._now())
+        self._journal.rest()
+
+    def _settle_all(self, batch: Batch, outcomes: list[Outcome]) -> None:
+        """Settle the events of a batch, each key's in order; what is held back goes to the head of its lane first."""
+        last: dict[WireKey, int] = {}
+        held: dict[WireKey, list[Delivery]] = {}
+        for at, (member, outcome) in enumerate(zip(batch.members, outcomes, strict=True)):
+            if isinstance(outcome, HeldBack):
+                held.setdefault(member.key, []).append(member)
+                member.attempt += outcome.ran
+                member.message = None  # a handler may have changed what is in it
+                if outcome.apart:
+                    member.todo = {batch.plan.handlers[0].name: 0} if member.todo is None else member.todo
+                if member.position:
+                    self._host.amend(member)
+            else:
+                last[member.key] = at
+        for key in last:
+            if key is not None:
+                lane = self._busy[key]
+                lane.batch = lane.more = None
+                behind = held.get(key, [])
+                lane.queue.extendleft(reversed(behind))
+                self.queued += len(behind)
+        for at, (member, outcome) in enumerate(zip(batch.members, outcomes, strict=True)):
+            if isinstance(outcome, HeldBack):
+                continue
+            if isinstance(outcome, Later) or member.key is None or last[member.key] == at:
+                self._settle(member, outcome)
+            else:
+                self._conclude(member, outcome, parks=False)
+
+    # What `run_batch` asks.
+
+    def now_ns(self) -> int:
+        """The worker's clock."""
+        return self._now()
+
+    def unfit(self, delivery: Delivery) -> Failure | None:
+        """Why no handler can be called with it; None: its message is decoded."""
+        if self._is_late(delivery):
+            return _expired(delivery)
+        if delivery.message is None:
+            try:
+                delivery.message = delivery.plan.decode(delivery.body)
+            except BaseException as error:  # whatever a message's own checks raise
+                return self._undecodable(error)
+        return None
+
+    def context_of(self, delivery: Delivery) -> Context:
+        """What a handler may know of it."""
+        return self._context_of(delivery)
+
+    async def call(self, handler: Registered, message: Any, context: Any) -> Any:
+        """Call a handler."""
+        return await self._call(handler, message, context)
+
+    def reason_of(self, error: BaseException) -> str | None:
+        """Why a dead letter is one that is dead of this; None: the worker ends, and it is no failure."""
+        if self._is_ours(error):
+            return None
+        self._absorb(error)
+        return "timeout" if isinstance(error, _HandlerTimeout) else "failed"
+
+    def failed(self, delivery: Delivery, handler: Registered, error: BaseException, reason: str) -> Failure | Later:
+        """A batch handler has failed with this event."""
+        round_ = _Round(delivery)
+        round_.ran = True
+        self._handler_failed(round_, handler, error, reason)
+        outcome = self._outcome(delivery, round_)
+        assert outcome is not None  # it gave up, or is to be called again
+        return outcome
+
+    def blocked(self, delivery: Delivery, handler: Registered, circuit: Circuit, delay_s: float) -> Failure | Later:
+        """A batch handler's circuit is open; that is no reason to handle this event by itself later."""
+        todo, round_ = delivery.todo, _Round(delivery)
+        self._handler_blocked(round_, handler, circuit, delay_s)
+        outcome = self._outcome(delivery, round_)
+        delivery.todo = todo
+        assert outcome is not None
+        return outcome
 
     # -- suspects
 
@@ -690,6 +980,8 @@ class Lanes:
                 error_type="",
                 error=f"no handler of this application takes the event {delivery.name!r}",
             )
+        if self._is_late(delivery):
+            return _expired(delivery)
         message = delivery.message
         if message is None:
             try:
@@ -796,7 +1088,7 @@ class Lanes:
 
     async def _command(self, delivery: Delivery) -> None:
         plan = delivery.plan
-        if delivery.deadline_ns and self._now() >= delivery.deadline_ns:
+        if self._is_late(delivery):
             self._host.reply(delivery, REPLY_EXPIRED, b"")
             return
         if plan is UNKNOWN or not plan.is_command:
@@ -819,7 +1111,11 @@ class Lanes:
             return
         self._host.reply(delivery, REPLY_OK, body)
 
+    def _is_late(self, delivery: Delivery) -> bool:
+        return delivery.deadline_ns > 0 and self._now() >= delivery.deadline_ns
+
     def _context_of(self, delivery: Delivery) -> Context:
+        deadline_ns = delivery.deadline_ns
         return Context(
             delivery.key,
             delivery.publisher,
@@ -827,6 +1123,7 @@ class Lanes:
             delivery.attempt,
             self._host.shard,
             delivery.extra.headers if delivery.extra is not None and delivery.extra.headers else None,
+            (lambda: (deadline_ns - self._now()) / _NS) if deadline_ns else None,
         )
 
     # -- outcomes
@@ -851,6 +1148,17 @@ class Lanes:
             self._postpone(delivery, outcome)
             return
         parks = outcome is not None and delivery.key is not None and delivery.plan.parks(outcome.handlers)
+        self._conclude(delivery, outcome, parks=parks)
+        if parks:
+            self._park(delivery.key)
+            return
+        lane = None if delivery.key is None else self._busy.get(delivery.key)
+        if lane is not None:
+            lane.running = None
+            self._continue(lane)
+
+    def _conclude(self, delivery: Delivery, outcome: Failure | None, *, parks: bool) -> None:
+        """A message has reached its outcome."""
         self._host.handled(1)
         if (delivery.ordinal or delivery.intended_ns) and delivery.is_event:
             self._host.note(delivery, dead=outcome is not None)
@@ -862,13 +1170,6 @@ class Lanes:
             if delivery.session is not None:
                 delivery.session.finish(delivery.seq)
                 self._host.touched(delivery.session)
-        if parks:
-            self._park(delivery.key)
-            return
-        lane = None if delivery.key is None else self._busy.get(delivery.key)
-        if lane is not None:
-            lane.running = None
-            self._continue(lane)
 
     def _park(self, key: WireKey) -> None:
         """Let nothing of a lane run until what its event became is redriven or purged. Commands, which live in memory only,
@@ -912,6 +1213,8 @@ class Lanes:
         delivery.attempt += later.ran
         delivery.message = None  # a handler may have changed what is in it
         delivery.due_ns = self._now() + int(later.delay_s * 1e9)
+        if delivery.deadline_ns:
+            delivery.due_ns = min(delivery.due_ns, delivery.deadline_ns)  # then it is known to be too late
         lane = None if delivery.key is None else self._busy.get(delivery.key)
         if lane is None:
             lane = _Lane(delivery.key, None)
@@ -1009,6 +1312,9 @@ class Lanes:
         if lane.parked and not delivery.is_event:
             self._refuse(delivery)
             return
+        if lane.batch is not None and not lane.queue and not lane.stored and self._joins(lane, delivery):
+            self._gatherings.joined(lane.batch)
+            return
         if lane.stored and delivery.is_event and not self._host.can_keep((delivery,)):
             # In memory only. Nothing behind it may be kept before it is, or a successor would run that first.
             lane.stored = False
@@ -1043,7 +1349,7 @@ class Lanes:
         """
         events = [
             delivery
-            for delivery in (lane.running, *lane.queue)
+            for delivery in (lane.running, *(lane.more or ()), *lane.queue)
             if isinstance(delivery, Delivery) and not delivery.position and delivery.is_event
         ]
         if lane.parking or not self._host.can_keep(events):
@@ -1144,6 +1450,17 @@ def _crashed(delivery: Delivery, verdict: str, deaths: int) -> Failure:
         reason=CRASHED,
         error_type="",
         error=f"its handling ended the worker with {verdict}; {deaths} workers have died while it was under way",
+    )
+
+
+def _expired(delivery: Delivery) -> Failure:
+    """The outcome of an event whose deadline is over; a redrive runs the handlers that it had left, or gave up."""
+    given_up = [name for one in delivery.gave_up for name in one.handlers]
+    return Failure(
+        handlers=tuple(dict.fromkeys([*given_up, *(delivery.todo or ())])),
+        reason="expired",
+        error_type="",
+        error="its deadline was over before its handlers could begin",
     )
 
 

@@ -60,12 +60,18 @@ class _ClientWithMiddleware(Client):
         self._middleware = middleware
 
     async def publish(
-        self, event: Event, *, headers: dict[str, str] | None = None, ordinal: int = 0, intended_ns: int = 0
+        self,
+        event: Event,
+        *,
+        headers: dict[str, str] | None = None,
+        deadline: float | None = None,
+        ordinal: int = 0,
+        intended_ns: int = 0,
     ) -> None:
         """See `Client.publish`. Raises also what a middleware raises; then nothing was published."""
         if isinstance(event, Event):  # what is none is refused by the client itself
             event, headers = self._pass(event, headers)
-        await super().publish(event, headers=headers, ordinal=ordinal, intended_ns=intended_ns)
+        await super().publish(event, headers=headers, deadline=deadline, ordinal=ordinal, intended_ns=intended_ns)
 
     async def publish_many(
         self,

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 import msgspec
 from msgspec.structs import replace
 
+from shardbus.batching import BatchBy, Batching, batching
 from shardbus.breaker import Breaker, Circuit
 from shardbus.errors import RegistrationError
 from shardbus.filters import Filter, Matches, as_filter
@@ -61,6 +62,8 @@ class Registered(msgspec.Struct, frozen=True, kw_only=True):
     """Which messages concern it; None: all."""
     priority: int = 0
     in_thread: bool = False
+    batching: Batching | None = None
+    """How its events are put together; None: it takes one at a time."""
 
 
 class Plan:
@@ -68,11 +71,14 @@ class Plan:
 
     `simple` is the handler itself where there is exactly one, for an event, `async def`, without context: the lanes await it
     directly, because that costs 62 ns and the general path three times as much. Otherwise it is None.
+    `batching` is that of the handler, which then is the only one; `together` says that nothing has to be known of each event
+    before it is called, so that a stretch of a publisher's batch may be handed over as it came.
     `circuits` has one for each handler that asked for a breaker; they are this worker's.
     """
 
     __slots__ = (
         "_parking",
+        "batching",
         "circuits",
         "decode",
         "decode_all",
@@ -82,6 +88,7 @@ class Plan:
         "message_type",
         "name",
         "simple",
+        "together",
     )
 
     def __init__(self, message_type: type[Message], handlers: tuple[Registered, ...]) -> None:
@@ -99,7 +106,13 @@ class Plan:
             only is not None
             and only.is_async
             and only.where is None
-            and not (only.wants_context or only.timeout_s or only.breaker)
+            and not (only.wants_context or only.timeout_s or only.breaker or only.batching)
+        )
+        self.batching = None if only is None else only.batching
+        self.together = (
+            only is not None
+            and only.batching is not None
+            and not (only.batching.by_key or only.batching.linger_s or only.where or only.breaker)
         )
         self.simple: Callable[[Any], Awaitable[None]] | None = only.call if only is not None and is_plain else None
 
@@ -139,6 +152,9 @@ class Registry:
         timeout_s: float | None = None,
         breaker: Breaker | None = None,
         on_dead_letter: OnDeadLetter = "continue",
+        batch: int | None = None,
+        batch_by: BatchBy = "type",
+        linger_s: float = 0.0,
     ) -> Callable[[HandlerT], HandlerT]:
         """Register an event handler: `@bus.on(OrderPlaced)`.
 
@@ -165,6 +181,14 @@ class Registry:
                 purged; commands to the key fail at once meanwhile. Of several handlers, those that gave up decide, and
                 one that parks is enough; an event that does not decode parks where any of its handlers would. Only for an
                 event with a key: without one there are no later events.
+            batch: call it with up to so many events at once, from 2 to 4,096: it takes `(events)` or `(events, contexts)`,
+                both lists, and is the only handler of its type. It gets what is there, of many keys, each key's in order.
+                It returns None, and all are handled; or a list with None or an exception for each event; or raises, and
+                all have failed. Of a key, what stands behind an event that is called again is called again behind it,
+                whatever was said of it. Where it raised, all are called again one by one. `retry`, `breaker` and
+                `timeout_s` count calls; for a breaker one has failed where it raised or handled nothing.
+            batch_by: `"key"`: all events of a batch have the same key.
+            linger_s: wait so long for a batch to fill, from its first event on. Default: never wait.
 
         Raises:
             RegistrationError: not an event type, a key that cannot be one, a name that another type has, a signature
@@ -183,6 +207,14 @@ class Registry:
                 )
         _check_policy("retry", retry, Retry, "attempts", 3)
         _check_policy("breaker", breaker, Breaker, "failures", 5)
+        together = batching(batch, batch_by, linger_s)
+        if together is not None:
+            for kind in kinds:
+                if together.by_key and kind.__shardbus_key__ is None:
+                    raise RegistrationError(f"{kind.__name__} has no key for batch_by='key'; declare one with key=…")
+                for one in self._layers:
+                    if one.is_for(kind):
+                        raise _no_middleware(kind, one)
         if type(priority) is not int:
             raise RegistrationError(f"priority={priority!r}: write a whole number; the higher runs first")
         matches = None if where is None else as_filter(where)
@@ -199,6 +231,7 @@ class Registry:
                 where=None if matches is None else matches.matches,
                 priority=priority,
                 in_thread=in_thread,
+                batching=together,
             ),
         )
 
@@ -240,9 +273,13 @@ class Registry:
             on: message types, and subclasses, that it is for. Default: all.
 
         Raises:
-            RegistrationError: it cannot be called so, is used already, or `on` names what is no message type.
+            RegistrationError: it cannot be called so, is used already, or `on` names what is no message type; or it is for a
+                type with a batch handler, of which there is no call for a single message.
         """
         made = layer(middleware, on)
+        for kind, handlers in self._handlers.items():
+            if made.is_for(kind) and any(one.batching is not None for one in handlers):
+                raise _no_middleware(kind, made)
         if any(known.middleware is middleware for known in self._layers):
             raise RegistrationError(f"{shown(middleware)} is used already; name all its types at once: on=(A, B)")
         self._layers.append(made)
@@ -328,7 +365,12 @@ class Registry:
             raise RegistrationError(
                 f"{message_type.__name__} has a handler already ({handlers[0].name}); a command has exactly one"
             )
-        call = _inspect(function, message_type)
+        if handlers and (options.batching is not None or handlers[0].batching is not None):
+            raise RegistrationError(
+                f"{message_type.__name__} has the handler {handlers[0].name}; a batch handler is the only one of its type, "
+                "because what one of several has failed with is retried while the others are not"
+            )
+        call = _inspect(function, message_type, takes_batch=options.batching is not None)
         timeout_s = options.timeout_s
         if options.in_thread and (call.is_async or timeout_s is not None):
             why = "an `async def` needs none" if call.is_async else "it cannot be cancelled there; drop timeout_s"
@@ -350,6 +392,7 @@ class Registry:
             where=options.where,
             priority=options.priority,
             in_thread=options.in_thread,
+            batching=options.batching,
         )
 
 
@@ -363,6 +406,7 @@ class _Options(msgspec.Struct, frozen=True, kw_only=True):
     where: Matches | None = None
     priority: int = 0
     in_thread: bool = False
+    batching: Batching | None = None
 
 
 class _Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -379,7 +423,7 @@ def _unique(name: str, taken: set[str]) -> str:
     return candidate
 
 
-def _inspect(function: Handler, message_type: type[Message]) -> _Call:
+def _inspect(function: Handler, message_type: type[Message], *, takes_batch: bool) -> _Call:
     told = shown(function)
     if not callable(function):
         raise RegistrationError(f"{told} is not callable; a handler is a function of (message) or (message, context)")
@@ -391,11 +435,21 @@ def _inspect(function: Handler, message_type: type[Message]) -> _Call:
         found = ", ".join(parameter.name for parameter in parameters_of(function))
         raise RegistrationError(f"a handler takes (message) or (message, context), and {name} takes ({found})")
     wanted = _annotated_message(function, message_type)
+    if takes_batch and (wanted is not None or parameters_of(function)[0].annotation == message_type.__name__):
+        one = message_type.__name__ if wanted is None else wanted.__name__
+        raise RegistrationError(f"{name} takes one {one}; a batch handler takes list[{one}]")
     if wanted is not None and not issubclass(message_type, wanted):
         raise RegistrationError(
             f"{name} takes {wanted.__name__}, but is registered for {message_type.__name__}; change one of the two"
         )
     return _Call(name=name, is_async=is_coroutine_function(function), wants_context=wants_context(function))
+
+
+def _no_middleware(kind: type[Message], one: Layer) -> RegistrationError:
+    return RegistrationError(
+        f"{kind.__name__} has a batch handler, and the middleware {shown(one.middleware)} is called for one message at a "
+        "time; name the types that it is for, without this one: bus.use(…, on=(Type, …))"
+    )
 
 
 def _annotated_message(function: Handler, message_type: type[Message]) -> type[Message] | None:

@@ -179,6 +179,7 @@ class Shard:
     async def drain(self, deadline_s: float) -> list[str]:
         """Take nothing new, and wait until everything accepted is finished; return what was not, in words."""
         self._draining = True
+        self.lanes.hurry()
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
         while not (self.lanes.idle() and self._writer.idle()) and loop.time() < end:  # noqa: ASYNC110 - once in a life
@@ -626,17 +627,18 @@ class Shard:
         self._writer.add_changed(self._waiting_event(delivery))
 
     def _waiting_event(self, delivery: Delivery) -> WaitingEvent:
-        due_ns = delivery.due_ns
+        due_ns, deadline_ns = delivery.due_ns, delivery.deadline_ns
         return WaitingEvent(
             position=delivery.position,
             envelope=_envelope(delivery),
             todo=delivery.todo or {},
             gave_up=delivery.gave_up,
             due_ns=due_ns - self._now() + self._wall() if due_ns else 0,  # a successor has its own clock
+            deadline_ns=deadline_ns - self._now() + self._wall() if deadline_ns else 0,
         )
 
-    def _by_our_clock(self, wall_due_ns: int) -> int:
-        return wall_due_ns - self._wall() + self._now() if wall_due_ns else 0
+    def _by_our_clock(self, at_ns: int) -> int:
+        return at_ns - self._wall() + self._now() if at_ns else 0
 
     def _kept(self, delivery: Delivery) -> Callable[[], None]:
         def committed() -> None:
@@ -674,7 +676,7 @@ class Shard:
             envelope.intended_ns,
             envelope.attempt + inherited,
             None,
-            0,
+            self._by_our_clock(row.deadline_ns),
             row.position,
         )
         if envelope.headers:

@@ -124,7 +124,7 @@ _waiting: Final = Table(
     "waiting",
     _metadata,
     *_envelope_columns(),
-    Column("progress", LargeBinary),  # msgpack of `todo` and `gave_up`
+    Column("progress", LargeBinary),  # msgpack of a `_Progress`
     Column("due_ns", BigInteger, nullable=False),
     Column("position", _RowNumber, primary_key=True, autoincrement=False),
     Index("waiting_by_key", "key", "position"),
@@ -199,7 +199,18 @@ _select_lanes: Final = (
 
 _pack: Final = msgspec.msgpack.Encoder().encode
 _unpack_headers: Final = msgspec.msgpack.Decoder(dict[str, str]).decode
-_unpack_progress: Final = msgspec.msgpack.Decoder(tuple[dict[str, int], tuple[Failure, ...]]).decode
+
+
+class _Progress(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What is written of a waiting event only where there is something to say; what is added has a default."""
+
+    todo: dict[str, int] = {}
+    gave_up: tuple[Failure, ...] = ()
+    deadline_ns: int = 0
+
+
+_NO_PROGRESS: Final = _Progress()
+_unpack_progress: Final = msgspec.msgpack.Decoder(_Progress).decode
 
 _UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
 
@@ -769,7 +780,9 @@ def _waiting_row(event: WaitingEvent) -> tuple[Any, ...]:
 
 
 def _progress(event: WaitingEvent) -> bytes | None:
-    return _pack((event.todo, event.gave_up)) if event.todo or event.gave_up else None
+    if not (event.todo or event.gave_up or event.deadline_ns):
+        return None
+    return _pack(_Progress(event.todo, event.gave_up, event.deadline_ns))
 
 
 def _to_envelope(row: Sequence[Any]) -> Envelope:
@@ -807,9 +820,14 @@ def _to_dead(row: Sequence[Any]) -> DeadLetter:
 
 def _to_waiting(row: Sequence[Any]) -> WaitingEvent:
     progress, due_ns, position = row[_ENVELOPE_WIDTH:]
-    todo, gave_up = ({}, ()) if progress is None else _unpack_progress(progress)
+    found = _NO_PROGRESS if progress is None else _unpack_progress(progress)
     return WaitingEvent(
-        position=position, envelope=_to_envelope(row[:_ENVELOPE_WIDTH]), todo=todo, gave_up=gave_up, due_ns=due_ns
+        position=position,
+        envelope=_to_envelope(row[:_ENVELOPE_WIDTH]),
+        todo=found.todo,
+        gave_up=found.gave_up,
+        due_ns=due_ns,
+        deadline_ns=found.deadline_ns,
     )
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from shardbus.messages import WireKey
 
-DEAD_REASONS: Final = ("failed", "timeout", "circuit-open", "undecodable", "unknown-type", "crashed")
+DEAD_REASONS: Final = ("failed", "timeout", "circuit-open", "undecodable", "unknown-type", "crashed", "expired")
 """Why an event is dead: `Failure.reason` is one of these."""
 
 ROW_OVERHEAD_BYTES: Final = 512
@@ -101,7 +101,8 @@ class WaitingEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An event that the store holds until its lane comes to it, not before `due_ns` (0: at once; since 1970).
 
     `position` orders the events of a lane, and is given by the store's owner. `todo` names the handlers that are still to
-    run, and how often each has failed; none means all. `gave_up` is what others have given up with.
+    run, and how often each has failed; none means all. `gave_up` is what others have given up with. `deadline_ns` is when
+    it is too late for them (0: never; since 1970).
     """
 
     position: int
@@ -109,6 +110,7 @@ class WaitingEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     todo: dict[str, int] = {}
     gave_up: tuple[Failure, ...] = ()
     due_ns: int = 0
+    deadline_ns: int = 0
 
 
 class WaitingLane(msgspec.Struct, frozen=True, kw_only=True, gc=False):

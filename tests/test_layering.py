@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("clock",),
     ("addresses",),
     ("messages",),
-    ("routing", "restart", "retry", "breaker", "json_messages"),
+    ("routing", "restart", "retry", "breaker", "json_messages", "batching"),
     ("quarantine",),
     ("journal",),
     ("wire",),  # the package itself, which holds nothing
@@ -38,12 +38,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("signatures", "threads"),
     ("filters",),
     ("pipeline",),
-    ("registry", "middleware"),
+    ("registry", "middleware", "tracing"),
     ("store",),
     ("store_writer",),
     ("dead_letters", "reports"),
     ("metrics",),
     ("inbound",),
+    ("batch_handlers",),
     ("lanes",),
     # adapters: one effect each
     ("evidence", "sql_store", "zmq_transport", "processes", "rundir", "logs", "application", "event_loop", "watchdog"),

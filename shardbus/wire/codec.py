@@ -32,12 +32,14 @@ _BYTES_ONLY: Final = frozenset({bytes})
 
 
 class Extra(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What few messages carry: their place in the batch, headers, and for a command how long its caller still waits."""
+    """What few messages carry: their place in the batch, headers, and how long they have left: a command until its caller
+    waits no more, an event with a deadline until that."""
 
     at: int
     headers: Annotated[Headers, msgspec.Meta(max_length=DEFAULT_LIMITS.headers_max)]
     timeout_ns: int  # 0: an event
     idempotent: bool
+    left_ns: int = 0  # of an event; 0: it has no deadline
 
 
 _EXTRA_BYTES_MAX: Final = DEFAULT_LIMITS.batch_bytes_target
@@ -330,6 +332,9 @@ def _extras_in(packed: bytes, count: int) -> dict[int, Extra]:
     if len(packed) > _EXTRA_BYTES_MAX * 2:
         raise RemoteProtocolError("a batch with too many bytes of extras")
     extras = {extra.at: extra for extra in _decode_extras(packed)}
-    if any(not (0 <= at < count and 0 <= extra.timeout_ns < 2**63) for at, extra in extras.items()):
+    if any(
+        not (0 <= at < count and 0 <= extra.timeout_ns < 2**63 and 0 <= extra.left_ns < 2**63)
+        for at, extra in extras.items()
+    ):
         raise RemoteProtocolError("a batch with an extra that belongs to none of its messages")
     return extras

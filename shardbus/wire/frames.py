@@ -45,7 +45,7 @@ class Data(_Frame, frozen=True, tag=2):
     """`count` events from sequence `first` on, packed in `blob`; `skip` lists finished ranges in them (flat pairs).
 
     A stretch that is wholly finished travels with an empty blob, and may be longer than a batch. `attempt` is 1 for what
-    was never sent before, and one more for each worker that may have seen it. `waited_ns` is how long commands in it have
+    was never sent before, and one more for each worker that may have seen it. `waited_ns` is how long messages in it have
     waited in the outbox: their deadlines count from the call. `awaited`: somebody waits for it to be finished, so its acks
     are not to be delayed.
     """

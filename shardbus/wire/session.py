@@ -149,7 +149,7 @@ class PublisherSession:
     # -- what the caller does
 
     def offer(self, blob: bytes, count: int, commands: tuple[int, ...] = (), now_ns: int = 0) -> None:
-        """Take over a sealed batch of the next `count` sequences; where some are commands, say when."""
+        """Take over a sealed batch of the next `count` sequences; where some have no time without end, say when."""
         assert len(blob) <= self._limits.frame_bytes_max - _DATA_BYTES_MAX  # a larger frame would never arrive
         self._unsent.append(_Packed(self.next_seq, count, blob, commands, now_ns))
         self.next_seq += count
@@ -251,7 +251,7 @@ class PublisherSession:
             skip: tuple[int, ...] = ()
             if packed.unfinished != packed.count:
                 skip = self._finished_in(packed)
-            waited_ns = max(0, now_ns - packed.offered_ns) if packed.commands else 0
+            waited_ns = max(0, now_ns - packed.offered_ns) if packed.offered_ns else 0
             yield self._data(packed.first, packed.count, packed.attempt, skip, packed.blob, waited_ns)
 
     def receive(self, frame: ToPublisher) -> list[Happened]:

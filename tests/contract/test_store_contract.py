@@ -104,6 +104,7 @@ def waiting_event(
         todo={"shop.mail": 2},
         gave_up=(Failure(handlers=("shop.add",), reason="failed", error_type="KeyError", error="☂", place="p"),),
         due_ns=DUE_NS,
+        deadline_ns=DUE_NS + 1,
     )
 
 

@@ -112,6 +112,23 @@ def test_the_guarded_program_prints_what_ran(make_bus: MakeBus) -> None:
     assert sorted(ast.literal_eval(counted)) == [("__main__.book", 3), ("__main__.report", 2)]
 
 
+def test_the_bulk_program_inserts_all_but_the_one_that_cannot_be(make_bus: MakeBus) -> None:
+    bus = make_bus(application="accounts:none")  # only its directory and environment
+    bus.close()
+    write_programs(bus.directory)
+    ran = subprocess.run(
+        [sys.executable, "bulk.py"],
+        cwd=bus.directory,
+        env=bus.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (0, "999 1 999\n")
+    assert "CHECK constraint" in ran.stderr  # the log says which one is dead
+
+
 def test_the_served_programs_print_ledger_and_total(make_bus: MakeBus, short_path: Path) -> None:
     write_programs(short_path)
     bus = make_bus("--workers", "2", application="shop:bus")

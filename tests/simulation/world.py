@@ -177,6 +177,15 @@ class Note(Event, key="key"):
     kind: str = "quick"
 
 
+class Pile(Event, key="key"):
+    """As a note, for a batch handler."""
+
+    key: str
+    n: int
+    sender: int
+    kind: str = "quick"
+
+
 class Sum(Command[int], key="key"):
     key: str
 
@@ -357,6 +366,18 @@ class World:
         on_dead_letter: OnDeadLetter = "park" if self.parks else "continue"
         self.registry.on(Note, retry=retry, breaker=breaker, on_dead_letter=on_dead_letter)(self._handle)
         self.registry.on(Note, retry=retry, timeout_s=1.0)(self._handle_too)
+        piles = random.Random(f"{seed}/piles")
+        self.pile_share = piles.choice([0.0, 0.0, 0.5, 1.0])
+        self.pile_raises = piles.random() < 0.5
+        self.registry.on(
+            Pile,
+            retry=retry,
+            breaker=breaker,
+            on_dead_letter=on_dead_letter,
+            batch=piles.choice([2, 5]),
+            batch_by=piles.choice(["type", "type", "key"]),
+            linger_s=piles.choice([0.0, 0.0, 0.05]),
+        )(self._handle_pile)
         self.registry.command(Sum)(self._sum)
         self.deaths: list[asyncio.Task[None]] = []
         self.successors: set[asyncio.Task[None]] = set()
@@ -379,7 +400,43 @@ class World:
             fails = self.bad_calls[event.sender, event.key, event.n] <= 3 * (1 + event.n % 3)
         self._handled(event, context, "first", fails=fails)
 
-    def fails_first(self, event: Note, shard: int) -> bool:
+    async def _handle_pile(self, events: list[Pile], contexts: list[Context]) -> list[Exception | None]:
+        """Stops at the first event of a key that fails: those behind it come again."""
+        await asyncio.sleep(max({"slow": 0.02, "stuck": 3.0}.get(event.kind, 0.0) for event in events))
+        outcomes: list[Exception | None] = [None] * len(events)
+        failed: set[str] = set()
+        for at, (event, context) in enumerate(zip(events, contexts, strict=True)):
+            if event.key in failed:
+                continue
+            self.calls[event.sender, event.key, event.n] += 1
+            calls = self.calls[event.sender, event.key, event.n]
+            fails = event.kind == "bad" and not (self.parks and calls > 3 * (1 + event.n % 3))
+            fails |= event.kind == "flaky" and calls == 1
+            fails |= event.kind == "flaky poison" and self.fails_first(event, context.shard)
+            if event.kind in POISON and not fails:
+                await self._crash(context.shard, self.counters[context.shard], late=event.kind == "late poison")
+            if fails:
+                outcomes[at] = ValueError(f"{event.n} is {event.kind}")
+                failed.add(event.key)
+        failed.clear()
+        raised = next((one for one in outcomes if one is not None), None) if self.pile_raises else None
+        for event, context, outcome in zip(events, contexts, outcomes, strict=True):
+            if event.key in failed:
+                continue
+            if outcome is not None or raised is not None:
+                failed.add(event.key)
+            if event.kind in POISON:
+                continue  # as that of a single event, it has raised before it did anything
+            self.sums[event.key] += 1
+            handling = Handling(
+                event.sender, event.key, event.n, context.attempt, event.kind, event.key in failed, "first"
+            )
+            self.handlings.append(handling)
+        if raised is not None:
+            raise raised
+        return outcomes
+
+    def fails_first(self, event: Note | Pile, shard: int) -> bool:
         """Whether this is the first call for the event in this incarnation of the shard."""
         call = (event.sender, event.key, event.n, self.counters[shard])
         known = call in self.flaky_calls
@@ -544,6 +601,7 @@ class World:
         await client.start(60.0)
         self.clients.append(client)
         chance = random.Random(f"{self.seed}/{number}")
+        piles = random.Random(f"{self.seed}/piles/{number}")
         ordinals: dict[str, int] = defaultdict(int)
         kinds = ["quick", "slow", "bad", "flaky", "stuck", *POISON]
         weights = list(accumulate([64, 18, 8, 8, 2, *[self.poison_weight] * len(POISON)]))
@@ -555,7 +613,9 @@ class World:
             kind = chance.choices(kinds, cum_weights=weights)[0]
             if kind in POISON:
                 self.poison.add((number, key, ordinals[key]))
-            await client.publish(Note(key=key, n=ordinals[key], sender=number, kind=kind), ordinal=ordinals[key])
+            event_type = Pile if piles.random() < self.pile_share else Note
+            event = event_type(key=key, n=ordinals[key], sender=number, kind=kind)
+            await client.publish(event, ordinal=ordinals[key])
             if client.ledger().in_flight > LIMITS.outbox_events_max * self.shards_count:
                 raise AssertionError("the outboxes hold more than their bound")
             for shard in self.shards:
