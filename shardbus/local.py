@@ -20,8 +20,10 @@ from shardbus.client import Channel, Client, OnFull, open_client
 from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.errors import BusRejected, RemoteProtocolError
+from shardbus.handler_client import HandlerClient
 from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Book, Evidence, Recorder, book_bytes
+from shardbus.outgoing import worker_publisher
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.shard import Shard
@@ -58,6 +60,16 @@ class _LocalChannel:
 
     def close(self) -> None:
         self._deliver = None
+
+
+class _Inside:
+    """A shard's way to the bus that it is part of: closing it leaves the bus to the others."""
+
+    def __init__(self, bus: _LocalBus) -> None:
+        self.open = bus.open
+
+    def close(self) -> None:
+        pass
 
 
 class _LocalBus:
@@ -213,6 +225,15 @@ async def _running(
             )
             buffer = memoryview(bytearray(book_bytes(**_BOOK)))
             book = Book(buffer, **_BOOK)
+            outgoing = HandlerClient(
+                "local",
+                partial(_Inside, bus),
+                _CONTROL,
+                publisher=worker_publisher(address.epoch),
+                broken=on_broken,
+                limits=limits,
+            )
+            stack.push_async_callback(outgoing.close)  # after its shard, whose handlers would fail
             shard = Shard(
                 shard=address.shard,
                 epoch=address.epoch,
@@ -225,6 +246,7 @@ async def _running(
                 now=monotonic_ns,
                 limits=limits,
                 broken=on_broken,
+                outgoing=outgoing,
             )
             stack.push_async_callback(shard.close)
             await shard.start()
@@ -237,8 +259,8 @@ async def _running(
         client = make_client("local", bus, _CONTROL, limits=limits, on_full=on_full, on_pressure=on_pressure)
         async with open_client(client, timeout_s=10.0, close_timeout_s=close_timeout_s):
             yield client
-        for shard in running:
-            await shard.drain(close_timeout_s)
+        # Together: each takes what the handlers of the others publish until all have come to rest.
+        await asyncio.gather(*(shard.drain(close_timeout_s) for shard in running))
 
 
 def _tell_what_ends(shards: list[Shard]) -> None:
