@@ -107,7 +107,7 @@ class HandlerClient:
         limits: Limits = DEFAULT_LIMITS,
         now: NowNs = monotonic_ns,
     ) -> None:
-        self._make = lambda: _ChildClient(
+        self._make: Callable[[], _ChildClient] = lambda: _ChildClient(
             address, make_connector(), control_address, limits=limits, now=now, publisher=publisher, on_end=broken
         )
         self._limits = limits

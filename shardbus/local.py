@@ -62,16 +62,6 @@ class _LocalChannel:
         self._deliver = None
 
 
-class _Inside:
-    """A shard's way to the bus that it is part of: closing it leaves the bus to the others."""
-
-    def __init__(self, bus: _LocalBus) -> None:
-        self.open = bus.open
-
-    def close(self) -> None:
-        pass
-
-
 class _LocalBus:
     """The shards, and in the supervisor's place a few answers."""
 
@@ -83,18 +73,20 @@ class _LocalBus:
         self._peers: dict[bytes, Callable[[bytes], None]] = {}
         self._channels = 0
 
-    def open(self, address: str, on_frame: Callable[[bytes], None]) -> Channel:
-        if address == _CONTROL:
-            back = _LocalChannel(on_frame)
-            return _LocalChannel(lambda frame: self._answer(frame, back))
+    def to_control(self, on_frame: Callable[[bytes], None]) -> Channel:
+        back = _LocalChannel(on_frame)
+        return _LocalChannel(lambda frame: self._answer(frame, back))
+
+    def join(self, shard: Shard, on_frame: Callable[[bytes], None]) -> tuple[bytes, Channel]:
+        """A new peer of a shard, and its way there."""
         self._channels += 1
         peer = self._channels.to_bytes(8, "big")
         self._peers[peer] = _LocalChannel(on_frame).send  # type: ignore[assignment]  # its result is always True
-        shard = self.shards[int(address.removeprefix("local:"))]
-        return _LocalChannel(lambda frame: shard.receive(peer, frame))
+        return peer, _LocalChannel(lambda frame: shard.receive(peer, frame))
 
-    def close(self) -> None:
-        self._peers.clear()
+    def leave(self, peer: bytes) -> None:
+        """Nothing reaches this peer any more."""
+        self._peers.pop(peer, None)
 
     def send(self, peer: bytes, frame: bytes) -> bool:
         deliver = self._peers.get(peer)
@@ -150,6 +142,25 @@ class _LocalBus:
             ],
             **total_ledger(ledgers),
         }
+
+
+class _LocalConnector:
+    """One client's ways to the shards: the program's, or that of a shard's handlers."""
+
+    def __init__(self, bus: _LocalBus) -> None:
+        self._bus = bus
+        self._joined: list[bytes] = []
+
+    def open(self, address: str, on_frame: Callable[[bytes], None]) -> Channel:
+        if address == _CONTROL:
+            return self._bus.to_control(on_frame)
+        peer, channel = self._bus.join(self._bus.shards[int(address.removeprefix("local:"))], on_frame)
+        self._joined.append(peer)
+        return channel
+
+    def close(self) -> None:
+        for peer in self._joined:
+            self._bus.leave(peer)
 
 
 @contextlib.asynccontextmanager
@@ -227,7 +238,7 @@ async def _running(
             book = Book(buffer, **_BOOK)
             outgoing = HandlerClient(
                 "local",
-                partial(_Inside, bus),
+                partial(_LocalConnector, bus),
                 _CONTROL,
                 publisher=worker_publisher(address.epoch),
                 broken=on_broken,
@@ -256,7 +267,8 @@ async def _running(
             stack.callback(_tell_what_ends, running)
         ticker = loop.create_task(_tick(running))
         stack.callback(ticker.cancel)
-        client = make_client("local", bus, _CONTROL, limits=limits, on_full=on_full, on_pressure=on_pressure)
+        connector = _LocalConnector(bus)
+        client = make_client("local", connector, _CONTROL, limits=limits, on_full=on_full, on_pressure=on_pressure)
         async with open_client(client, timeout_s=10.0, close_timeout_s=close_timeout_s):
             yield client
         # Together: each takes what the handlers of the others publish until all have come to rest.
