@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -99,9 +100,18 @@ def make_rally(make_bus: MakeBus, short_path: Path) -> Iterator[Callable[..., tu
         module.log.close()
 
 
-async def until_played(directory: Path, calls: int) -> None:
-    while sum(played(directory).values()) < calls:  # noqa: ASYNC110 - another process plays
-        await asyncio.sleep(0.02)
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - of other processes
+            await asyncio.sleep(0.02)
+
+
+def has_played(directory: Path, calls: int) -> bool:
+    return sum(played(directory).values()) >= calls
+
+
+def all_served(directory: Path, balls: int) -> bool:
+    return len({ball for ball, _ in played(directory)}) == balls
 
 
 MakeRally = Callable[..., tuple[RunningBus, ModuleType]]
@@ -129,12 +139,13 @@ def test_workers_that_publish_to_each_other_at_full_credit_come_to_an_end(make_r
 
 def test_no_child_is_lost_when_a_worker_is_killed(make_rally: MakeRally, short_path: Path):
     bus, rally = make_rally("--workers", "2")
-    balls, left = 400, 20
+    balls, left = 200, 12
 
     async def play() -> shardbus.Ledger:
         playing = asyncio.create_task(serve_balls(bus, rally, balls, left, slow_s=0.001))
         for at in range(3):
-            await until_played(short_path, (at + 1) * balls * left // 5)
+            await until(partial(has_played, short_path, (at + 1) * balls * left // 5))
+            await until(lambda: all(bus.worker_pids()))
             os.kill(bus.worker_pids()[at % 2], signal.SIGKILL)
         return await playing
 
@@ -158,7 +169,7 @@ def test_a_bus_that_drains_finishes_what_its_handlers_publish(make_rally: MakeRa
         async with shardbus.connect(bus.address, close_timeout=60) as client:
             for ball in range(balls):
                 await client.publish(rally.Ping(table=f"{ball}", ball=ball, left=left, slow_s=0.05))
-            await until_played(short_path, balls)
+            await until(lambda: all_served(short_path, balls))
             return await asyncio.to_thread(bus.end)
 
     code, errors = asyncio.run(publish_and_drain())
@@ -175,7 +186,7 @@ def test_what_is_not_finished_when_a_drain_is_over_comes_again(make_rally: MakeR
         async with shardbus.connect(bus.address, close_timeout=60) as client:
             for ball in range(20):
                 await client.publish(rally.Ping(table=f"{ball}", ball=ball, left=8, slow_s=0.5))
-            await until_played(short_path, 20)
+            await until(lambda: all_served(short_path, 20))
             await asyncio.to_thread(bus.end)
             bus.start()
             await asyncio.to_thread(bus.wait_ready)
