@@ -724,8 +724,9 @@ class Shard:
     def _look_at_deferred(self) -> None:
         self._deferred_timer = None
         before_ns = self._now() - int(self._limits.lane_wait_s_max * _NS)
+        may_store = {of_worker: self._may_store(of_worker) for of_worker in (True, False)}
         for one in list(self._deferred.before(before_ns)):
-            if (one.failure is not None or self._may_store(one.of_worker)) and not self._store_deferred(one):
+            if (one.failure is not None or may_store[one.of_worker]) and not self._store_deferred(one):
                 break
         self._watch_deferred()
 

@@ -177,10 +177,11 @@ async def _drain(shard: Shard, deadline_s: float, pipe: ReportPipe, end: asyncio
     left = await shard.drain(deadline_s)
     if left:
         return left
-    pipe.send(encode_report(AtRest()))
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout_at(until):
-            await end.wait()
+    while not end.is_set() and loop.time() < until:
+        pipe.send(encode_report(AtRest()))  # again and again: one that does not fit into the pipe is lost
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(min(until, loop.time() + BEAT_S)):
+                await end.wait()
     return await shard.drain(max(0.0, until - loop.time()))
 
 

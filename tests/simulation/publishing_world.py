@@ -37,6 +37,7 @@ class Call(msgspec.Struct, frozen=True):
 
     handler: str
     ball: Ball
+    message: str
     redelivered: bool
     failed: bool
 
@@ -112,7 +113,7 @@ class PublishingWorld(World):
         return self.tries[handler, ball.sender, ball.n, ball.path]
 
     def ended(self, handler: str, ball: Ball, context: Context, fails: bool) -> None:
-        self.played.append(Call(handler, ball, context.redelivered, fails))
+        self.played.append(Call(handler, ball, context.message_id, context.redelivered, fails))
         if fails:
             raise ValueError("as it was to")
 
@@ -216,6 +217,9 @@ class PublishingWorld(World):
             for identity, several in calls.items():
                 again = [call for call in several[1:] if not call.redelivered]
                 assert not again, f"{identity} came again and did not say so"
+        if not self.died:
+            succeeded = [(call.handler, call.message) for call in self.played if not call.failed]
+            assert len(succeeded) == len(set(succeeded)), "a handler that succeeded was called again though no worker died"
         if not self.parks:
             doomed = sum(map(self.is_doomed, expected.values()))
             dead = sum(len(rows.dead) + rows.dropped for rows in self.rows)
