@@ -1135,9 +1135,12 @@ class Client:
         self._table_wanted = False
         for address in table.shards:
             if address.shard == len(self._outboxes):
-                self._outboxes.append(_Outbox(address.shard, PublisherSession(self.publisher, self._limits)))
+                self._outboxes.append(_Outbox(address.shard, self._make_session(address.shard)))
             self._follow(self._outboxes[address.shard], address, table.layout)
         self._made_progress()
+
+    def _make_session(self, _shard: int) -> PublisherSession:
+        return PublisherSession(self.publisher, self._limits)
 
     def _follow(self, outbox: _Outbox, address: ShardAddress, layout: int) -> None:
         session = outbox.session

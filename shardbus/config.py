@@ -41,6 +41,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     outbox_bytes_max: int = 32 * 1024 * 1024  # likewise
     handed_events_max: int = 1024  # of a blocking client, above its outboxes; when full, `publish` waits for its loop
     handed_event_bytes_max: int = 1024  # likewise, for a larger event
+    children_events_max: int = 262_144  # per shard, of what a worker's handlers publish; when full, that raises `OutboxFull`
+    children_bytes_max: int = 128 * 1024 * 1024  # likewise
     route_cache_max: int = 16_384  # keys whose slot is remembered; when full, it starts over
     commands_in_flight_max: int = 16_384  # per shard; when full, `execute` waits
 
@@ -69,6 +71,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         assert self.batch_bytes_target + self.event_bytes_max + 64 * 1024 <= self.frame_bytes_max
         assert self.outbox_events_max >= 2 * self.batch_events_max
+        assert self.children_events_max >= self.outbox_events_max
+        assert self.children_bytes_max >= self.outbox_bytes_max
         assert self.session_credit_events_max >= 2 * self.batch_events_max
         # One unfinished event must not keep the next full batch from leaving, however many publishers share the credit.
         assert self.credit_events_max >= self.sessions_max * 2 * self.batch_events_max

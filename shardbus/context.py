@@ -1,21 +1,35 @@
-"""What a handler may know of the message it was called with."""
+"""What a handler may know of the message it was called with, and how it sends others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeVar
 from uuid import UUID
 
-from shardbus.messages import WireKey, from_wire_key
+from shardbus.errors import UsageError
+from shardbus.messages import Command, Event, WireKey, from_wire_key, key_getter, to_wire_key, wire_name
+from shardbus.outgoing import (
+    CAUSATION,
+    CORRELATION,
+    HOLDS,
+    REPEATED,
+    Origin,
+    Outgoing,
+    check_ring,
+    child_headers,
+    keys_held,
+)
+
+ReplyT = TypeVar("ReplyT")
 
 _NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class Context:
-    """Facts about one delivery. Built only for handlers that ask for it."""
+    """Facts about one delivery, and `publish` and `execute` for its handler. Built only for handlers that ask for it."""
 
-    __slots__ = ("_key", "_left_s", "_publisher", "_seq", "attempt", "headers", "shard")
+    __slots__ = ("_key", "_left_s", "_origin", "_outgoing", "_publisher", "_seq", "attempt", "headers", "shard")
 
     def __init__(
         self,
@@ -26,7 +40,11 @@ class Context:
         shard: int,
         headers: Mapping[str, str] | None = None,
         left_s: Callable[[], float] | None = None,
+        outgoing: Outgoing | None = None,
+        origin: Origin | None = None,
     ) -> None:
+        self._outgoing = outgoing
+        self._origin = origin
         self._key = key
         self._publisher = publisher
         self._seq = seq
@@ -46,8 +64,9 @@ class Context:
     @property
     def redelivered(self) -> bool:
         """Whether the message may have been handled before: true for every call after the first, whether that is a retry, a
-        redrive, or a worker's in the place of one that died."""
-        return self.attempt > 1
+        redrive, or a worker's in the place of one that died. Also true for what a handler published in such a call, because
+        it may have published the same before."""
+        return self.attempt > 1 or REPEATED in self.headers
 
     @property
     def message_id(self) -> str:
@@ -60,10 +79,89 @@ class Context:
         it was published with; 0 where that is over, None where there is none."""
         return None if self._left_s is None else max(0.0, self._left_s())
 
+    @property
+    def causation_id(self) -> str | None:
+        """The `message_id` of the message whose handler sent this one; None: no handler did."""
+        return self.headers.get(CAUSATION)
+
+    @property
+    def correlation_id(self) -> str:
+        """What all have in common that one message led to: its header `correlation-id`, or else its `message_id`."""
+        return self.headers.get(CORRELATION) or self.message_id
+
+    async def publish(self, event: Event, *, headers: Mapping[str, str] | None = None) -> None:
+        """Publish an event from a handler. It never waits for room or credit.
+
+        The message that is being handled is acked only when the event is handled, dead, or waiting in its shard's store; if
+        this worker dies before that, the message comes again, and so may the event. If the handler raises, what it has
+        published stays published. An event of the handler's own key joins the end of its lane.
+
+        Args:
+            event: any event.
+            headers: text for its handlers. `correlation-id`, `traceparent` and `tracestate` go on from this message where
+                they are not among them; `causation-id` is set.
+
+        Raises:
+            InvalidKey, MessageTooLarge: as for `Client.publish`.
+            OutboxFull: more of what handlers have published is unfinished than a worker may hold.
+            UsageError: not an event, a value in it cannot be encoded, or the handler has returned.
+        """
+        outgoing, origin = self._sender()
+        await outgoing.publish((event,), self._child_headers(headers), origin)
+
+    async def publish_many(self, events: Sequence[Event], *, headers: Mapping[str, str] | None = None) -> None:
+        """Publish events one after another, as `publish` does, all with these headers.
+
+        If one of them cannot be published, those before it have been, and the error is that event's.
+        """
+        outgoing, origin = self._sender()
+        await outgoing.publish(events, self._child_headers(headers), origin)
+
+    async def execute(
+        self, command: Command[ReplyT], *, timeout: float = 5.0, headers: Mapping[str, str] | None = None
+    ) -> ReplyT:
+        """Send a command from a handler, and wait for its reply; the handler's key waits meanwhile, other keys go on.
+
+        Raises:
+            UsageError: the reply could never come: the command's key is that of the message being handled, or one whose
+                handler waits for this one; or as for `publish`.
+            TimeoutError, CommandFailed, CommandLost, InvalidKey, MessageTooLarge: as for `Client.execute`.
+        """
+        outgoing, _ = self._sender()
+        own = self._child_headers(headers)
+        held = keys_held(self.headers, self._key)
+        if isinstance(command, Command):  # what is none is refused by the client
+            key_of = key_getter(type(command))
+            check_ring(wire_name(type(command)), None if key_of is None else to_wire_key(key_of(command)), held, self._key)
+        if held:
+            own[HOLDS] = " ".join(held)
+        reply: ReplyT = await outgoing.execute(command, timeout, own)
+        return reply
+
+    def _sender(self) -> tuple[Outgoing, Origin]:
+        if self._outgoing is None or self._origin is None:
+            raise UsageError("this context is of no running worker, so nothing can be sent through it; use `bus.local()`")
+        if not self._origin.runs:
+            raise UsageError("the handler of this context has returned; publish and execute while it runs")
+        return self._outgoing, self._origin
+
+    def _child_headers(self, own: Mapping[str, str] | None) -> dict[str, str]:
+        return child_headers(self.headers, self.message_id, repeated=self.redelivered, own=own)
+
     def with_headers(self, headers: Mapping[str, str]) -> Context:
         """The same facts with these headers added, or in the place of others; for a middleware to hand on."""
         added = {**self.headers, **headers}
-        return Context(self._key, self._publisher, self._seq, self.attempt, self.shard, added, self._left_s)
+        return Context(
+            self._key,
+            self._publisher,
+            self._seq,
+            self.attempt,
+            self.shard,
+            added,
+            self._left_s,
+            self._outgoing,
+            self._origin,
+        )
 
     def __repr__(self) -> str:
         return f"Context({self.message_id}, key={self.key!r}, attempt={self.attempt})"

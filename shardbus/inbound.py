@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from shardbus.messages import Message, WireKey
 from shardbus.metrics import Recorder
+from shardbus.outgoing import Children
 from shardbus.quarantine import Identity
 from shardbus.registry import Handler, Plan
 from shardbus.store import Failure
@@ -42,6 +43,7 @@ class Delivery:
         "attempt",
         "began_ns",
         "body",
+        "children",
         "deadline_ns",
         "due_ns",
         "extra",
@@ -55,6 +57,7 @@ class Delivery:
         "plan",
         "position",
         "publisher",
+        "runs",
         "seq",
         "session",
         "todo",
@@ -96,6 +99,13 @@ class Delivery:
         self.todo: dict[str, int] | None = None  # handlers still to run → how often each has failed; None: all, never
         self.gave_up: tuple[Failure, ...] = ()
         self.journalled = -1  # its row in the journal, while its handler is suspended
+        self.runs = ""  # the handler that runs and may publish
+        self.children: Children | None = None  # what its handlers have published
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether something that its handlers have published is not finished."""
+        return self.children is not None and bool(self.children.pending)
 
     @property
     def identity(self) -> Identity:

@@ -60,6 +60,7 @@ from shardbus.errors import RemoteProtocolError
 from shardbus.inbound import UNKNOWN, Delivery, Inbound, Inbox, Later
 from shardbus.journal import ALIVE, END, FIRST, Journal
 from shardbus.messages import WireKey
+from shardbus.outgoing import Outgoing
 from shardbus.pipeline import OUR_FILES
 from shardbus.quarantine import Convicted, Crowded, Hold, Identity, Quarantine, Run
 from shardbus.registry import Plan, Registered
@@ -101,6 +102,8 @@ class LaneHost(Protocol):
     """What lanes ask of the worker around them. No call blocks; what is written is acked by the host once committed."""
 
     shard: int
+    outgoing: Outgoing | None
+    """How handlers send messages; None: they cannot."""
 
     def touched(self, session: WorkerSession) -> None:
         """Something of this session finished: an ack is due at the end of the turn."""
@@ -122,6 +125,12 @@ class LaneHost(Protocol):
 
     def forget(self, position: int) -> None:
         """A waiting event reached its outcome; its row may go."""
+
+    def defer(self, delivery: Delivery, failure: Failure | None, *, parks: bool) -> None:
+        """It reached its outcome, and what its handlers have published is not finished: settle it when that is.
+
+        A failure is to be buried then; where that parks its key, call `parked` once the store has it.
+        """
 
     def load(self, key: WireKey, after: int, upto: int, limit: int, then: Callable[[list[Delivery]], None]) -> None:
         """Read waiting events of a key back, behind `after`, once the one at `upto` is written; hand them to `then`."""
@@ -246,10 +255,11 @@ class Lanes:
             self._continue(lane)
 
     def parked(self, key: WireKey) -> None:
-        """The dead letter that parks a key is committed: its lane may go to the store."""
+        """What parks a key is committed: its lane may go to the store. May be called again."""
         lane = self._busy[key]
-        lane.parking = False
-        self._lay_down(lane)
+        if lane.parking:
+            lane.parking = False
+            self._lay_down(lane)
 
     def unpark(self, key: WireKey, position: int = 0) -> None:
         """The dead letter that parked a key is gone; `position`: it waits there, in the store, and runs first."""
@@ -997,6 +1007,7 @@ class Lanes:
             delivery.began_ns = self._now()
         for handler in plan.handlers:
             if todo is None or handler.name in todo:
+                delivery.runs = handler.name
                 await self._run_handler(handler, plan.circuits.get(handler.name), round_, message, context)
         return self._outcome(delivery, round_)
 
@@ -1097,6 +1108,7 @@ class Lanes:
             return
         try:
             message = plan.decode(delivery.body) if delivery.message is None else delivery.message
+            delivery.runs = plan.handlers[0].name
             outcome = await self._call(plan.handlers[0], message, self._context_of(delivery))
             body = plan.encode_reply(outcome)
             if len(body) > self._limits.event_bytes_max:
@@ -1124,6 +1136,8 @@ class Lanes:
             self._host.shard,
             delivery.extra.headers if delivery.extra is not None and delivery.extra.headers else None,
             (lambda: (deadline_ns - self._now()) / _NS) if deadline_ns else None,
+            self._host.outgoing,
+            delivery,
         )
 
     # -- outcomes
@@ -1133,6 +1147,7 @@ class Lanes:
 
         For good: write the evidence, then finish it, then let its lane go on.
         """
+        delivery.runs = ""
         if delivery.journalled >= 0:
             self._journal.resume(delivery.journalled)
             delivery.journalled = -1
@@ -1162,7 +1177,9 @@ class Lanes:
         self._host.handled(1)
         if (delivery.ordinal or delivery.intended_ns) and delivery.is_event:
             self._host.note(delivery, dead=outcome is not None)
-        if outcome is not None:
+        if delivery.is_tied:
+            self._host.defer(delivery, outcome, parks=parks)
+        elif outcome is not None:
             self._host.bury(delivery, outcome, parks=parks)
         else:
             if delivery.position:
@@ -1245,7 +1262,8 @@ class Lanes:
         """Let the store alone hold a lane from its `first` message on, unless a command is there, which it never holds."""
         rest = list(islice(lane.queue, first, None))
         loaded = [one for one in rest if isinstance(one, Delivery)]
-        if loaded and all(one.position for one in loaded):
+        # One that is tied stands in the store with handlers to run that are to run again only if this worker dies.
+        if loaded and all(one.position and not one.is_tied for one in loaded):
             count = sum(1 if isinstance(one, Delivery) else one.count for one in rest)
             last = max(one.position if isinstance(one, Delivery) else one.last for one in rest)
             after = min(one.position - 1 if isinstance(one, Delivery) else one.after for one in rest)

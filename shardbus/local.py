@@ -20,8 +20,10 @@ from shardbus.client import Channel, Client, OnFull, open_client
 from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.errors import BusRejected, RemoteProtocolError
+from shardbus.handler_client import HandlerClient
 from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Book, Evidence, Recorder, book_bytes
+from shardbus.outgoing import worker_publisher
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.shard import Shard
@@ -71,18 +73,20 @@ class _LocalBus:
         self._peers: dict[bytes, Callable[[bytes], None]] = {}
         self._channels = 0
 
-    def open(self, address: str, on_frame: Callable[[bytes], None]) -> Channel:
-        if address == _CONTROL:
-            back = _LocalChannel(on_frame)
-            return _LocalChannel(lambda frame: self._answer(frame, back))
+    def to_control(self, on_frame: Callable[[bytes], None]) -> Channel:
+        back = _LocalChannel(on_frame)
+        return _LocalChannel(lambda frame: self._answer(frame, back))
+
+    def join(self, shard: Shard, on_frame: Callable[[bytes], None]) -> tuple[bytes, Channel]:
+        """A new peer of a shard, and its way there."""
         self._channels += 1
         peer = self._channels.to_bytes(8, "big")
         self._peers[peer] = _LocalChannel(on_frame).send  # type: ignore[assignment]  # its result is always True
-        shard = self.shards[int(address.removeprefix("local:"))]
-        return _LocalChannel(lambda frame: shard.receive(peer, frame))
+        return peer, _LocalChannel(lambda frame: shard.receive(peer, frame))
 
-    def close(self) -> None:
-        self._peers.clear()
+    def leave(self, peer: bytes) -> None:
+        """Nothing reaches this peer any more."""
+        self._peers.pop(peer, None)
 
     def send(self, peer: bytes, frame: bytes) -> bool:
         deliver = self._peers.get(peer)
@@ -138,6 +142,25 @@ class _LocalBus:
             ],
             **total_ledger(ledgers),
         }
+
+
+class _LocalConnector:
+    """One client's ways to the shards: the program's, or that of a shard's handlers."""
+
+    def __init__(self, bus: _LocalBus) -> None:
+        self._bus = bus
+        self._joined: list[bytes] = []
+
+    def open(self, address: str, on_frame: Callable[[bytes], None]) -> Channel:
+        if address == _CONTROL:
+            return self._bus.to_control(on_frame)
+        peer, channel = self._bus.join(self._bus.shards[int(address.removeprefix("local:"))], on_frame)
+        self._joined.append(peer)
+        return channel
+
+    def close(self) -> None:
+        for peer in self._joined:
+            self._bus.leave(peer)
 
 
 @contextlib.asynccontextmanager
@@ -213,6 +236,15 @@ async def _running(
             )
             buffer = memoryview(bytearray(book_bytes(**_BOOK)))
             book = Book(buffer, **_BOOK)
+            outgoing = HandlerClient(
+                "local",
+                partial(_LocalConnector, bus),
+                _CONTROL,
+                publisher=worker_publisher(address.epoch),
+                broken=on_broken,
+                limits=limits,
+            )
+            stack.push_async_callback(outgoing.close)  # after its shard, whose handlers would fail
             shard = Shard(
                 shard=address.shard,
                 epoch=address.epoch,
@@ -225,6 +257,7 @@ async def _running(
                 now=monotonic_ns,
                 limits=limits,
                 broken=on_broken,
+                outgoing=outgoing,
             )
             stack.push_async_callback(shard.close)
             await shard.start()
@@ -234,11 +267,12 @@ async def _running(
             stack.callback(_tell_what_ends, running)
         ticker = loop.create_task(_tick(running))
         stack.callback(ticker.cancel)
-        client = make_client("local", bus, _CONTROL, limits=limits, on_full=on_full, on_pressure=on_pressure)
+        connector = _LocalConnector(bus)
+        client = make_client("local", connector, _CONTROL, limits=limits, on_full=on_full, on_pressure=on_pressure)
         async with open_client(client, timeout_s=10.0, close_timeout_s=close_timeout_s):
             yield client
-        for shard in running:
-            await shard.drain(close_timeout_s)
+        # Together: each takes what the handlers of the others publish until all have come to rest.
+        await asyncio.gather(*(shard.drain(close_timeout_s) for shard in running))
 
 
 def _tell_what_ends(shards: list[Shard]) -> None:

@@ -23,7 +23,8 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     """The shard that a worker is to serve, once in its life.
 
-    `predecessor` is how the worker before it ended; `waits_for_store`: for as long as that cannot be opened.
+    `address` is its own, `bus` the bus's as people write it, and `control` where its supervisor listens. `predecessor` is
+    how the worker before it ended; `waits_for_store`: for as long as that cannot be opened.
     """
 
     shard: int
@@ -31,6 +32,8 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     epoch: bytes
     layout: int
     address: str
+    bus: str
+    control: str
     evidence_path: str
     journal_path: str
     predecessor: Ended
@@ -62,6 +65,10 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
     store_failing: str
 
 
+class AtRest(msgspec.Struct, frozen=True, tag="at-rest"):
+    """The worker drains and has nothing left to do; what handlers of others publish may still come to it."""
+
+
 class Drained(msgspec.Struct, frozen=True, tag="drained"):
     """The worker ends. `left` says of up to 20 keys what was not drained, of `keys` in all; `backlog` messages in all.
 
@@ -85,11 +92,14 @@ class Stalled(msgspec.Struct, frozen=True, tag="stalled"):
     what: str
 
 
-Report = Ready | BootFailed | Beat | Drained | Stalled
+Report = Ready | BootFailed | Beat | AtRest | Drained | Stalled
 
 encode_report: Final = msgspec.msgpack.Encoder().encode
 decode_report: Final = msgspec.msgpack.Decoder(Report).decode
 encode_boot: Final = msgspec.json.Encoder().encode
 decode_boot: Final = msgspec.json.Decoder(Boot).decode
 encode_assignment: Final = msgspec.msgpack.Encoder().encode
+END: Final = b"end"
+"""What a supervisor tells workers that drain once all of them are at rest."""
+
 decode_assignment: Final = msgspec.msgpack.Decoder(Assignment).decode

@@ -20,12 +20,14 @@ from msgspec.structs import replace
 from shardbus.clock import NowNs, wall_ns
 from shardbus.config import PROTOCOL, Limits
 from shardbus.dead_letters import Request, decode_request, encode_answer, page_of
+from shardbus.deferral import Deferrals, Deferred
 from shardbus.errors import RemoteProtocolError
 from shardbus.inbound import UNKNOWN, Delivery, Inbound
 from shardbus.journal import Journal
 from shardbus.lanes import CRASHED, Lanes
 from shardbus.messages import WireKey
 from shardbus.metrics import Recorder
+from shardbus.outgoing import Outgoing, is_worker
 from shardbus.quarantine import UNKNOWN_END, Ended, Identity, Quarantine, Suspect, judge
 from shardbus.registry import Plan
 from shardbus.routing import slot_of
@@ -96,9 +98,11 @@ class Shard:
         wall: NowNs = wall_ns,
         chance: Callable[[], float] = random.random,
         predecessor: Ended = UNKNOWN_END,
+        outgoing: Outgoing | None = None,
     ) -> None:
         self.shard = shard
         self.epoch = epoch
+        self.outgoing = outgoing
         self.recorder = recorder
         self._journal = journal
         self._predecessor = predecessor
@@ -131,6 +135,8 @@ class Shard:
         self._told: dict[object, tuple[int, int]] = {}  # kinds of dead letters: when one was logged, how many since
         self._draining = False
         self._sessions_made = 0
+        self._deferred = Deferrals()
+        self._deferred_timer: asyncio.TimerHandle | None = None
 
     # -- life
 
@@ -177,16 +183,30 @@ class Shard:
             )
 
     async def drain(self, deadline_s: float) -> list[str]:
-        """Take nothing new, and wait until everything accepted is finished; return what was not, in words."""
+        """Take nothing new but from other workers, and wait until everything accepted is finished, with what handlers have
+        published; return what was not, in words.
+
+        May be called again, because handlers of other workers may publish after this one has come to rest.
+        """
         self._draining = True
         self.lanes.hurry()
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
-        while not (self.lanes.idle() and self._writer.idle()) and loop.time() < end:  # noqa: ASYNC110 - once in a life
+        late = end - min(1.0, deadline_s / 4)  # what waits for its children by then waits for them in the store
+        while not self._is_at_rest(loop.time() >= late) and loop.time() < end:  # noqa: ASYNC110 - once in a life
             await asyncio.sleep(0.005)
         self._flush_acks()
         left = self.lanes.running()
+        if self._deferred.in_memory:
+            left = [*left, f"{self._deferred.in_memory:,} messages whose handlers have published what is not finished"]
         return left or (["writes to the store"] if not self._writer.idle() else [])
+
+    def _is_at_rest(self, late: bool) -> bool:
+        if late:
+            for one in list(self._deferred.before(self._now())):
+                self._store_deferred(one)
+        unsettled = self._deferred.in_memory if late else len(self._deferred)
+        return self.lanes.idle() and self._writer.idle() and not unsettled
 
     async def close(self) -> None:
         """Stop at once. What is unfinished stays with its publishers and in the store."""
@@ -195,6 +215,8 @@ class Shard:
         self.recorder.flush()
         if self._ack_timer is not None:
             self._ack_timer.cancel()
+        if self._deferred_timer is not None:
+            self._deferred_timer.cancel()
 
     # -- what the worker says of it
 
@@ -253,7 +275,8 @@ class Shard:
 
     def _on_data(self, peer: bytes, frame: Data) -> None:
         one = self._peers.get(peer)
-        if one is None or frame.epoch != self.epoch or frame.layout != self._layout or self._draining:
+        is_other = one is None or frame.epoch != self.epoch or frame.layout != self._layout
+        if one is None or is_other or (self._draining and self._is_closed_to(one.session.publisher)):
             self._refuse(peer, frame.epoch, frame.layout, greeted=one is not None)
             return
         now_ns = self._now()
@@ -275,7 +298,7 @@ class Shard:
     def _on_hello(self, peer: bytes, frame: Hello) -> None:
         if frame.protocol != PROTOCOL:
             self._reject(peer, frame.epoch, "protocol")
-        elif frame.epoch != self.epoch or frame.layout != self._layout or self._draining:
+        elif frame.epoch != self.epoch or frame.layout != self._layout or self._is_closed_to(frame.publisher):
             self._refuse(peer, frame.epoch, frame.layout, greeted=True)
         elif frame.publisher in self._publishers:
             one = self._publishers[frame.publisher]
@@ -297,7 +320,7 @@ class Shard:
         """A publisher that knew a predecessor may resend what is in the store already."""
         dead, waiting = await self._store.outcomes(publisher, self._greeting[publisher][1].first)
         peer, frame = self._greeting.pop(publisher)
-        if frame.publisher in self._publishers or self._draining:
+        if frame.publisher in self._publishers or self._is_closed_to(frame.publisher):
             return
         if self._is_crowded():
             self._reject(peer, frame.epoch, "too-many-publishers")
@@ -305,6 +328,10 @@ class Shard:
         session = self._new_session(frame)
         session.adopt(dead, waiting)
         self._admit(peer, session)
+
+    def _is_closed_to(self, publisher: bytes) -> bool:
+        """A worker that drains takes what other workers' handlers publish: those drain, too, and wait for it."""
+        return self._draining and not is_worker(publisher, self.epoch)
 
     def _new_session(self, frame: Hello) -> WorkerSession:
         self._sessions_made += 1
@@ -450,7 +477,7 @@ class Shard:
         self._journal.tell(len(self._quarantine.suspects) - convicted, convicted)
 
     def _refuse(self, peer: bytes, epoch: bytes, layout: int, *, greeted: bool) -> None:
-        if epoch != self.epoch or self._draining:
+        if epoch != self.epoch or (self._draining and greeted):
             self._reject(peer, epoch, "stale-epoch")
         elif layout != self._layout:
             self._reject(peer, epoch, "stale-layout")
@@ -628,10 +655,16 @@ class Shard:
 
     def _waiting_event(self, delivery: Delivery) -> WaitingEvent:
         due_ns, deadline_ns = delivery.due_ns, delivery.deadline_ns
+        todo = delivery.todo or {}
+        if delivery.children is not None and delivery.children.pending:
+            # What they have published may end with this worker; then a successor is to run them again.
+            todo = todo and {**dict.fromkeys(delivery.children.pending, 0), **todo}
+            if delivery.children.then is None:
+                delivery.children.then = partial(self.amend, delivery)
         return WaitingEvent(
             position=delivery.position,
             envelope=_envelope(delivery),
-            todo=delivery.todo or {},
+            todo=todo,
             gave_up=delivery.gave_up,
             due_ns=due_ns - self._now() + self._wall() if due_ns else 0,  # a successor has its own clock
             deadline_ns=deadline_ns - self._now() + self._wall() if deadline_ns else 0,
@@ -651,6 +684,105 @@ class Shard:
     def forget(self, position: int) -> None:
         """Remove a waiting event that reached its outcome."""
         self._writer.add_done(position)
+
+    # -- what waits for its children
+
+    def defer(self, delivery: Delivery, failure: Failure | None, *, parks: bool) -> None:
+        """Settle a message when its children are finished.
+
+        One that failed goes to the store at once, and stands there as waiting until it is a dead letter: events of its key
+        may be among its children, and where it parks they can be kept only once it is.
+        """
+        children, session = delivery.children, delivery.session
+        assert children is not None  # else it were not tied
+        self._position += 1
+        of_worker = session is not None and is_worker(session.publisher, self.epoch)
+        one = Deferred(delivery, failure, parks, self._position, of_worker, self._now())
+        children.then = partial(self._untied, one)
+        if not delivery.position:
+            # A successor is to run those whose children it does not know, and to conclude the same of the others.
+            delivery.todo = dict.fromkeys(children.pending, 0)
+            delivery.gave_up = tuple(gave for gave in delivery.gave_up if children.pending.keys().isdisjoint(gave.handlers))
+            delivery.due_ns = 0
+        self._deferred.add(one)
+        if delivery.position:
+            self._deferred.stored(one)  # with the handlers that ran now, if not with more
+            one.is_written = True
+            if parks:
+                asyncio.get_running_loop().call_soon(self.lanes.parked, delivery.key)
+        elif failure is not None:
+            self._store_deferred(one)
+        events_max, bytes_max = self._credit()
+        while self._deferred.are_many(of_worker, events_max // 2, bytes_max // 2):
+            if not self._may_store(of_worker) or not self._store_deferred(self._deferred.oldest(of_worker)):
+                break
+        self._watch_deferred()
+
+    def _watch_deferred(self) -> None:
+        if self._deferred_timer is None and self._deferred.in_memory:
+            every_s = self._limits.lane_wait_s_max / 4
+            self._deferred_timer = asyncio.get_running_loop().call_later(every_s, self._look_at_deferred)
+
+    def _look_at_deferred(self) -> None:
+        self._deferred_timer = None
+        before_ns = self._now() - int(self._limits.lane_wait_s_max * _NS)
+        may_store = {of_worker: self._may_store(of_worker) for of_worker in (True, False)}
+        for one in list(self._deferred.before(before_ns)):
+            if (one.failure is not None or may_store[one.of_worker]) and not self._store_deferred(one):
+                break
+        self._watch_deferred()
+
+    def _may_store(self, of_worker: bool) -> bool:
+        """Publishers other than workers are held up where handlers publish more than is taken; see `deferral`."""
+        return of_worker or self.outgoing is None or self.outgoing.has_room()
+
+    def _store_deferred(self, one: Deferred) -> bool:
+        """Let a message wait for its children in the store; False where that has no room. A command is finished: none runs
+        twice, so nothing is lost with it."""
+        delivery = one.delivery
+        if not delivery.is_event:
+            self._deferred.stored(one)
+            one.is_written = True
+            self._finish(delivery)
+            return True
+        if not self.can_keep((delivery,)):
+            return False
+        delivery.position = one.place
+        self._deferred.stored(one)
+        self.recorder.count("stored")
+        self._writer.add_late(self._waiting_event(delivery), partial(self._deferred_kept, one))
+        return True
+
+    def _deferred_kept(self, one: Deferred) -> None:
+        one.is_written = True
+        self._kept(one.delivery)()
+        if one.is_untied:
+            self._settle(one)
+        elif one.parks:
+            self.lanes.parked(one.delivery.key)
+
+    def _untied(self, one: Deferred) -> None:
+        """The children of a message are finished."""
+        one.is_untied = True
+        if one.is_written or not one.is_stored:
+            self._settle(one)
+        elif one.failure is None:
+            self._finish(one.delivery)  # its row goes once it is there
+
+    def _settle(self, one: Deferred) -> None:
+        delivery = one.delivery
+        self._deferred.remove(one)
+        if one.failure is not None:
+            self.bury(delivery, one.failure, parks=one.parks)
+            return
+        if delivery.position:
+            self.forget(delivery.position)
+        self._finish(delivery)
+
+    def _finish(self, delivery: Delivery) -> None:
+        if delivery.session is not None:
+            delivery.session.finish(delivery.seq)
+            self.touched(delivery.session)
 
     def load(self, key: WireKey, after: int, upto: int, limit: int, then: Callable[[list[Delivery]], None]) -> None:
         """Read waiting events of a key back into memory, those behind `after`, once the one at `upto` is written."""

@@ -77,7 +77,7 @@ class StoreWriter:
         self._dead: deque[Burial] = deque()  # need a row
         self._replacing: deque[Burial] = deque()  # take the place of their waiting row, and so need no room
         self._waiting: deque[Keeping] = deque()  # by position
-        self._revived: deque[Keeping] = deque()  # what parked its key, at the position that it had
+        self._revived: deque[Keeping] = deque()  # at the position that it had: what parked its key, or what comes late
         self._dead_bytes = 0  # of rows in these queues
         self._waiting_bytes = 0
         self._waiting_rows = 0  # without what is redriven: that was a row before
@@ -160,6 +160,16 @@ class StoreWriter:
     def add_revived(self, row: WaitingEvent, then: Callable[[], None], redriven: int) -> None:
         """As `add_waiting`, of what parked its key and waits again at the position that it had."""
         self._revived.append(Keeping(row, redriven, then))
+        self._wanted.set()
+
+    def add_late(self, row: WaitingEvent, then: Callable[[], None]) -> None:
+        """As `add_waiting`, of an event whose position was taken before others that are written by now.
+
+        It is not to be removed before it is committed.
+        """
+        self._revived.append(Keeping(row, 0, then))
+        self._waiting_rows += 1
+        self._waiting_bytes += row_bytes(row.envelope)
         self._wanted.set()
 
     def add_changed(self, row: WaitingEvent) -> None:
@@ -247,7 +257,10 @@ class StoreWriter:
         for _ in kept:
             self._next_waiting()
         for _ in revived:
-            self._revived.popleft()
+            keeping = self._revived.popleft()
+            if not keeping.redriven:
+                self._waiting_rows -= 1
+                self._waiting_bytes -= row_bytes(keeping.event.envelope)
         for row in changed:
             if self._changed.get(row.position) is row:
                 del self._changed[row.position]

@@ -35,7 +35,9 @@ from shardbus.processes import (
 )
 from shardbus.quarantine import UNKNOWN_END, Ended
 from shardbus.reports import (
+    END,
     Assignment,
+    AtRest,
     Beat,
     Boot,
     BootFailed,
@@ -114,6 +116,7 @@ class _Worker:
         self.beat: Beat | None = None
         self.stored = NOTHING_STORED  # what its store held when it was last heard of: that outlives a worker
         self.stalled_in = ""  # what blocks its event loop, as far as is known
+        self.at_rest = False
         self.drained: Drained | None = None
 
     @property
@@ -327,6 +330,7 @@ class Supervisor:
         worker.beat = None
         worker.stalled_in = ""
         worker.replaced = False
+        worker.at_rest = False
         worker.drained = None
         worker.judged = worker.journal.journal.deaths
         worker.heard_at = time.monotonic()
@@ -337,6 +341,8 @@ class Supervisor:
             epoch=worker.epoch,
             layout=_LAYOUT,
             address=worker.address,
+            bus=self._options.address.url,
+            control=self._options.address.control,
             evidence_path=rundir.evidence_path(worker.shard),
             journal_path=rundir.journal_path(worker.shard),
             predecessor=worker.ended,
@@ -377,7 +383,7 @@ class Supervisor:
                 self._spare = None  # the next one is started when it is needed
                 self._changed.set()
 
-        process.child = Child(["shardbus.worker", encode_boot(boot).decode()], on_report, on_exit)
+        process.child = Child(["shardbus.worker_process", encode_boot(boot).decode()], on_report, on_exit)
         return process
 
     def _on_report(self, worker: _Worker, rundir: RunDir, data: bytes) -> None:
@@ -404,9 +410,24 @@ class Supervisor:
                 worker.stalled_in = ""
             case Stalled(what=what):
                 worker.stalled_in = what
+            case AtRest():
+                worker.at_rest = True
+                self._end_at_rest()
             case Drained() as drained:
                 worker.drained = drained
         self._changed.set()
+
+    def _end_at_rest(self) -> None:
+        """Have workers that drain end once all of them are at rest: handlers of the others may publish to them.
+
+        One is at rest when what its handlers have published is finished, with all that this led to; so when the last one is,
+        all are. A single one that was told to drain, by somebody else, does not wait for those that go on.
+        """
+        alive = [one for one in self._workers if one.child is not None]
+        if not self._stopping or all(one.at_rest for one in alive):
+            for one in alive:
+                if one.at_rest and one.child is not None:
+                    one.child.tell(END)
 
     def _on_exit(self, worker: _Worker, rundir: RunDir, code: int) -> None:
         """A worker is dead and reaped: decide whether and when its successor starts."""
@@ -421,6 +442,7 @@ class Supervisor:
         rundir.remove_socket(worker.address)
         self._changed.set()
         if self._stopping or self._failure:
+            self._end_at_rest()
             return
         if worker.counter == 1 and not was_ready:
             # Its very first start: nothing depends on it yet, so say so and stop.

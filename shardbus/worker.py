@@ -1,9 +1,9 @@
 """A worker process: one shard, its application, a socket, and the way to the supervisor.
 
-Started as `python -m shardbus.worker BOOT DESCRIPTOR` by the supervisor. It imports everything, the application too, and
-then waits for the shard that it is to serve: so a spare one can stand by, and a dead worker's successor is there at once.
+Started as `python -m shardbus.worker_process BOOT DESCRIPTOR` by the supervisor. It imports everything, the application too,
+and then waits for the shard that it is to serve: so a spare one stands by, and a dead worker's successor is there at once.
 Reports that it is ready, then beats once a second from the very event loop that runs the handlers, so that a loop that hangs
-is silent. SIGTERM drains it.
+is silent. SIGTERM drains it: it comes to rest, and ends when all workers have, because handlers of others may publish to it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -27,11 +28,14 @@ from shardbus.errors import BootError, ConfigError
 from shardbus.event_loop import run
 from shardbus.evidence import SharedJournal, SharedRecorder
 from shardbus.logs import configure_logging
+from shardbus.outgoing import Outgoing
 from shardbus.processes import EXIT_BOOT, EXIT_BROKEN, ReportPipe, die_with_parent, on_stop_signals
 from shardbus.quarantine import PULSE_S
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.reports import (
+    END,
     Assignment,
+    AtRest,
     Beat,
     Boot,
     BootFailed,
@@ -57,11 +61,23 @@ _STORE_RETRY_S: Final = 0.5
 _GC_THRESHOLDS: Final = (50_000, 20, 20)
 
 
-async def run_worker(boot: Boot, descriptor: int) -> int:
+MakeOutgoing = Callable[[Assignment, Callable[[BaseException], None]], Outgoing]
+"""What the handlers of a worker send through, and whom it tells that it has been refused for good."""
+
+
+async def run_worker(boot: Boot, descriptor: int, make_outgoing: MakeOutgoing) -> int:
     """Serve until told to stop; return the exit code."""
     stop = asyncio.Event()
+    end = asyncio.Event()
     assigned: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-    pipe = ReportPipe(descriptor, on_message=assigned.set_result, on_parent_gone=lambda: os._exit(1))
+
+    def on_message(message: bytes) -> None:
+        if message == END:
+            end.set()
+        else:
+            assigned.set_result(message)
+
+    pipe = ReportPipe(descriptor, on_message=on_message, on_parent_gone=lambda: os._exit(1))
     try:
         registry = load_application(boot.application)
         spec = decode_assignment(await assigned)
@@ -73,7 +89,7 @@ async def run_worker(boot: Boot, descriptor: int) -> int:
             except (Exception, asyncio.CancelledError, KeyboardInterrupt) as error:  # the user's own
                 log.error("the application cannot start: %s", "".join(traceback.format_exception(error)).rstrip())
                 raise BootError(f"its lifespan raised {type(error).__name__}: {error}") from error
-            return await _serve(spec, registry, pipe, stop)
+            return await _serve(spec, registry, pipe, stop, end, make_outgoing(spec, _broken))
     except (BootError, ConfigError, StoreError) as error:
         pipe.send(encode_report(BootFailed(str(error))))
     finally:
@@ -81,7 +97,14 @@ async def run_worker(boot: Boot, descriptor: int) -> int:
     return EXIT_BOOT
 
 
-async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: asyncio.Event) -> int:
+async def _serve(
+    spec: Assignment,
+    registry: Registry,
+    pipe: ReportPipe,
+    stop: asyncio.Event,
+    end: asyncio.Event,
+    outgoing: Outgoing,
+) -> int:
     evidence = SharedRecorder(spec.evidence_path)
     journal = SharedJournal(spec.journal_path)
     listener = ZmqListener()
@@ -104,6 +127,7 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
         ),
         broken=_broken,
         predecessor=spec.predecessor,
+        outgoing=outgoing,
     )
     watchdog = Watchdog(
         STALL_S,
@@ -132,7 +156,7 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
             except TimeoutError:
                 continue
         beats = asyncio.get_running_loop().create_task(_beat_on(shard, pipe))
-        left = await shard.drain(spec.drain_s)
+        left = await _drain(shard, spec.drain_s, pipe, end)
         beats.cancel()
         rows = shard.counts.dead + shard.counts.waiting
         pipe.send(encode_report(Drained(left[:20], len(left), shard.backlog, rows)))
@@ -140,9 +164,25 @@ async def _serve(spec: Assignment, registry: Registry, pipe: ReportPipe, stop: a
     finally:
         watchdog.close()
         await shard.close()
+        await outgoing.close()  # after its shard, whose handlers would fail
         listener.close()
         evidence.close()
         journal.close()
+
+
+async def _drain(shard: Shard, deadline_s: float, pipe: ReportPipe, end: asyncio.Event) -> list[str]:
+    """Come to rest, say so, and wait until the others have too; return what was not drained, in words."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + deadline_s
+    left = await shard.drain(deadline_s)
+    if left:
+        return left
+    while not end.is_set() and loop.time() < until:
+        pipe.send(encode_report(AtRest()))  # again and again: one that does not fit into the pipe is lost
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(min(until, loop.time() + BEAT_S)):
+                await end.wait()
+    return await shard.drain(max(0.0, until - loop.time()))
 
 
 async def _start(shard: Shard, spec: Assignment, pipe: ReportPipe) -> None:
@@ -201,7 +241,7 @@ def _broken(error: BaseException) -> None:
     os._exit(EXIT_BROKEN)
 
 
-def main() -> None:
+def main(make_outgoing: MakeOutgoing) -> None:
     """Entry of the process: how to boot, as JSON, and the descriptor of the pipe."""
     try:
         boot, descriptor = decode_boot(sys.argv[1]), int(sys.argv[2])
@@ -209,8 +249,4 @@ def main() -> None:
         sys.exit("shardbus.worker is started by `shardbus serve`")
     die_with_parent(boot.parent)
     configure_logging(boot.log_level, boot.log_format, None)
-    sys.exit(run(run_worker(boot, descriptor)))
-
-
-if __name__ == "__main__":
-    main()
+    sys.exit(run(run_worker(boot, descriptor, make_outgoing)))

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("wire.frames",),
     ("wire.codec",),
     ("wire.session",),
+    ("outgoing",),
     ("context",),
     ("signatures", "threads"),
     ("filters",),
@@ -45,14 +46,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("metrics",),
     ("inbound",),
     ("batch_handlers",),
-    ("lanes",),
+    ("lanes", "deferral"),
     # adapters: one effect each
     ("evidence", "sql_store", "zmq_transport", "processes", "rundir", "logs", "application", "event_loop", "watchdog"),
     ("example_application",),
     ("shard",),
     ("client", "worker", "supervisor"),  # roles
-    ("publishing",),
-    ("local", "connecting"),
+    ("publishing", "handler_client"),
+    ("local", "connecting", "worker_process"),
     ("bus",),
     ("blocking", "testing"),
     ("demo",),
@@ -66,6 +67,8 @@ NEVER: dict[tuple[str, str], str] = {
     ("supervisor", "shard"): "the supervisor is never on the data path",
     ("local", "worker"): "the local engine has no processes",
     ("local", "supervisor"): "the local engine has no processes",
+    ("handler_client", "shard"): "what handlers publish travels as everybody's does",
+    ("handler_client", "worker"): "`worker_process` alone puts the two together",
     ("bus", "worker"): "an application does not know who runs it",
     ("bus", "supervisor"): "an application does not know who runs it",
 }
@@ -371,6 +374,9 @@ def test_what_is_broken_on_purpose_is_reported(sources: dict[str, str], fault: s
 
 SOUND = {
     "an arrow that points down": {"shardbus/lanes.py": "from shardbus.wire.session import State\n"},
+    "a worker put together": {
+        "shardbus/worker_process.py": "from shardbus.worker import main\nfrom shardbus.handler_client import HandlerClient\n"
+    },
     "the core of a worker": {"shardbus/worker.py": "from shardbus.shard import Shard\n"},
     "the local engine": {"shardbus/local.py": "from shardbus.client import Client\nfrom shardbus.shard import Shard\n"},
     "the face": {"shardbus/__init__.py": "from shardbus.bus import Bus\nfrom shardbus.cli import main\n"},

@@ -95,10 +95,14 @@ class PublisherSession:
     """The publisher's end towards one shard.
 
     Holds every message that was offered and is not finished; `held_events` and `held_bytes` are for the outbox to bound.
-    The caller feeds frames to `receive`, time to `tick`, and sends what `frames_to_send` yields.
+    The caller feeds frames to `receive`, time to `tick`, and sends what `frames_to_send` yields. `on_finished` is called
+    with each range of sequences, half-open, that has been finished.
     """
 
-    def __init__(self, publisher: bytes, limits: Limits) -> None:
+    def __init__(
+        self, publisher: bytes, limits: Limits, on_finished: Callable[[int, int], None] | None = None
+    ) -> None:
+        self._on_finished = on_finished
         self.publisher = publisher
         self.state = State.CLOSED
         self.epoch = b""
@@ -382,6 +386,9 @@ class PublisherSession:
                 self._cumulative = self._finished.take_prefix(end)
         else:
             self._finished.add(start, end)
+        if self._on_finished is not None:
+            for low, high in fresh:
+                self._on_finished(low, high)
 
     def _release(self, low: int, high: int) -> None:
         self.held_events -= high - low

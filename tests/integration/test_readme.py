@@ -78,46 +78,25 @@ def history() -> tuple[list[dict[str, Any]], dict[str, list[int]]]:
 
 
 def test_the_small_program_prints_the_total(make_bus: MakeBus) -> None:
-    bus = make_bus(application="accounts:none")  # only its directory and environment
-    bus.close()
-    write_programs(bus.directory)
-    ran = subprocess.run(
-        [sys.executable, "small.py"],
-        cwd=bus.directory,
-        env=bus.environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ran = run_program(make_bus, "small.py")
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "9.5\n", "")
 
 
 def test_the_guarded_program_prints_what_ran(make_bus: MakeBus) -> None:
-    bus = make_bus(application="accounts:none")  # only its directory and environment
-    bus.close()
-    write_programs(bus.directory)
-    ran = subprocess.run(
-        [sys.executable, "guarded.py"],
-        cwd=bus.directory,
-        env=bus.environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ran = run_program(make_bus, "guarded.py")
     assert (ran.returncode, ran.stderr) == (0, "")
     *lines, counted = ran.stdout.splitlines()
     assert lines == ["book 1", "report 1", "book 2"]
     assert sorted(ast.literal_eval(counted)) == [("__main__.book", 3), ("__main__.report", 2)]
 
 
-def test_the_bulk_program_inserts_all_but_the_one_that_cannot_be(make_bus: MakeBus) -> None:
+def run_program(make_bus: MakeBus, name: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of the README in a process of its own, without a bus."""
     bus = make_bus(application="accounts:none")  # only its directory and environment
     bus.close()
     write_programs(bus.directory)
-    ran = subprocess.run(
-        [sys.executable, "bulk.py"],
+    return subprocess.run(
+        [sys.executable, name],
         cwd=bus.directory,
         env=bus.environment(),
         capture_output=True,
@@ -125,8 +104,17 @@ def test_the_bulk_program_inserts_all_but_the_one_that_cannot_be(make_bus: MakeB
         timeout=60,
         check=False,
     )
+
+
+def test_the_bulk_program_inserts_all_but_the_one_that_cannot_be(make_bus: MakeBus) -> None:
+    ran = run_program(make_bus, "bulk.py")
     assert (ran.returncode, ran.stdout) == (0, "999 1 999\n")
     assert "CHECK constraint" in ran.stderr  # the log says which one is dead
+
+
+def test_the_program_whose_handlers_publish_prints_what_they_did(make_bus: MakeBus) -> None:
+    ran = run_program(make_bus, "checkout.py")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "42 2 request-7 True\n", "")
 
 
 def test_the_served_programs_print_ledger_and_total(make_bus: MakeBus, short_path: Path) -> None:

@@ -1,0 +1,172 @@
+"""The client through which the handlers of a worker send: an ordinary one, but that it never makes them wait for room.
+
+It takes what they publish also above its outboxes' bounds, up to bounds of its own, and says when each event is finished, so
+that what published it can be acked. It is made when a handler first sends something: an application whose handlers do not
+costs nothing, and need not be reached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, Final
+
+from shardbus.client import _TURN_SEALS, Client, Connector, _Outbox
+from shardbus.clock import NowNs, monotonic_ns
+from shardbus.config import DEFAULT_LIMITS, Limits
+from shardbus.errors import BusRejected, ClientClosed, OutboxFull, UsageError
+from shardbus.messages import Command, Event
+from shardbus.outgoing import Children, Origin
+from shardbus.wire.session import PublisherSession
+
+_OPEN_S: Final = 10.0
+
+
+class _ChildClient(Client):
+    """A client that knows whose children its events are."""
+
+    def __init__(self, *arguments: Any, on_end: Callable[[BusRejected], None], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._on_end = on_end
+        self._born: dict[int, dict[int, tuple[Children, str]]] = {}  # by shard and sequence; as bounded as its outboxes
+
+    def put(self, event: Event, headers: dict[str, str], origin: Origin) -> None:
+        """Publish at once, as a child. Raises as `Outgoing.publish`."""
+        packed = self.pack(event, headers)
+        key = packed[1]
+        outbox = self._outboxes[self._keyless] if key is None else self._outbox_of.get(key) or self._remember(key)
+        if self._is_full(outbox):
+            self._check_open()
+            raise OutboxFull(outbox.shard, outbox.session.held_events)
+        self.publish_packed((packed,))
+        children = origin.children
+        if children is None:
+            children = origin.children = Children()
+        children.add(origin.runs)
+        # Whether or not its batch was sealed, it is the last of this outbox.
+        self._born[outbox.shard][outbox.session.next_seq + len(outbox.batch) - 1] = (children, origin.runs)
+
+    @property
+    def needs_turn(self) -> bool:
+        """Whether the event loop is to have a turn before more is published."""
+        return self._seals >= _TURN_SEALS
+
+    def has_room(self) -> bool:
+        """See `Outgoing.has_room`."""
+        return not any(map(super()._is_full, self._outboxes))
+
+    def end(self, error: BusRejected) -> None:
+        """See `Client.end`. What was published cannot be finished any more, so the worker hears of it."""
+        super().end(error)
+        self._on_end(error)
+
+    def _is_full(self, outbox: _Outbox) -> bool:
+        session, limits = outbox.session, self._limits
+        return (
+            session.held_events > limits.children_events_max
+            or session.held_bytes > limits.children_bytes_max
+            or self._closing
+            or self._closed
+            or self._fatal is not None
+        )
+
+    def _make_session(self, shard: int) -> PublisherSession:
+        self._born[shard] = {}
+        return PublisherSession(self.publisher, self._limits, partial(self._finished, self._born[shard]))
+
+    @staticmethod
+    def _finished(born: dict[int, tuple[Children, str]], low: int, high: int) -> None:
+        for seq in range(low, high):
+            child = born.pop(seq, None)  # commands are nobody's
+            if child is not None:
+                child[0].finish(child[1])
+
+
+class HandlerClient:
+    """Implements `Outgoing`. Make it in the worker's event loop.
+
+    Args:
+        address: the bus's, for errors.
+        make_connector: of channels to it.
+        control_address: where its supervisor, or what stands in its place, is asked.
+        publisher: the worker's identity; see `outgoing.worker_publisher`.
+        broken: called where the bus refuses it for good: what waits for its events would wait for ever.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        make_connector: Callable[[], Connector],
+        control_address: str,
+        *,
+        publisher: bytes,
+        broken: Callable[[BaseException], None],
+        limits: Limits = DEFAULT_LIMITS,
+        now: NowNs = monotonic_ns,
+    ) -> None:
+        self._make: Callable[[], _ChildClient] = lambda: _ChildClient(
+            address, make_connector(), control_address, limits=limits, now=now, publisher=publisher, on_end=broken
+        )
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._clean = contextvars.copy_context()  # what it starts is not to run with the variables of a handler
+        self._client: _ChildClient | None = None
+        self._opening: asyncio.Task[_ChildClient] | None = None
+        self._closed = False
+
+    async def publish(self, events: Sequence[Event], headers: dict[str, str], origin: Origin) -> None:
+        """See `Outgoing.publish`."""
+        client = await self._opened()
+        if len(events) == 1:
+            client.put(events[0], headers, origin)
+            return
+        waiting = iter(events)
+        while chunk := list(islice(waiting, self._limits.batch_events_max)):
+            for event in chunk:
+                client.put(event, headers, origin)
+            if client.needs_turn:
+                await asyncio.sleep(0)
+
+    async def execute(self, command: Command[Any], timeout_s: float, headers: dict[str, str]) -> Any:
+        """See `Outgoing.execute`."""
+        client = await self._opened()
+        return await client.execute(command, timeout=timeout_s, headers=headers)
+
+    def has_room(self) -> bool:
+        """See `Outgoing.has_room`."""
+        return self._client is None or self._client.has_room()
+
+    async def close(self) -> None:
+        """See `Outgoing.close`."""
+        self._closed = True
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        if self._client is not None:
+            await self._client.abort()
+
+    async def _opened(self) -> _ChildClient:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            raise UsageError("publish and execute are for `async def` handlers, in the worker's event loop, not its threads")
+        if self._closed:
+            raise ClientClosed("the worker ends; nothing can be sent any more")
+        if self._client is None:
+            if self._opening is None:
+                self._opening = loop.create_task(self._open(), context=self._clean.copy())
+                self._opening.add_done_callback(self._open_ended)
+            return await asyncio.shield(self._opening)
+        return self._client
+
+    async def _open(self) -> _ChildClient:
+        client = self._make()
+        await client.start(_OPEN_S)
+        return client
+
+    def _open_ended(self, task: asyncio.Task[_ChildClient]) -> None:
+        self._opening = None
+        if not task.cancelled() and task.exception() is None:
+            self._client = task.result()
