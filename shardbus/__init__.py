@@ -23,6 +23,7 @@ from shardbus.errors import (
     RegistrationError,
     RemoteProtocolError,
     ShardbusError,
+    SubscriptionLost,
     UsageError,
 )
 from shardbus.event_loop import run
@@ -33,6 +34,7 @@ from shardbus.pipeline import CallNext, Middleware
 from shardbus.publishing import PublishMiddleware
 from shardbus.registry import WorkerInfo
 from shardbus.retry import Retry
+from shardbus.subscriptions import Missed, OnSlow, Subscription
 
 __all__ = [
     "BootError",
@@ -60,7 +62,9 @@ __all__ = [
     "Logging",
     "MessageTooLarge",
     "Middleware",
+    "Missed",
     "NotDelivered",
+    "OnSlow",
     "OutboxFull",
     "PublishMiddleware",
     "RateLimit",
@@ -69,6 +73,8 @@ __all__ = [
     "Retry",
     "ShardbusError",
     "Statistics",
+    "Subscription",
+    "SubscriptionLost",
     "Timing",
     "UsageError",
     "Validation",

@@ -48,6 +48,7 @@ from shardbus.messages import Command, Event, Message, WireKey, key_getter, repl
 from shardbus.metrics import Evidence
 from shardbus.routing import ShardAddress, Table
 from shardbus.store import DeadFilter
+from shardbus.subscriptions import OnSlow, Subscription, Subscriptions
 from shardbus.wire.codec import Batch, Extra, encode_bodies, has_negative
 from shardbus.wire.frames import (
     REASONS,
@@ -55,7 +56,10 @@ from shardbus.wire.frames import (
     REPLY_OK,
     Answer,
     Ask,
+    Items,
     TableChanged,
+    ToListener,
+    Welcome,
     decode_to_client,
     decode_to_publisher,
     encode_frame,
@@ -65,6 +69,7 @@ from shardbus.wire.session import Lost, PublisherSession, Rejected, Replied, Sta
 log = logging.getLogger("shardbus.client")
 
 ReplyT = TypeVar("ReplyT")
+EventT = TypeVar("EventT", bound=Event)
 
 _TICK_S: Final = 0.1
 _SILENT_TICKS_MAX: Final = 30  # a bus is asked once a second; one that says nothing for so long is gone
@@ -285,6 +290,7 @@ class Client:
         self._refused = 0
         self._waits = 0
         self._waited_ns = 0
+        self._subscriptions = Subscriptions(self, limits)
         self._published = 0
         self._commands_finished = 0
         self._dirty: list[_Outbox] = []
@@ -353,6 +359,7 @@ class Client:
             if outbox.channel is not None:
                 outbox.channel.close()
             outbox.paused = True
+        self._subscriptions.end(ClientClosed("the client was closed, and its subscriptions with it"))
         self._fail_commands(ClientClosed("the client was closed while the command was under way"))
         self._fail_questions(ClientClosed("the client was closed while the question was under way"))
         if self._control is not None:
@@ -639,6 +646,50 @@ class Client:
                 for outbox in self._outboxes
             ),
         )
+
+    # -- subscriptions
+
+    def subscribe(
+        self,
+        *event_types: type[EventT],
+        key: str | int | bytes | UUID | None = None,
+        queue_events_max: int = 1024,
+        on_slow: OnSlow = "drop_oldest",
+    ) -> Subscription[EventT]:
+        """Follow events of these types as they are handled: `async for event in client.subscribe(OrderShipped)`.
+
+        An event comes once all its handlers have ended well, in the order of its key; dead letters do not come. There is no
+        history, and nothing waits for a reader: where events were left out, a `Missed` says so in their place. After one
+        whose count is None a worker was replaced, and an event may also come a second time, as its handlers see it.
+        Leaving the loop unsubscribes. `async with client.subscribe(…) as events` begins when the workers have confirmed it,
+        so what is published in the block comes.
+
+        Args:
+            *event_types: one or several types that the application handles.
+            key: events of this key only; default: of all keys.
+            queue_events_max: how many events wait for the reader here, up to 16 MiB.
+            on_slow: what happens then. `"drop_oldest"`: the oldest make room, and are told as `Missed`. `"disconnect"`: the
+                subscription ends with `SubscriptionLost`, behind what is waiting.
+
+        Raises:
+            UsageError: no event types, a bound or policy that is none, or more subscriptions than a client may have.
+            InvalidKey, ClientClosed: as for `publish`.
+        """
+        self._check_open()
+        wire_key = None if key is None else to_wire_key(key)
+        return self._subscriptions.open(event_types, wire_key, queue_events_max, on_slow, self._now())
+
+    def route(self, key: WireKey) -> list[int]:
+        """See `subscriptions.Line`."""
+        assert self._table is not None  # the client has started
+        return [outbox.shard for outbox in self._outboxes] if key is None else [self._table.shard_of(key)]
+
+    def line(self, shard: int) -> tuple[bytes, Callable[[bytes], object]] | None:
+        """See `subscriptions.Line`."""
+        outbox = self._outboxes[shard]
+        if outbox.session.state is not State.OPEN:
+            return None
+        return outbox.session.epoch, lambda frame: self._send(outbox, frame)
 
     # -- commands
 
@@ -1022,6 +1073,12 @@ class Client:
             if isinstance(frame, Answer):
                 self._answered(frame)
                 return
+            if isinstance(frame, ToListener):
+                if frame.epoch == outbox.session.epoch:
+                    self._subscriptions.receive(outbox.shard, frame, self._now())
+                return
+            if isinstance(frame, Items):
+                return
             happened = outbox.session.receive(frame)
         except RemoteProtocolError as error:
             log.warning("shard %d sent what is not sound, and was ignored: %s", outbox.shard, error)
@@ -1033,6 +1090,8 @@ class Client:
                 self._lost(outbox, what)
             else:
                 self._rejected(outbox, what)
+        if isinstance(frame, Welcome):
+            self._subscriptions.pump(self._now())  # before data, which may be what somebody listens to
         self._pump(outbox)
         self._feel_pressure()
         if self._waiters:
@@ -1073,6 +1132,7 @@ class Client:
         self._fatal = error
         for outbox in self._outboxes:
             outbox.paused = True  # the next `publish` looks, and hears of it
+        self._subscriptions.end(error)
         self._fail_commands(error)
         self._fail_questions(error)
         self._made_progress()
@@ -1121,12 +1181,15 @@ class Client:
             self._outboxes = []
             self._outbox_of.clear()
             self._keyless = 0
+        moved = known is not None and not self._outboxes
         self._table = table
         self._table_wanted = False
         for address in table.shards:
             if address.shard == len(self._outboxes):
                 self._outboxes.append(_Outbox(address.shard, PublisherSession(self.publisher, self._limits)))
             self._follow(self._outboxes[address.shard], address, table.layout)
+        if moved:
+            self._subscriptions.reroute()
         self._made_progress()
 
     def _follow(self, outbox: _Outbox, address: ShardAddress, layout: int) -> None:
@@ -1164,6 +1227,7 @@ class Client:
             for outbox in self._outboxes:
                 outbox.session.tick(now_ns)
                 self._pump(outbox)
+            self._subscriptions.pump(now_ns)
             self._note_silence()
             await asyncio.sleep(_TICK_S)
 

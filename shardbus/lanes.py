@@ -44,6 +44,7 @@ from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.context import Context
 from shardbus.errors import RemoteProtocolError
+from shardbus.feeds import Feeds
 from shardbus.inbound import UNKNOWN, Delivery, Inbound, Inbox
 from shardbus.journal import ALIVE, END, FIRST, Journal
 from shardbus.messages import WireKey
@@ -171,6 +172,7 @@ class Lanes:
         chance: Callable[[], float],
         journal: Journal,
         quarantine: Quarantine,
+        feeds: Feeds,
     ) -> None:
         self.plans = plans
         self.queued = 0  # messages in memory behind busy keys
@@ -181,6 +183,7 @@ class Lanes:
         self._chance = chance
         self._journal = journal
         self._quarantine = quarantine
+        self._feeds = feeds
         self._crowded: dict[int, deque[_Lane]] = {}  # by its head's deaths: a suspect that waits for others
         # While it is armed, nothing begins but a suspect that is to be alone.
         self._hush: asyncio.TimerHandle | None = None
@@ -449,6 +452,9 @@ class Lanes:
         self._journal.lead(publisher, first, end)  # decoding runs what a message checks itself
         try:
             inbound.open(self.plans, careful=self._quarantine.touches(publisher, first, end))
+            if self._feeds.index and self._feeds.concern(inbound.columns.names):
+                inbound.columns.apart()  # now, because it may turn out not to be sound
+                inbound.feeds = self._feeds
         except RemoteProtocolError as error:
             self._host.malformed(inbound.session, error)
             return None
@@ -857,6 +863,9 @@ class Lanes:
         if outcome is not None:
             self._host.bury(delivery, outcome, parks=parks)
         else:
+            if self._feeds.index and delivery.is_event:
+                headers = None if delivery.extra is None else delivery.extra.headers
+                self._feeds.add(delivery.name, delivery.key, delivery.body, headers)
             if delivery.position:
                 self._host.forget(delivery.position)
             if delivery.session is not None:

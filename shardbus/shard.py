@@ -21,6 +21,7 @@ from shardbus.clock import NowNs, wall_ns
 from shardbus.config import PROTOCOL, Limits
 from shardbus.dead_letters import Request, decode_request, encode_answer, page_of
 from shardbus.errors import RemoteProtocolError
+from shardbus.feeds import Feeds
 from shardbus.inbound import UNKNOWN, Delivery, Inbound
 from shardbus.journal import Journal
 from shardbus.lanes import CRASHED, Lanes
@@ -42,7 +43,19 @@ from shardbus.store import (
 )
 from shardbus.store_writer import StoreWriter
 from shardbus.wire.codec import Extra
-from shardbus.wire.frames import Answer, Ask, Data, Hello, Ping, Reject, Reply, decode_to_worker, encode_frame
+from shardbus.wire.frames import (
+    Answer,
+    Ask,
+    Data,
+    FromListener,
+    Hello,
+    Ping,
+    Reject,
+    Reply,
+    Subscribe,
+    decode_to_worker,
+    encode_frame,
+)
 from shardbus.wire.session import WorkerSession
 
 log = logging.getLogger("shardbus.shard")
@@ -104,7 +117,8 @@ class Shard:
         self._predecessor = predecessor
         self._judged = False
         self._quarantine = Quarantine({}, self._note_suspect, now(), chance)
-        self.lanes = Lanes(plans, self, limits, now, chance, journal, self._quarantine)
+        self._feeds = Feeds(epoch, limits, lambda name: _is_event(plans, name), send, self._feeds_due)
+        self.lanes = Lanes(plans, self, limits, now, chance, journal, self._quarantine, self._feeds)
         self._layout = layout
         self._send = send
         self._now = now
@@ -234,6 +248,8 @@ class Shard:
                 self._on_ping(peer, frame)
             elif type(frame) is Ask:
                 self._on_ask(peer, frame)
+            elif isinstance(frame, FromListener):
+                self._on_listener(peer, frame)
             else:
                 self._on_bye(peer)
         except RemoteProtocolError as error:
@@ -242,6 +258,7 @@ class Shard:
     def tick(self) -> None:
         """Forget publishers that have been silent for long, and suspects that took long; call it about once a second."""
         self.recorder.flush()  # of events whose publisher has left: nobody waits for their ack
+        self._feeds.tick(self._now())
         if self._quarantine.suspects:
             self._quarantine.tick(self._now())
             self.lanes.release()
@@ -279,6 +296,8 @@ class Shard:
         elif frame.publisher in self._publishers:
             one = self._publishers[frame.publisher]
             self._peers.pop(one.peer, None)
+            if one.peer != peer:
+                self._feeds.leave(one.peer)
             one.peer = peer
             self._welcome(one)
         elif frame.publisher in self._resting:
@@ -346,6 +365,18 @@ class Shard:
         one = self._peers.get(peer)
         if one is not None:
             self._rest(one.session.publisher)
+
+    # -- who listens
+
+    def _on_listener(self, peer: bytes, frame: FromListener) -> None:
+        one = self._peers.get(peer)
+        if one is None or frame.epoch != self.epoch or (self._draining and isinstance(frame, Subscribe)):
+            self._refuse(peer, frame.epoch, self._layout, greeted=one is not None)
+        else:
+            self._feeds.receive(peer, frame, self._now())
+
+    def _feeds_due(self) -> None:
+        asyncio.get_running_loop().call_soon(self._feeds.flush)
 
     # -- what people ask about dead letters
 
@@ -439,6 +470,7 @@ class Shard:
     def _rest(self, publisher: bytes) -> None:
         one = self._publishers.pop(publisher)
         self._peers.pop(one.peer, None)
+        self._feeds.leave(one.peer)
         self._resting[publisher] = one.session
         if len(self._resting) > _RESTING_MAX:
             self._resting.popitem(last=False)
@@ -683,6 +715,10 @@ class Shard:
         delivery.todo = row.todo or None
         delivery.gave_up = row.gave_up
         return delivery
+
+
+def _is_event(plans: Mapping[str, Plan], name: str) -> bool:
+    return name in plans and not plans[name].is_command
 
 
 def _and_more(count: int) -> str:

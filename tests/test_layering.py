@@ -42,13 +42,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("store",),
     ("store_writer",),
     ("dead_letters", "reports"),
-    ("metrics",),
+    ("metrics", "feeds"),
     ("inbound",),
     ("lanes",),
     # adapters: one effect each
     ("evidence", "sql_store", "zmq_transport", "processes", "rundir", "logs", "application", "event_loop", "watchdog"),
     ("example_application",),
     ("shard",),
+    ("subscriptions", "streams"),
     ("client", "worker", "supervisor"),  # roles
     ("publishing",),
     ("local", "connecting"),
