@@ -166,10 +166,11 @@ def check_on_full(on_full: OnFull) -> None:
 class _Route:
     """How one message type is published."""
 
-    __slots__ = ("key_class", "key_of", "name", "type")
+    __slots__ = ("idempotent", "key_class", "key_of", "name", "type")
 
     def __init__(self, message_type: type[Message]) -> None:
         self.type = message_type
+        self.idempotent = message_type.__shardbus_idempotent__
         self.name = wire_name(message_type)
         self.key_of = key_getter(message_type)
         # Keys of this very class are in their normal form; others pass through `to_wire_key`.
@@ -194,6 +195,7 @@ class _Outbox:
         "dirty",
         "malformed",
         "open_commands",
+        "open_idempotent",
         "paused",
         "session",
         "shard",
@@ -208,6 +210,7 @@ class _Outbox:
         self.commands: dict[int, _Call] = {}
         self.command_seqs: set[int] = set()  # of commands that may be unfinished, awaited or not
         self.open_commands: list[int] = []
+        self.open_idempotent: list[int] = []  # likewise, those that may be sent twice
         self.dirty = False
         self.paused = False  # publishers must look before they append
         self.malformed = 0
@@ -698,10 +701,14 @@ class Client:
     ) -> ReplyT:
         """Send a command and wait for its reply. It takes its place behind this client's earlier messages of its key.
 
+        Whoever stops waiting, by the time-out or because its task is cancelled, cancels the command: its handler is
+        cancelled where it runs, and where it has not begun it never does.
+
         Raises:
-            TimeoutError: no reply within `timeout` seconds; the message says whether the command may still run.
+            TimeoutError: no reply within `timeout` seconds; the message says whether the command may have run.
             CommandFailed: its handler raised, or there is none; carries the remote traceback.
-            CommandLost: the worker died after it was sent; whether it ran is unknown.
+            CommandLost: the worker died after it was sent; whether it ran is unknown. Never of a command that was declared
+                with `idempotent=True`, which is sent again.
             ClientClosed, InvalidKey, MessageTooLarge: as for `publish`.
         """
         self._check_open()
@@ -727,32 +734,46 @@ class Client:
                 self._weigh(outbox, size)
                 deadline = limit.when()
                 left_ns = 2**62 if deadline is None else max(1, int((deadline - loop.time()) * _NS))
-                batch = outbox.batch
-                batch.add(route.name, key, body)
-                batch.extras.append(Extra(len(batch) - 1, dict(headers or {}), left_ns, False))
-                seq = outbox.session.next_seq + len(batch) - 1
-                call = outbox.commands[seq] = _Call(route.name, self._reply_decoder(command), loop.create_future())
-                outbox.open_commands.append(seq)
-                outbox.command_seqs.add(seq)
-                if len(batch) >= self._limits.batch_events_max:
-                    self._seal(outbox)
-                elif not outbox.dirty:
-                    self._mark(outbox)
+                call = _Call(route.name, self._reply_decoder(command), loop.create_future())
+                extra = Extra(len(outbox.batch), dict(headers or {}), left_ns, route.idempotent)
+                seq = self._append_command(outbox, route, key, body, extra, call)
                 reply: ReplyT = await call.reply
                 return reply
         except TimeoutError:
             raise TimeoutError(self._unanswered(route, outbox, seq, timeout)) from None
         finally:
-            if outbox.commands.pop(seq, None) is not None:
-                outbox.session.abandon(seq)
-                self._made_progress()
-            if len(outbox.command_seqs) > 2 * self._limits.commands_in_flight_max:
-                outbox.unfinished_commands()
+            self._leave_command(outbox, seq)
+
+    def _append_command(
+        self, outbox: _Outbox, route: _Route, key: WireKey, body: bytes, extra: Extra, call: _Call
+    ) -> int:
+        """Put a command into an outbox that has room; return its sequence."""
+        batch = outbox.batch
+        batch.add(route.name, key, body)
+        batch.extras.append(extra)
+        seq = outbox.session.next_seq + len(batch) - 1
+        outbox.commands[seq] = call
+        (outbox.open_idempotent if extra.idempotent else outbox.open_commands).append(seq)
+        outbox.command_seqs.add(seq)
+        if len(batch) >= self._limits.batch_events_max:
+            self._seal(outbox)
+        elif not outbox.dirty:
+            self._mark(outbox)
+        return seq
+
+    def _leave_command(self, outbox: _Outbox, seq: int) -> None:
+        """Nobody waits for this command any more: where it has no outcome, it is cancelled."""
+        if outbox.commands.pop(seq, None) is not None:
+            outbox.session.abandon(seq)
+            self._pump(outbox)
+            self._made_progress()
+        if len(outbox.command_seqs) > 2 * self._limits.commands_in_flight_max:
+            outbox.unfinished_commands()
 
     def _unanswered(self, route: _Route, outbox: _Outbox, seq: int, timeout_s: float) -> str:
         told = f"{route.name}: no reply within {timeout_s:g} s; "
         if seq >= 0 and outbox.session.was_sent(seq):
-            return told + "it may still run"
+            return told + "it may have run, in part or wholly, and is cancelled where it still runs"
         session = outbox.session
         if seq >= session.next_seq and session.state is State.OPEN:
             return told + "its deadline was over before it could be sent"
@@ -959,12 +980,14 @@ class Client:
 
     def _seal(self, outbox: _Outbox) -> None:
         batch = outbox.batch
-        commands = tuple(outbox.open_commands)
+        commands, idempotent = tuple(outbox.open_commands), tuple(outbox.open_idempotent)
+        now_ns = self._now() if commands or idempotent else 0
         # First: were it to fail, nothing would be lost without a word.
-        outbox.session.offer(batch.seal(), len(batch), commands, self._now() if commands else 0)
+        outbox.session.offer(batch.seal(), len(batch), commands, now_ns, idempotent)
         outbox.batch = Batch()
         outbox.big_bytes = 0
         outbox.open_commands = []
+        outbox.open_idempotent = []
         self._pump(outbox)
         self._feel_pressure()
         self._seals += 1

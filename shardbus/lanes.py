@@ -66,6 +66,7 @@ _ERROR_CHARS_MAX: Final = 2000
 _TRACEBACK_CHARS_MAX: Final = 32_000
 _PLACES_MAX: Final = 1024
 _OUR_FILES: Final = (__file__, asyncio.timeouts.__file__, *OUR_FILES)  # between a worker's loop and a handler
+_OVERDUE_NS: Final = 1_000_000_000  # so long after its deadline a command's handler is ended, whatever its caller said
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
 
 CRASHED: Final = "crashed"  # the reason of a dead letter whose handling ends its worker
@@ -205,6 +206,7 @@ class Lanes:
         self._running: Delivery | None = None
         self._keyless: dict[object | None, Delivery] = {}  # of overtaken leaders whose message has no lane
         self._loose: set[_Lane] = set()  # lanes of messages without a key that wait
+        self._calls: dict[Identity, _Call] = {}  # of commands that run
         self._places: dict[tuple[Any, ...], tuple[str, str, list[CodeType]]] = {}
 
     # -- what the shard calls
@@ -284,6 +286,27 @@ class Lanes:
             end.last = position
         else:
             lane.queue.append(_Stored(position - 1, 1, position))
+
+    def cancel(self, session: WorkerSession, seq: int) -> None:
+        """Nobody waits for a command any more: end its handler where it runs; where it has not begun, it never does."""
+        call = self._calls.get((session.publisher, seq))
+        if call is None:
+            session.cancel(seq)
+        else:
+            call.cancel()
+
+    def cancel_all(self, publisher: bytes) -> None:
+        """End all handlers of a publisher's commands: it has gone."""
+        for identity, call in self._calls.items():
+            if identity[0] == publisher:
+                call.cancel()
+
+    def cancel_overdue(self) -> None:
+        """End handlers of commands whose callers have given up, by the same deadline, and perhaps could not say so."""
+        before = self._now() - _OVERDUE_NS
+        for call in self._calls.values():
+            if 0 < call.deadline_ns < before:
+                call.cancel()
 
     def idle(self) -> bool:
         """Whether nothing runs, and nothing is queued but what the store has and will give back in its time."""
@@ -618,14 +641,20 @@ class Lanes:
 
     def _may_run(self, lane: _Lane, head: Delivery) -> bool:
         """Whether a head that was taken from its lane may run now; else it is where it belongs."""
-        if not head.is_event:
-            return True  # a command is never sent again, so it cannot be a suspect
+        if not head.is_event and not (head.extra is not None and head.extra.idempotent):
+            return True  # it is never sent again, so it cannot be a suspect
         match self._quarantine.admit(head.identity, self._now()):
             case Convicted(verdict=verdict, deaths=deaths):
                 lane.running = head
                 if head.key is None:
                     self._loose.discard(lane)
-                self._settle(head, _crashed(head, verdict, deaths))
+                failure = _crashed(head, verdict, deaths)
+                if head.is_event:
+                    self._settle(head, failure)
+                else:
+                    body = msgspec.msgpack.encode(("Crashed", failure.error, ""))
+                    self._host.reply(head, REPLY_FAILED, body)
+                    self._settle(head, None)
                 return False
             case Hold(delay_s=delay_s):
                 head.due_ns = self._now() + int(delay_s * 1e9)
@@ -801,7 +830,10 @@ class Lanes:
         return replace(first, handlers=tuple(name for one in delivery.gave_up for name in one.handlers))
 
     async def _command(self, delivery: Delivery) -> None:
-        plan = delivery.plan
+        plan, session = delivery.plan, delivery.session
+        if session is not None and (session.left or delivery.seq in session.cancelled):
+            session.cancelled.discard(delivery.seq)
+            return
         if delivery.deadline_ns and self._now() >= delivery.deadline_ns:
             self._host.reply(delivery, REPLY_EXPIRED, b"")
             return
@@ -809,6 +841,7 @@ class Lanes:
             told = f"no handler of this application takes the command {delivery.name!r}"
             self._host.reply(delivery, REPLY_FAILED, msgspec.msgpack.encode(("UnknownCommand", told, "")))
             return
+        call = self._calls[delivery.identity] = _Call(asyncio.current_task(), delivery.deadline_ns)
         try:
             message = plan.decode(delivery.body) if delivery.message is None else delivery.message
             outcome = await self._call(plan.handlers[0], message, self._context_of(delivery))
@@ -819,10 +852,15 @@ class Lanes:
             if self._is_ours(error):
                 raise
             self._absorb(error)
+            if call.is_cancelled:
+                return
             text = _sound("".join(_told_from_the_handler(error).format())[-16_000:])
             body = msgspec.msgpack.encode((_type_name(error), _text_of(error), text))
             self._host.reply(delivery, REPLY_FAILED, body)
             return
+        finally:
+            del self._calls[delivery.identity]
+            call.end()
         self._host.reply(delivery, REPLY_OK, body)
 
     def _context_of(self, delivery: Delivery) -> Context:
@@ -1118,6 +1156,29 @@ class Lanes:
             place = xxhash.xxh3_128_hexdigest(text.encode("utf-8", "replace"))
             known = self._places[tuple(identity)] = (place, text, code)
         return known[:2]
+
+
+class _Call:
+    """A command's handler that runs, in a task that others' handlers run in as well."""
+
+    __slots__ = ("_task", "deadline_ns", "is_cancelled")
+
+    def __init__(self, task: asyncio.Task[Any] | None, deadline_ns: int) -> None:
+        self._task = task
+        self.deadline_ns = deadline_ns
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more. Called from outside the task, so while that is suspended in the handler."""
+        if not self.is_cancelled and self._task is not None:
+            self.is_cancelled = True
+            self._task.cancel()
+
+    def end(self) -> None:
+        """The handler has ended, perhaps in spite of its cancellation: that must not meet the next one."""
+        if self.is_cancelled and self._task is not None:
+            while self._task.cancelling():
+                self._task.uncancel()
 
 
 class _HandlerTimeout(TimeoutError):

@@ -46,7 +46,9 @@ from shardbus.wire.codec import Extra
 from shardbus.wire.frames import (
     Answer,
     Ask,
+    Cancel,
     Data,
+    FromCaller,
     FromListener,
     Hello,
     Ping,
@@ -250,6 +252,8 @@ class Shard:
                 self._on_ask(peer, frame)
             elif isinstance(frame, FromListener):
                 self._on_listener(peer, frame)
+            elif isinstance(frame, FromCaller):
+                self._on_caller(peer, frame)
             else:
                 self._on_bye(peer)
         except RemoteProtocolError as error:
@@ -259,6 +263,7 @@ class Shard:
         """Forget publishers that have been silent for long, and suspects that took long; call it about once a second."""
         self.recorder.flush()  # of events whose publisher has left: nobody waits for their ack
         self._feeds.tick(self._now())
+        self.lanes.cancel_overdue()
         if self._quarantine.suspects:
             self._quarantine.tick(self._now())
             self.lanes.release()
@@ -341,6 +346,7 @@ class Shard:
 
     def _admit(self, peer: bytes, session: WorkerSession) -> None:
         one = self._publishers[session.publisher] = _Publisher(session, peer)
+        session.left = False
         self._welcome(one)
 
     def _welcome(self, one: _Publisher) -> None:
@@ -364,7 +370,16 @@ class Shard:
     def _on_bye(self, peer: bytes) -> None:
         one = self._peers.get(peer)
         if one is not None:
+            one.session.left = True
+            self.lanes.cancel_all(one.session.publisher)
             self._rest(one.session.publisher)
+
+    # -- who waits for commands
+
+    def _on_caller(self, peer: bytes, frame: FromCaller) -> None:
+        one = self._peers.get(peer)
+        if one is not None and frame.epoch == self.epoch and isinstance(frame, Cancel):
+            self.lanes.cancel(one.session, frame.seq)
 
     # -- who listens
 
