@@ -34,6 +34,7 @@ from shardbus.pipeline import CallNext, Middleware
 from shardbus.publishing import PublishMiddleware
 from shardbus.registry import WorkerInfo
 from shardbus.retry import Retry
+from shardbus.streams import Stream
 from shardbus.subscriptions import Missed, OnSlow, Subscription
 
 __all__ = [
@@ -73,6 +74,7 @@ __all__ = [
     "Retry",
     "ShardbusError",
     "Statistics",
+    "Stream",
     "Subscription",
     "SubscriptionLost",
     "Timing",

@@ -48,6 +48,7 @@ from shardbus.messages import Command, Event, Message, WireKey, key_getter, repl
 from shardbus.metrics import Evidence
 from shardbus.routing import ShardAddress, Table
 from shardbus.store import DeadFilter
+from shardbus.streams import Flow, Stream
 from shardbus.subscriptions import OnSlow, Subscription, Subscriptions
 from shardbus.wire.codec import Batch, Extra, encode_bodies, has_negative
 from shardbus.wire.frames import (
@@ -57,6 +58,7 @@ from shardbus.wire.frames import (
     Answer,
     Ask,
     Items,
+    More,
     TableChanged,
     ToListener,
     Welcome,
@@ -88,6 +90,7 @@ _NS: Final = 1_000_000_000
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode_table: Final = msgspec.msgpack.Decoder(Table).decode
+_decode_total: Final = msgspec.msgpack.Decoder(int).decode
 _decode_failure: Final = msgspec.msgpack.Decoder(tuple[str, str, str]).decode
 _decode_evidence: Final = msgspec.msgpack.Decoder(list[Evidence]).decode
 
@@ -251,6 +254,42 @@ class _Call(msgspec.Struct):
     name: str
     decode: Callable[[bytes], Any]
     reply: asyncio.Future[Any]
+    flow: Flow | None = None  # of a stream
+
+
+class _Caller:
+    """A streaming command, as its `Stream` sees the client."""
+
+    def __init__(
+        self, client: Client, route: _Route, key: WireKey, body: bytes, flow: Flow, extra: Extra, end: float
+    ) -> None:
+        self._client = client
+        self._route = route
+        self._key = key
+        self._body = body
+        self._flow = flow
+        self._extra = extra
+        self._end = end
+        self._outbox: _Outbox | None = None
+        self._seq = -1
+
+    async def begin(self) -> None:
+        client = self._client
+        size = len(self._body) + sum(map(len, self._extra.headers.values()))
+        outbox = await client._room_for_command(self._key, size)
+        left_s = self._end - asyncio.get_running_loop().time()
+        extra = replace(self._extra, at=len(outbox.batch), timeout_ns=max(1, int(left_s * _NS)))
+        call = _Call(self._route.name, _decode_total, self._flow.reply, self._flow)
+        self._seq = client._append_command(outbox, self._route, self._key, self._body, extra, call)
+        self._outbox = outbox
+
+    def more(self, allowed: int) -> None:
+        if self._outbox is not None and self._outbox.session.state is State.OPEN:
+            self._client._send(self._outbox, encode_frame(More(self._outbox.session.epoch, self._seq, allowed)))
+
+    def leave(self) -> None:
+        if self._outbox is not None:
+            self._client._leave_command(self._outbox, self._seq)
 
 
 class Client:
@@ -711,6 +750,59 @@ class Client:
                 with `idempotent=True`, which is sent again.
             ClientClosed, InvalidKey, MessageTooLarge: as for `publish`.
         """
+        route, key, body, size = self._packed_command(command, timeout, headers)
+        outbox = self._command_outbox(key)
+        loop = asyncio.get_running_loop()
+        seq = -1
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                outbox = await self._room_for_command(key, size)
+                deadline = limit.when()
+                left_ns = 2**62 if deadline is None else max(1, int((deadline - loop.time()) * _NS))
+                call = _Call(route.name, self._reply_decoder(command), loop.create_future())
+                extra = Extra(len(outbox.batch), dict(headers or {}), left_ns, route.idempotent)
+                seq = self._append_command(outbox, route, key, body, extra, call)
+                reply: ReplyT = await call.reply
+                return reply
+        except TimeoutError:
+            raise TimeoutError(self._unanswered(route, outbox, seq, timeout)) from None
+        finally:
+            self._leave_command(outbox, seq)
+
+    def stream(
+        self,
+        command: Command[ReplyT],
+        *,
+        timeout: float = 60.0,
+        window: int = 64,
+        headers: dict[str, str] | None = None,
+    ) -> Stream[ReplyT]:
+        """Send a command whose handler yields, and read its items: `async for token in client.stream(Chat(…))`.
+
+        It takes its place as with `execute`, and is never sent again. The handler yields up to `window` items more than were
+        read, and waits then. Leaving the loop ends it, as does the time-out, or this client's end.
+
+        Args:
+            command: one whose handler is an `async def` that yields.
+            timeout: seconds from here to the end of the stream.
+            window: how many items may wait here, 1 to 1,024; all of them together up to 4 MiB and one item.
+            headers: as for `publish`.
+
+        Raises:
+            UsageError: a window or a time-out that is none; else as for `publish`. What comes later is in `Stream`.
+        """
+        route, key, body, _ = self._packed_command(command, timeout, headers)
+        if type(window) is not int or not 1 <= window <= self._limits.stream_items_max:
+            raise UsageError(f"window={window!r}: take 1 to {self._limits.stream_items_max:,}")
+        flow = Flow(route.name, window)
+        end = asyncio.get_running_loop().time() + timeout
+        caller = _Caller(self, route, key, body, flow, Extra(0, dict(headers or {}), 0, False, window), end)
+        return Stream(flow, caller, self._reply_decoder(command), timeout)
+
+    def _packed_command(
+        self, command: Command[Any], timeout: float, headers: dict[str, str] | None
+    ) -> tuple[_Route, WireKey, bytes, int]:
+        """A command, checked: its route, key, body, and the bytes of body and headers."""
         self._check_open()
         if not 0 < timeout <= _TIMEOUT_S_MAX:
             raise UsageError(f"timeout={timeout!r}: give seconds above 0, up to {_TIMEOUT_S_MAX:,}")
@@ -723,26 +815,19 @@ class Client:
         size = len(body) + (0 if headers is None else _check_headers(headers, self._limits))
         if len(body) > self._limits.event_bytes_max:
             raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
-        outbox = self._outboxes[self._keyless] if key is None else self._outbox_of.get(key) or self._place(key)
-        loop = asyncio.get_running_loop()
-        seq = -1
-        try:
-            async with asyncio.timeout(timeout) as limit:
-                while outbox.paused or len(outbox.commands) >= self._limits.commands_in_flight_max:
-                    await self._command_room(outbox)
-                    outbox = self._present(outbox, key)
-                self._weigh(outbox, size)
-                deadline = limit.when()
-                left_ns = 2**62 if deadline is None else max(1, int((deadline - loop.time()) * _NS))
-                call = _Call(route.name, self._reply_decoder(command), loop.create_future())
-                extra = Extra(len(outbox.batch), dict(headers or {}), left_ns, route.idempotent)
-                seq = self._append_command(outbox, route, key, body, extra, call)
-                reply: ReplyT = await call.reply
-                return reply
-        except TimeoutError:
-            raise TimeoutError(self._unanswered(route, outbox, seq, timeout)) from None
-        finally:
-            self._leave_command(outbox, seq)
+        return route, key, body, size
+
+    def _command_outbox(self, key: WireKey) -> _Outbox:
+        return self._outboxes[self._keyless] if key is None else self._outbox_of.get(key) or self._place(key)
+
+    async def _room_for_command(self, key: WireKey, size: int) -> _Outbox:
+        """The outbox of a key, with room for a command of so many bytes."""
+        outbox = self._command_outbox(key)
+        while outbox.paused or len(outbox.commands) >= self._limits.commands_in_flight_max:
+            await self._command_room(outbox)
+            outbox = self._present(outbox, key)
+        self._weigh(outbox, size)
+        return outbox
 
     def _append_command(
         self, outbox: _Outbox, route: _Route, key: WireKey, body: bytes, extra: Extra, call: _Call
@@ -1101,6 +1186,9 @@ class Client:
                     self._subscriptions.receive(outbox.shard, frame, self._now())
                 return
             if isinstance(frame, Items):
+                call = outbox.commands.get(frame.seq) if frame.epoch == outbox.session.epoch else None
+                if call is not None and call.flow is not None:
+                    call.flow.put(frame.first, frame.items)
                 return
             happened = outbox.session.receive(frame)
         except RemoteProtocolError as error:

@@ -31,6 +31,7 @@ import contextvars
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from types import CodeType, TracebackType
 from typing import Any, Final, Protocol
@@ -48,6 +49,7 @@ from shardbus.feeds import Feeds
 from shardbus.inbound import UNKNOWN, Delivery, Inbound, Inbox
 from shardbus.journal import ALIVE, END, FIRST, Journal
 from shardbus.messages import WireKey
+from shardbus.outlet import OUTLET, Outlet
 from shardbus.pipeline import OUR_FILES
 from shardbus.quarantine import Convicted, Crowded, Hold, Identity, Quarantine, Run
 from shardbus.registry import Plan, Registered
@@ -68,6 +70,9 @@ _PLACES_MAX: Final = 1024
 _OUR_FILES: Final = (__file__, asyncio.timeouts.__file__, *OUR_FILES)  # between a worker's loop and a handler
 _OVERDUE_NS: Final = 1_000_000_000  # so long after its deadline a command's handler is ended, whatever its caller said
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
+
+_STREAMS: Final = ("StreamingCommand", "{} streams its reply; use client.stream(…)")
+_STREAMS_NOT: Final = ("PlainCommand", "the handler of {} does not yield; use client.execute(…)")
 
 CRASHED: Final = "crashed"  # the reason of a dead letter whose handling ends its worker
 
@@ -101,6 +106,9 @@ class LaneHost(Protocol):
 
     def reply(self, delivery: Delivery, status: str, body: bytes) -> None:
         """Send a command's outcome."""
+
+    def items(self, delivery: Delivery, first: int, items: tuple[bytes, ...]) -> None:
+        """Send what a streaming command yielded, from its item `first` on."""
 
     def bury(self, delivery: Delivery, failure: Failure, *, parks: bool = False) -> None:
         """Make it a dead letter; when that is committed, finish it. Where it parks its key, call `parked` then."""
@@ -300,6 +308,18 @@ class Lanes:
         for identity, call in self._calls.items():
             if identity[0] == publisher:
                 call.cancel()
+
+    def cancel_streams(self, publisher: bytes) -> None:
+        """End a publisher's streams: it has been silent for long. Should it come back, it hears of it."""
+        for identity, call in self._calls.items():
+            if identity[0] == publisher and call.outlet is not None:
+                call.cancel("its caller was silent for too long")
+
+    def allow(self, session: WorkerSession, seq: int, allowed: int) -> None:
+        """The reader of a stream takes more."""
+        call = self._calls.get((session.publisher, seq))
+        if call is not None and call.outlet is not None:
+            call.outlet.allow(allowed)
 
     def cancel_overdue(self) -> None:
         """End handlers of commands whose callers have given up, by the same deadline, and perhaps could not say so."""
@@ -841,18 +861,34 @@ class Lanes:
             told = f"no handler of this application takes the command {delivery.name!r}"
             self._host.reply(delivery, REPLY_FAILED, msgspec.msgpack.encode(("UnknownCommand", told, "")))
             return
-        call = self._calls[delivery.identity] = _Call(asyncio.current_task(), delivery.deadline_ns)
+        window = 0 if delivery.extra is None else delivery.extra.window
+        if plan.streams != bool(window):
+            kind, told = _STREAMS if plan.streams else _STREAMS_NOT
+            self._host.reply(delivery, REPLY_FAILED, msgspec.msgpack.encode((kind, told.format(delivery.name), "")))
+            return
+        outlet: Outlet | None = None
+        token: contextvars.Token[Outlet] | None = None
+        if window:
+            send = partial(self._host.items, delivery)
+            outlet = Outlet(plan.encode_reply, window, self._limits, send)
+            token = OUTLET.set(outlet)
+        call = self._calls[delivery.identity] = _Call(asyncio.current_task(), delivery.deadline_ns, outlet)
         try:
             message = plan.decode(delivery.body) if delivery.message is None else delivery.message
             outcome = await self._call(plan.handlers[0], message, self._context_of(delivery))
-            body = plan.encode_reply(outcome)
+            body = plan.encode_reply(outcome if outlet is None else outlet.count)
             if len(body) > self._limits.event_bytes_max:
                 raise ValueError(f"the reply has {len(body):,} bytes, the limit is {self._limits.event_bytes_max:,}")
         except BaseException as error:  # goes back to the caller, with its traceback
             if self._is_ours(error):
                 raise
             self._absorb(error)
+            if outlet is not None:
+                outlet.flush()
             if call.is_cancelled:
+                if call.told:
+                    body = msgspec.msgpack.encode(("Cancelled", call.told, ""))
+                    self._host.reply(delivery, REPLY_FAILED, body)
                 return
             text = _sound("".join(_told_from_the_handler(error).format())[-16_000:])
             body = msgspec.msgpack.encode((_type_name(error), _text_of(error), text))
@@ -861,6 +897,10 @@ class Lanes:
         finally:
             del self._calls[delivery.identity]
             call.end()
+            if token is not None:
+                OUTLET.reset(token)  # a leader goes on in the clean context only
+        if outlet is not None:
+            outlet.flush()
         self._host.reply(delivery, REPLY_OK, body)
 
     def _context_of(self, delivery: Delivery) -> Context:
@@ -1161,17 +1201,20 @@ class Lanes:
 class _Call:
     """A command's handler that runs, in a task that others' handlers run in as well."""
 
-    __slots__ = ("_task", "deadline_ns", "is_cancelled")
+    __slots__ = ("_task", "deadline_ns", "is_cancelled", "outlet", "told")
 
-    def __init__(self, task: asyncio.Task[Any] | None, deadline_ns: int) -> None:
+    def __init__(self, task: asyncio.Task[Any] | None, deadline_ns: int, outlet: Outlet | None) -> None:
         self._task = task
         self.deadline_ns = deadline_ns
+        self.outlet = outlet  # where it streams
         self.is_cancelled = False
+        self.told = ""  # why, where its caller may still be there
 
-    def cancel(self) -> None:
+    def cancel(self, told: str = "") -> None:
         """Nobody waits for it any more. Called from outside the task, so while that is suspended in the handler."""
         if not self.is_cancelled and self._task is not None:
             self.is_cancelled = True
+            self.told = told
             self._task.cancel()
 
     def end(self) -> None:

@@ -51,6 +51,7 @@ from shardbus.wire.frames import (
     FromCaller,
     FromListener,
     Hello,
+    Items,
     Ping,
     Reject,
     Reply,
@@ -269,8 +270,11 @@ class Shard:
             self.lanes.release()
         silent_before = self._now() - int(self._limits.session_silence_s * _NS)
         for publisher, one in list(self._publishers.items()):
-            if one.session.heard_ns < silent_before and not one.session.unfinished:
-                self._rest(publisher)
+            if one.session.heard_ns < silent_before:
+                if one.session.unfinished:
+                    self.lanes.cancel_streams(publisher)
+                else:
+                    self._rest(publisher)
 
     def _on_data(self, peer: bytes, frame: Data) -> None:
         one = self._peers.get(peer)
@@ -378,8 +382,13 @@ class Shard:
 
     def _on_caller(self, peer: bytes, frame: FromCaller) -> None:
         one = self._peers.get(peer)
-        if one is not None and frame.epoch == self.epoch and isinstance(frame, Cancel):
+        if one is None or frame.epoch != self.epoch:
+            return  # who it was has gone, and so has what it waited for
+        one.session.heard_ns = self._now()
+        if isinstance(frame, Cancel):
             self.lanes.cancel(one.session, frame.seq)
+        else:
+            self.lanes.allow(one.session, frame.seq, frame.allowed)
 
     # -- who listens
 
@@ -568,6 +577,12 @@ class Shard:
         one = self._publishers.get(delivery.publisher)
         if one is not None:
             self._send(one.peer, encode_frame(Reply(self.epoch, delivery.seq, status, body)))
+
+    def items(self, delivery: Delivery, first: int, items: tuple[bytes, ...]) -> None:
+        """Send items of a stream to whoever holds its command's session now."""
+        one = self._publishers.get(delivery.publisher)
+        if one is not None:
+            self._send(one.peer, encode_frame(Items(self.epoch, delivery.seq, first, items)))
 
     def handled(self, count: int) -> None:
         """Count outcomes."""

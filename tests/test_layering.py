@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("wire.codec",),
     ("wire.session",),
     ("context",),
-    ("signatures", "threads"),
+    ("signatures", "threads", "outlet"),
     ("filters",),
     ("pipeline",),
     ("registry", "middleware"),
