@@ -46,7 +46,7 @@ class Flow:
         self._expected = 0
         self._taken = 0
         self._changed = asyncio.Event()
-        self.reply.add_done_callback(lambda _: self._changed.set())
+        self.reply.add_done_callback(self._ended)
 
     def put(self, first: int, items: tuple[bytes, ...]) -> None:
         """Items arrived.
@@ -86,8 +86,12 @@ class Flow:
     def close(self) -> None:
         """Nobody reads any more."""
         self.items.clear()
-        if not self.reply.cancel() and not self.reply.cancelled():
-            self.reply.exception()  # is nobody's any more
+        self.reply.cancel()
+
+    def _ended(self, reply: asyncio.Future[int]) -> None:
+        if not reply.cancelled():
+            reply.exception()  # where nobody reads any more, nobody is to be told
+        self._changed.set()
 
     def _break(self) -> None:
         if not self.reply.done():

@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 
-from shardbus import Bus, Client, ClientClosed, Command, CommandFailed, Event, RegistrationError, Stream, Timing, UsageError
+from shardbus import (
+    Bus,
+    Client,
+    ClientClosed,
+    Command,
+    CommandFailed,
+    Event,
+    RegistrationError,
+    Stream,
+    Timing,
+    UsageError,
+)
 from shardbus.config import Limits
 from shardbus.local import run_local
 from shardbus.testing import MemoryStore

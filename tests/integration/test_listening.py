@@ -131,9 +131,11 @@ def rss_bytes(pid: int) -> int:
 async def told(client: shardbus.Client, space: dict[str, Any], wanted: str) -> list[str]:
     """What handlers of the shard of key "a" told, once that is among it."""
     async with asyncio.timeout(30):
-        while wanted not in (found := await client.execute(space["Tell"](key="a"))):  # noqa: ASYNC110
+        while True:
+            found = await client.execute(space["Tell"](key="a"))
+            if any(one.startswith(wanted) for one in found):
+                return found
             await asyncio.sleep(0.02)
-    return found
 
 
 async def test_a_listener_of_every_key_hears_all_of_it_in_order(make_bus: MakeBus, short_path: Path) -> None:
@@ -166,7 +168,7 @@ async def test_a_listener_that_stands_still_costs_its_worker_a_window_and_hears_
     make_bus: MakeBus, short_path: Path
 ) -> None:
     bus, space = await asyncio.to_thread(served, make_bus, short_path)
-    listener = subprocess.Popen(
+    listener = subprocess.Popen(  # noqa: ASYNC220 - nothing else goes on yet
         [sys.executable, "listener.py", bus.address],
         cwd=short_path,
         env=bus.environment(),
@@ -214,7 +216,7 @@ async def test_five_thousand_commands_are_in_flight_and_end_with_their_callers(
         async with asyncio.timeout(60):
             while len(await client.execute(space["Tell"](key="a"), timeout=30)) < 4000:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-        for call in calls:
+        for call in reversed(calls):  # those that wait behind others first
             call.cancel()
         await client.flush(60)
         async with asyncio.timeout(60):
@@ -229,7 +231,7 @@ async def test_an_idempotent_command_is_sent_again_to_the_successor_and_others_a
     bus, space = await asyncio.to_thread(served, make_bus, short_path)
     async with shardbus.connect(bus.address) as client:
         again = asyncio.create_task(client.execute(space["Again"](key="b"), timeout=60))
-        lost = asyncio.create_task(client.execute(space["Stay"](key="a"), timeout=60))
+        lost = asyncio.create_task(client.execute(space["Stay"](key="s"), timeout=60))
         stream = client.stream(space["Tokens"](key="c"), window=5)
         async with asyncio.timeout(60):
             assert [await anext(stream) for _ in range(3)] == [0, 1, 2]
@@ -254,5 +256,6 @@ async def test_a_stream_is_closed_when_its_client_leaves(make_bus: MakeBus, shor
             stream = other.stream(space["Tokens"](key="a"), window=10, timeout=100)
             assert [await anext(stream) for _ in range(100)] == list(range(100))
             await stream.aclose()
-        found = await told(client, space, "closed at 109")
-        assert found == ["closed at 109"]
+        (found,) = await told(client, space, "closed")
+        last = int(found.split()[-1])  # what it yielded last
+        assert 99 <= last <= 109
