@@ -57,10 +57,13 @@ from shardbus.wire.frames import (
     REPLY_OK,
     Answer,
     Ask,
+    Feed,
     Items,
     More,
+    Subscribed,
     TableChanged,
     ToListener,
+    Unsubscribed,
     Welcome,
     decode_to_client,
     decode_to_publisher,
@@ -1178,17 +1181,8 @@ class Client:
         self._heard()
         try:
             frame = decode_to_publisher(data)
-            if isinstance(frame, Answer):
-                self._answered(frame)
-                return
-            if isinstance(frame, ToListener):
-                if frame.epoch == outbox.session.epoch:
-                    self._subscriptions.receive(outbox.shard, frame, self._now())
-                return
-            if isinstance(frame, Items):
-                call = outbox.commands.get(frame.seq) if frame.epoch == outbox.session.epoch else None
-                if call is not None and call.flow is not None:
-                    call.flow.put(frame.first, frame.items)
+            if isinstance(frame, (Answer, Items, Feed, Subscribed, Unsubscribed)):
+                self._on_other(outbox, frame)
                 return
             happened = outbox.session.receive(frame)
         except RemoteProtocolError as error:
@@ -1207,6 +1201,17 @@ class Client:
         self._feel_pressure()
         if self._waiters:
             self._progress.set()
+
+    def _on_other(self, outbox: _Outbox, frame: Answer | Items | ToListener) -> None:
+        """Take what does not belong to the outbox's session."""
+        if isinstance(frame, Answer):
+            self._answered(frame)
+        elif frame.epoch != outbox.session.epoch:
+            return  # a worker that is gone
+        elif not isinstance(frame, Items):
+            self._subscriptions.receive(outbox.shard, frame, self._now())
+        elif (call := outbox.commands.get(frame.seq)) is not None and call.flow is not None:
+            call.flow.put(frame.first, frame.items)
 
     def _replied(self, outbox: _Outbox, what: Replied) -> None:
         call = outbox.commands.pop(what.seq, None)

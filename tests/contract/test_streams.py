@@ -263,6 +263,18 @@ async def test_a_closed_client_ends_its_streams():
     await until(lambda: "closed" in told)
 
 
+async def test_a_stream_is_closed_when_its_client_has_vanished_and_tells_it_should_that_come_back():
+    limits = Limits(session_silence_s=1.0, ping_interval_s=0.1)
+    async with running(limits) as client:
+        stream = client.stream(Count(key="a", upto=1000), window=4)
+        assert await anext(stream) == 0
+        sends, client._send = client._send, lambda *_: None  # type: ignore[method-assign, assignment]
+        await until(lambda: "closed" in told)
+        client._send = sends  # type: ignore[method-assign]
+        with pytest.raises(CommandFailed, match="its caller was silent for too long"):
+            await rest(stream)
+
+
 async def test_a_stream_that_makes_no_sense_is_refused():
     async with running() as client:
         for options in ({"window": 0}, {"window": 1025}, {"window": True}, {"timeout": 0}):

@@ -11,18 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from buses import RunningBus
 
 import shardbus
-from shardbus import CommandLost, Missed
+from shardbus import CommandFailed, CommandLost, Missed
 
 MakeBus = Callable[..., RunningBus]
 
 APPLICATION = """
 import asyncio
+import os
 from collections.abc import AsyncIterator
 
-import shardbus
 from shardbus import Bus, Command, Context, Event
 
 
@@ -37,6 +38,10 @@ class Stay(Command[int], key="key"):
 
 
 class Again(Command[int], key="key", idempotent=True):
+    key: str
+
+
+class Deadly(Command[int], key="key", idempotent=True):
     key: str
 
 
@@ -72,6 +77,12 @@ async def again(command: Again, context: Context) -> int:
     if context.attempt == 1:
         await asyncio.sleep(3600)
     return context.attempt
+
+
+@bus.command(Deadly)
+async def die(command: Deadly) -> int:
+    await asyncio.sleep(0.01)
+    os._exit(9)
 
 
 @bus.command(Tell)
@@ -247,6 +258,15 @@ async def test_an_idempotent_command_is_sent_again_to_the_successor_and_others_a
                 pass
             else:
                 raise AssertionError("the stream ended as if it were whole")
+
+
+async def test_an_idempotent_command_that_ends_its_workers_is_found_out(make_bus: MakeBus, short_path: Path) -> None:
+    bus, space = await asyncio.to_thread(served, make_bus, short_path)
+    async with shardbus.connect(bus.address) as client:
+        with pytest.raises(CommandFailed, match="ended the worker with exit code 9; 2 workers have died") as raised:
+            await client.execute(space["Deadly"](key="a"), timeout=100)
+        assert raised.value.error_type == "Crashed"
+        assert await client.execute(space["Tell"](key="a"), timeout=30) == []
 
 
 async def test_a_stream_is_closed_when_its_client_leaves(make_bus: MakeBus, short_path: Path) -> None:
