@@ -23,6 +23,7 @@ from shardbus.errors import (
     RegistrationError,
     RemoteProtocolError,
     ShardbusError,
+    SubscriptionLost,
     UsageError,
 )
 from shardbus.event_loop import run
@@ -33,6 +34,8 @@ from shardbus.pipeline import CallNext, Middleware
 from shardbus.publishing import PublishMiddleware
 from shardbus.registry import WorkerInfo
 from shardbus.retry import Retry
+from shardbus.streams import Stream
+from shardbus.subscriptions import Missed, OnSlow, Subscription
 from shardbus.tracing import Traceparent, continue_trace, current_trace, propagate_trace, trace, trace_of
 
 __all__ = [
@@ -61,7 +64,9 @@ __all__ = [
     "Logging",
     "MessageTooLarge",
     "Middleware",
+    "Missed",
     "NotDelivered",
+    "OnSlow",
     "OutboxFull",
     "PublishMiddleware",
     "RateLimit",
@@ -70,6 +75,9 @@ __all__ = [
     "Retry",
     "ShardbusError",
     "Statistics",
+    "Stream",
+    "Subscription",
+    "SubscriptionLost",
     "Timing",
     "Traceparent",
     "UsageError",

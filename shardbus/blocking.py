@@ -300,7 +300,7 @@ class BlockingClient:
         """Send a command and wait for its reply. It takes its place behind the earlier messages of its key.
 
         Raises:
-            TimeoutError: no reply within `timeout` seconds; the message says whether the command may still run.
+            TimeoutError: no reply within `timeout` seconds; the message says whether the command may have run.
             CommandFailed: its handler raised, or there is none; carries the remote traceback.
             CommandLost: the worker died after it was sent; whether it ran is unknown.
             InvalidKey, MessageTooLarge: as for `publish`.

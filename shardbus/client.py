@@ -48,6 +48,8 @@ from shardbus.messages import Command, Event, Message, WireKey, key_getter, repl
 from shardbus.metrics import Evidence
 from shardbus.routing import ShardAddress, Table
 from shardbus.store import DeadFilter
+from shardbus.streams import Flow, Stream
+from shardbus.subscriptions import OnSlow, Subscription, Subscriptions
 from shardbus.wire.codec import Batch, Extra, encode_bodies, has_negative
 from shardbus.wire.frames import (
     REASONS,
@@ -55,7 +57,14 @@ from shardbus.wire.frames import (
     REPLY_OK,
     Answer,
     Ask,
+    Feed,
+    Items,
+    More,
+    Subscribed,
     TableChanged,
+    ToListener,
+    Unsubscribed,
+    Welcome,
     decode_to_client,
     decode_to_publisher,
     encode_frame,
@@ -65,6 +74,7 @@ from shardbus.wire.session import Lost, PublisherSession, Rejected, Replied, Sta
 log = logging.getLogger("shardbus.client")
 
 ReplyT = TypeVar("ReplyT")
+EventT = TypeVar("EventT", bound=Event)
 
 _TICK_S: Final = 0.1
 _SILENT_TICKS_MAX: Final = 30  # a bus is asked once a second; one that says nothing for so long is gone
@@ -83,6 +93,7 @@ _NS: Final = 1_000_000_000
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode_table: Final = msgspec.msgpack.Decoder(Table).decode
+_decode_total: Final = msgspec.msgpack.Decoder(int).decode
 _decode_failure: Final = msgspec.msgpack.Decoder(tuple[str, str, str]).decode
 _decode_evidence: Final = msgspec.msgpack.Decoder(list[Evidence]).decode
 
@@ -161,10 +172,11 @@ def check_on_full(on_full: OnFull) -> None:
 class _Route:
     """How one message type is published."""
 
-    __slots__ = ("key_class", "key_of", "name", "type")
+    __slots__ = ("idempotent", "key_class", "key_of", "name", "type")
 
     def __init__(self, message_type: type[Message]) -> None:
         self.type = message_type
+        self.idempotent = message_type.__shardbus_idempotent__
         self.name = wire_name(message_type)
         self.key_of = key_getter(message_type)
         # Keys of this very class are in their normal form; others pass through `to_wire_key`.
@@ -189,6 +201,7 @@ class _Outbox:
         "dirty",
         "malformed",
         "open_commands",
+        "open_idempotent",
         "paused",
         "session",
         "shard",
@@ -203,6 +216,7 @@ class _Outbox:
         self.commands: dict[int, _Call] = {}
         self.command_seqs: set[int] = set()  # of commands that may be unfinished, awaited or not
         self.open_commands: list[int] = []
+        self.open_idempotent: list[int] = []  # likewise, those that may be sent twice
         self.dirty = False
         self.paused = False  # publishers must look before they append
         self.malformed = 0
@@ -243,6 +257,42 @@ class _Call(msgspec.Struct):
     name: str
     decode: Callable[[bytes], Any]
     reply: asyncio.Future[Any]
+    flow: Flow | None = None  # of a stream
+
+
+class _Caller:
+    """A streaming command, as its `Stream` sees the client."""
+
+    def __init__(
+        self, client: Client, route: _Route, key: WireKey, body: bytes, flow: Flow, extra: Extra, end: float
+    ) -> None:
+        self._client = client
+        self._route = route
+        self._key = key
+        self._body = body
+        self._flow = flow
+        self._extra = extra
+        self._end = end
+        self._outbox: _Outbox | None = None
+        self._seq = -1
+
+    async def begin(self) -> None:
+        client = self._client
+        size = len(self._body) + sum(map(len, self._extra.headers.values()))
+        outbox = await client._room_for_command(self._key, size)
+        left_s = self._end - asyncio.get_running_loop().time()
+        extra = replace(self._extra, at=len(outbox.batch), timeout_ns=max(1, int(left_s * _NS)))
+        call = _Call(self._route.name, _decode_total, self._flow.reply, self._flow)
+        self._seq = client._append_command(outbox, self._route, self._key, self._body, extra, call)
+        self._outbox = outbox
+
+    def more(self, allowed: int) -> None:
+        if self._outbox is not None and self._outbox.session.state is State.OPEN:
+            self._client._send(self._outbox, encode_frame(More(self._outbox.session.epoch, self._seq, allowed)))
+
+    def leave(self) -> None:
+        if self._outbox is not None:
+            self._client._leave_command(self._outbox, self._seq)
 
 
 class Client:
@@ -285,6 +335,7 @@ class Client:
         self._refused = 0
         self._waits = 0
         self._waited_ns = 0
+        self._subscriptions = Subscriptions(self, limits)
         self._published = 0
         self._commands_finished = 0
         self._dirty: list[_Outbox] = []
@@ -353,6 +404,7 @@ class Client:
             if outbox.channel is not None:
                 outbox.channel.close()
             outbox.paused = True
+        self._subscriptions.end(ClientClosed("the client was closed, and its subscriptions with it"))
         self._fail_commands(ClientClosed("the client was closed while the command was under way"))
         self._fail_questions(ClientClosed("the client was closed while the question was under way"))
         if self._control is not None:
@@ -650,6 +702,50 @@ class Client:
             ),
         )
 
+    # -- subscriptions
+
+    def subscribe(
+        self,
+        *event_types: type[EventT],
+        key: str | int | bytes | UUID | None = None,
+        queue_events_max: int = 1024,
+        on_slow: OnSlow = "drop_oldest",
+    ) -> Subscription[EventT]:
+        """Follow events of these types as they are handled: `async for event in client.subscribe(OrderShipped)`.
+
+        An event comes once all its handlers have ended well, in the order of its key; dead letters do not come. There is no
+        history, and nothing waits for a reader: where events were left out, a `Missed` says so in their place. After one
+        whose count is None a worker was replaced, and an event may also come a second time, as its handlers see it.
+        Leaving the loop unsubscribes. `async with client.subscribe(…) as events` begins when the workers have confirmed it,
+        so what is published in the block comes.
+
+        Args:
+            *event_types: one or several types that the application handles.
+            key: events of this key only; default: of all keys.
+            queue_events_max: how many events wait for the reader here, up to 16 MiB.
+            on_slow: what happens then. `"drop_oldest"`: the oldest make room, and are told as `Missed`. `"disconnect"`: the
+                subscription ends with `SubscriptionLost`, behind what is waiting.
+
+        Raises:
+            UsageError: no event types, a bound or policy that is none, or more subscriptions than a client may have.
+            InvalidKey, ClientClosed: as for `publish`.
+        """
+        self._check_open()
+        wire_key = None if key is None else to_wire_key(key)
+        return self._subscriptions.open(event_types, wire_key, queue_events_max, on_slow, self._now())
+
+    def route(self, key: WireKey) -> list[int]:
+        """See `subscriptions.Line`."""
+        assert self._table is not None  # the client has started
+        return [outbox.shard for outbox in self._outboxes] if key is None else [self._table.shard_of(key)]
+
+    def line(self, shard: int) -> tuple[bytes, Callable[[bytes], object]] | None:
+        """See `subscriptions.Line`."""
+        outbox = self._outboxes[shard]
+        if outbox.session.state is not State.OPEN:
+            return None
+        return outbox.session.epoch, lambda frame: self._send(outbox, frame)
+
     # -- commands
 
     async def execute(
@@ -657,12 +753,69 @@ class Client:
     ) -> ReplyT:
         """Send a command and wait for its reply. It takes its place behind this client's earlier messages of its key.
 
+        Whoever stops waiting, by the time-out or because its task is cancelled, cancels the command: its handler is
+        cancelled where it runs, and where it has not begun it never does.
+
         Raises:
-            TimeoutError: no reply within `timeout` seconds; the message says whether the command may still run.
+            TimeoutError: no reply within `timeout` seconds; the message says whether the command may have run.
             CommandFailed: its handler raised, or there is none; carries the remote traceback.
-            CommandLost: the worker died after it was sent; whether it ran is unknown.
+            CommandLost: the worker died after it was sent; whether it ran is unknown. Never of a command that was declared
+                with `idempotent=True`, which is sent again.
             ClientClosed, InvalidKey, MessageTooLarge: as for `publish`.
         """
+        route, key, body, size = self._packed_command(command, timeout, headers)
+        outbox = self._command_outbox(key)
+        loop = asyncio.get_running_loop()
+        seq = -1
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                outbox = await self._room_for_command(key, size)
+                deadline = limit.when()
+                left_ns = 2**62 if deadline is None else max(1, int((deadline - loop.time()) * _NS))
+                call = _Call(route.name, self._reply_decoder(command), loop.create_future())
+                extra = Extra(len(outbox.batch), dict(headers or {}), left_ns, route.idempotent)
+                seq = self._append_command(outbox, route, key, body, extra, call)
+                reply: ReplyT = await call.reply
+                return reply
+        except TimeoutError:
+            raise TimeoutError(self._unanswered(route, outbox, seq, timeout)) from None
+        finally:
+            self._leave_command(outbox, seq)
+
+    def stream(
+        self,
+        command: Command[ReplyT],
+        *,
+        timeout: float = 60.0,
+        window: int = 64,
+        headers: dict[str, str] | None = None,
+    ) -> Stream[ReplyT]:
+        """Send a command whose handler yields, and read its items: `async for token in client.stream(Chat(…))`.
+
+        It takes its place as with `execute`, and is never sent again. The handler yields up to `window` items more than were
+        read, and waits then. Leaving the loop ends it, as does the time-out, or this client's end.
+
+        Args:
+            command: one whose handler is an `async def` that yields.
+            timeout: seconds from here to the end of the stream.
+            window: how many items may wait here, 1 to 1,024; all of them together up to 4 MiB and one item.
+            headers: as for `publish`.
+
+        Raises:
+            UsageError: a window or a time-out that is none; else as for `publish`. What comes later is in `Stream`.
+        """
+        route, key, body, _ = self._packed_command(command, timeout, headers)
+        if type(window) is not int or not 1 <= window <= self._limits.stream_items_max:
+            raise UsageError(f"window={window!r}: take 1 to {self._limits.stream_items_max:,}")
+        flow = Flow(route.name, window)
+        end = asyncio.get_running_loop().time() + timeout
+        caller = _Caller(self, route, key, body, flow, Extra(0, dict(headers or {}), 0, False, window=window), end)
+        return Stream(flow, caller, self._reply_decoder(command), timeout)
+
+    def _packed_command(
+        self, command: Command[Any], timeout: float, headers: dict[str, str] | None
+    ) -> tuple[_Route, WireKey, bytes, int]:
+        """A command, checked: its route, key, body, and the bytes of body and headers."""
         self._check_open()
         if not 0 < timeout <= _TIMEOUT_S_MAX:
             raise UsageError(f"timeout={timeout!r}: give seconds above 0, up to {_TIMEOUT_S_MAX:,}")
@@ -675,43 +828,50 @@ class Client:
         size = len(body) + (0 if headers is None else _check_headers(headers, self._limits))
         if len(body) > self._limits.event_bytes_max:
             raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
-        outbox = self._outboxes[self._keyless] if key is None else self._outbox_of.get(key) or self._place(key)
-        loop = asyncio.get_running_loop()
-        seq = -1
-        try:
-            async with asyncio.timeout(timeout) as limit:
-                while outbox.paused or len(outbox.commands) >= self._limits.commands_in_flight_max:
-                    await self._command_room(outbox)
-                    outbox = self._present(outbox, key)
-                self._weigh(outbox, size)
-                deadline = limit.when()
-                left_ns = 2**62 if deadline is None else max(1, int((deadline - loop.time()) * _NS))
-                batch = outbox.batch
-                batch.add(route.name, key, body)
-                batch.extras.append(Extra(len(batch) - 1, dict(headers or {}), left_ns, False))
-                seq = outbox.session.next_seq + len(batch) - 1
-                call = outbox.commands[seq] = _Call(route.name, self._reply_decoder(command), loop.create_future())
-                outbox.open_commands.append(seq)
-                outbox.command_seqs.add(seq)
-                if len(batch) >= self._limits.batch_events_max:
-                    self._seal(outbox)
-                elif not outbox.dirty:
-                    self._mark(outbox)
-                reply: ReplyT = await call.reply
-                return reply
-        except TimeoutError:
-            raise TimeoutError(self._unanswered(route, outbox, seq, timeout)) from None
-        finally:
-            if outbox.commands.pop(seq, None) is not None:
-                outbox.session.abandon(seq)
-                self._made_progress()
-            if len(outbox.command_seqs) > 2 * self._limits.commands_in_flight_max:
-                outbox.unfinished_commands()
+        return route, key, body, size
+
+    def _command_outbox(self, key: WireKey) -> _Outbox:
+        return self._outboxes[self._keyless] if key is None else self._outbox_of.get(key) or self._place(key)
+
+    async def _room_for_command(self, key: WireKey, size: int) -> _Outbox:
+        """The outbox of a key, with room for a command of so many bytes."""
+        outbox = self._command_outbox(key)
+        while outbox.paused or len(outbox.commands) >= self._limits.commands_in_flight_max:
+            await self._command_room(outbox)
+            outbox = self._present(outbox, key)
+        self._weigh(outbox, size)
+        return outbox
+
+    def _append_command(
+        self, outbox: _Outbox, route: _Route, key: WireKey, body: bytes, extra: Extra, call: _Call
+    ) -> int:
+        """Put a command into an outbox that has room; return its sequence."""
+        batch = outbox.batch
+        batch.add(route.name, key, body)
+        batch.extras.append(extra)
+        seq = outbox.session.next_seq + len(batch) - 1
+        outbox.commands[seq] = call
+        (outbox.open_idempotent if extra.idempotent else outbox.open_commands).append(seq)
+        outbox.command_seqs.add(seq)
+        if len(batch) >= self._limits.batch_events_max:
+            self._seal(outbox)
+        elif not outbox.dirty:
+            self._mark(outbox)
+        return seq
+
+    def _leave_command(self, outbox: _Outbox, seq: int) -> None:
+        """Nobody waits for this command any more: where it has no outcome, it is cancelled."""
+        if outbox.commands.pop(seq, None) is not None:
+            outbox.session.abandon(seq)
+            self._pump(outbox)
+            self._made_progress()
+        if len(outbox.command_seqs) > 2 * self._limits.commands_in_flight_max:
+            outbox.unfinished_commands()
 
     def _unanswered(self, route: _Route, outbox: _Outbox, seq: int, timeout_s: float) -> str:
         told = f"{route.name}: no reply within {timeout_s:g} s; "
         if seq >= 0 and outbox.session.was_sent(seq):
-            return told + "it may still run"
+            return told + "it may have run, in part or wholly, and is cancelled where it still runs"
         session = outbox.session
         if seq >= session.next_seq and session.state is State.OPEN:
             return told + "its deadline was over before it could be sent"
@@ -918,12 +1078,14 @@ class Client:
 
     def _seal(self, outbox: _Outbox) -> None:
         batch = outbox.batch
-        commands = tuple(outbox.open_commands)
+        commands, idempotent = tuple(outbox.open_commands), tuple(outbox.open_idempotent)
+        now_ns = self._now() if batch.extras else 0
         # First: were it to fail, nothing would be lost without a word.
-        outbox.session.offer(batch.seal(), len(batch), commands, self._now() if batch.extras else 0)
+        outbox.session.offer(batch.seal(), len(batch), commands, now_ns, idempotent)
         outbox.batch = Batch()
         outbox.big_bytes = 0
         outbox.open_commands = []
+        outbox.open_idempotent = []
         self._pump(outbox)
         self._feel_pressure()
         self._seals += 1
@@ -1029,8 +1191,8 @@ class Client:
         self._heard()
         try:
             frame = decode_to_publisher(data)
-            if isinstance(frame, Answer):
-                self._answered(frame)
+            if isinstance(frame, (Answer, Items, Feed, Subscribed, Unsubscribed)):
+                self._on_other(outbox, frame)
                 return
             happened = outbox.session.receive(frame)
         except RemoteProtocolError as error:
@@ -1043,10 +1205,23 @@ class Client:
                 self._lost(outbox, what)
             else:
                 self._rejected(outbox, what)
+        if isinstance(frame, Welcome):
+            self._subscriptions.pump(self._now())  # before data, which may be what somebody listens to
         self._pump(outbox)
         self._feel_pressure()
         if self._waiters:
             self._progress.set()
+
+    def _on_other(self, outbox: _Outbox, frame: Answer | Items | ToListener) -> None:
+        """Take what does not belong to the outbox's session."""
+        if isinstance(frame, Answer):
+            self._answered(frame)
+        elif frame.epoch != outbox.session.epoch:
+            return  # a worker that is gone
+        elif not isinstance(frame, Items):
+            self._subscriptions.receive(outbox.shard, frame, self._now())
+        elif (call := outbox.commands.get(frame.seq)) is not None and call.flow is not None:
+            call.flow.put(frame.first, frame.items)
 
     def _replied(self, outbox: _Outbox, what: Replied) -> None:
         call = outbox.commands.pop(what.seq, None)
@@ -1083,6 +1258,7 @@ class Client:
         self._fatal = error
         for outbox in self._outboxes:
             outbox.paused = True  # the next `publish` looks, and hears of it
+        self._subscriptions.end(error)
         self._fail_commands(error)
         self._fail_questions(error)
         self._made_progress()
@@ -1131,12 +1307,15 @@ class Client:
             self._outboxes = []
             self._outbox_of.clear()
             self._keyless = 0
+        moved = known is not None and not self._outboxes
         self._table = table
         self._table_wanted = False
         for address in table.shards:
             if address.shard == len(self._outboxes):
                 self._outboxes.append(_Outbox(address.shard, self._make_session(address.shard)))
             self._follow(self._outboxes[address.shard], address, table.layout)
+        if moved:
+            self._subscriptions.reroute()
         self._made_progress()
 
     def _make_session(self, _shard: int) -> PublisherSession:
@@ -1177,6 +1356,7 @@ class Client:
             for outbox in self._outboxes:
                 outbox.session.tick(now_ns)
                 self._pump(outbox)
+            self._subscriptions.pump(now_ns)
             self._note_silence()
             await asyncio.sleep(_TICK_S)
 

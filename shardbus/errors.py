@@ -15,6 +15,7 @@
     ├── NotDelivered                events that were published and not finished
     ├── CommandFailed               the remote handler raised
     ├── CommandLost                 the worker died; whether the command ran is unknown
+    ├── SubscriptionLost            a subscription that has ended, by a worker or because its reader was too slow
     └── BootError                   a bus that cannot start here
 
 Errors carry their facts as fields, and keep them through pickling.
@@ -158,6 +159,15 @@ class CommandLost(ShardbusError):
             "ask the application's state before sending it again"
         )
         self.command = command
+
+
+class SubscriptionLost(ShardbusError):
+    """A subscription has ended: its reader was too slow and asked for this, or a worker does not feed it."""
+
+    def __init__(self, types: str, why: str) -> None:
+        super().__init__(f"the subscription to {types} has ended: {why}")
+        self.types = types
+        self.why = why
 
 
 class BootError(ShardbusError):

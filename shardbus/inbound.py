@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
+from shardbus.feeds import Feeds
 from shardbus.messages import Message, WireKey
 from shardbus.metrics import Recorder
 from shardbus.outgoing import Children
@@ -145,6 +146,7 @@ class Inbound:
         "columns",
         "end",
         "ended_ns",
+        "feeds",
         "first",
         "recorder",
         "rows",
@@ -176,6 +178,7 @@ class Inbound:
         self._skip = skip
         self.wanted: bytearray | None = None  # where some are skipped: 1 for each row that is not
         self.careful = False
+        self.feeds: Feeds | None = None  # where somebody listens to a type that is in it
         self.timed = False
         self.together: Plan | None = None  # whose batch handler may be called with stretches of it
         # Where timed: when each row ended that was handled and is not noted yet, and when the first of them began.
@@ -300,7 +303,19 @@ class Inbound:
         """Report what was done in order below `seq`; return how many messages that were."""
         self.note_before(seq)
         start, self._run_start = self._run_start, seq
+        if self.feeds is not None and start < seq:
+            self._feed(self.feeds, start - self.first, seq - self.first)
         return self.session.finish_range(start, seq) if start < seq else 0
+
+    def _feed(self, feeds: Feeds, low: int, high: int) -> None:
+        """Feed the rows that were handled to those who listen."""
+        columns, wanted = self.columns, self.wanted
+        names, keys, bodies, extras = columns.names, columns.keys, columns.apart(), columns.extras
+        for at in range(low, high):
+            if wanted is None or wanted[at]:
+                extra = extras.get(at)
+                name = names if isinstance(names, str) else names[at]
+                feeds.add(name, keys[at], bodies[at], None if extra is None else extra.headers)
 
     def hold(self) -> int:
         """As `finish_before` the present row, and leave that one to whoever takes it out of the batch."""

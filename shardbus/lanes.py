@@ -31,6 +31,7 @@ import contextvars
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from types import CodeType, TracebackType
 from typing import Any, Final, Protocol
@@ -57,10 +58,12 @@ from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.context import Context
 from shardbus.errors import RemoteProtocolError
+from shardbus.feeds import Feeds
 from shardbus.inbound import UNKNOWN, Delivery, Inbound, Inbox, Later
 from shardbus.journal import ALIVE, END, FIRST, Journal
 from shardbus.messages import WireKey
 from shardbus.outgoing import Outgoing
+from shardbus.outlet import OUTLET, Outlet
 from shardbus.pipeline import OUR_FILES
 from shardbus.quarantine import Convicted, Crowded, Hold, Identity, Quarantine, Run
 from shardbus.registry import Plan, Registered
@@ -80,7 +83,11 @@ _TRACEBACK_CHARS_MAX: Final = 32_000
 _PLACES_MAX: Final = 1024
 # What stands between a worker's loop and a handler.
 _OUR_FILES: Final = (__file__, batch_handlers.__file__, asyncio.timeouts.__file__, *OUR_FILES)
+_OVERDUE_NS: Final = 1_000_000_000  # so long after its deadline a command's handler is ended, whatever its caller said
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
+
+_STREAMS: Final = ("StreamingCommand", "{} streams its reply; use client.stream(…)")
+_STREAMS_NOT: Final = ("PlainCommand", "the handler of {} does not yield; use client.execute(…)")
 
 CRASHED: Final = "crashed"  # the reason of a dead letter whose handling ends its worker
 _NS: Final = 1_000_000_000
@@ -110,6 +117,9 @@ class LaneHost(Protocol):
 
     def reply(self, delivery: Delivery, status: str, body: bytes) -> None:
         """Send a command's outcome."""
+
+    def items(self, delivery: Delivery, first: int, items: tuple[bytes, ...]) -> None:
+        """Send what a streaming command yielded, from its item `first` on."""
 
     def bury(self, delivery: Delivery, failure: Failure, *, parks: bool = False) -> None:
         """Make it a dead letter; when that is committed, finish it. Where it parks its key, call `parked` then."""
@@ -190,6 +200,7 @@ class Lanes:
         chance: Callable[[], float],
         journal: Journal,
         quarantine: Quarantine,
+        feeds: Feeds,
     ) -> None:
         self.plans = plans
         self.queued = 0  # messages in memory behind busy keys
@@ -200,6 +211,7 @@ class Lanes:
         self._chance = chance
         self._journal = journal
         self._quarantine = quarantine
+        self._feeds = feeds
         self._crowded: dict[int, deque[_Lane]] = {}  # by its head's deaths: a suspect that waits for others
         # While it is armed, nothing begins but a suspect that is to be alone.
         self._hush: asyncio.TimerHandle | None = None
@@ -223,6 +235,7 @@ class Lanes:
         self._lingers = True
         self._keyless: dict[object | None, Delivery] = {}  # of overtaken leaders whose message has no lane
         self._loose: set[_Lane] = set()  # lanes of messages without a key that wait
+        self._calls: dict[Identity, _Call] = {}  # of commands that run
         self._places: dict[tuple[Any, ...], tuple[str, str, list[CodeType]]] = {}
 
     # -- what the shard calls
@@ -303,6 +316,39 @@ class Lanes:
             end.last = position
         else:
             lane.queue.append(_Stored(position - 1, 1, position))
+
+    def cancel(self, session: WorkerSession, seq: int) -> None:
+        """Nobody waits for a command any more: end its handler where it runs; where it has not begun, it never does."""
+        call = self._calls.get((session.publisher, seq))
+        if call is None:
+            session.cancel(seq)
+        else:
+            call.cancel()
+
+    def cancel_all(self, publisher: bytes) -> None:
+        """End all handlers of a publisher's commands: it has gone."""
+        for identity, call in self._calls.items():
+            if identity[0] == publisher:
+                call.cancel()
+
+    def cancel_streams(self, publisher: bytes) -> None:
+        """End a publisher's streams: it has been silent for long. Should it come back, it hears of it."""
+        for identity, call in self._calls.items():
+            if identity[0] == publisher and call.outlet is not None:
+                call.cancel("its caller was silent for too long")
+
+    def allow(self, session: WorkerSession, seq: int, allowed: int) -> None:
+        """The reader of a stream takes more."""
+        call = self._calls.get((session.publisher, seq))
+        if call is not None and call.outlet is not None:
+            call.outlet.allow(allowed)
+
+    def cancel_overdue(self) -> None:
+        """End handlers of commands whose callers have given up, by the same deadline, and perhaps could not say so."""
+        before = self._now() - _OVERDUE_NS
+        for call in self._calls.values():
+            if 0 < call.deadline_ns < before:
+                call.cancel()
 
     def idle(self) -> bool:
         """Whether nothing runs, and nothing is queued but what the store has and will give back in its time."""
@@ -488,6 +534,9 @@ class Lanes:
         self._journal.lead(publisher, first, end)  # decoding runs what a message checks itself
         try:
             inbound.open(self.plans, careful=self._quarantine.touches(publisher, first, end))
+            if self._feeds.index and self._feeds.concern(inbound.columns.names):
+                inbound.columns.apart()  # now, because it may turn out not to be sound
+                inbound.feeds = self._feeds
         except RemoteProtocolError as error:
             self._host.malformed(inbound.session, error)
             return None
@@ -912,14 +961,20 @@ class Lanes:
 
     def _may_run(self, lane: _Lane, head: Delivery) -> bool:
         """Whether a head that was taken from its lane may run now; else it is where it belongs."""
-        if not head.is_event:
-            return True  # a command is never sent again, so it cannot be a suspect
+        if not head.is_event and not (head.extra is not None and head.extra.idempotent):
+            return True  # it is never sent again, so it cannot be a suspect
         match self._quarantine.admit(head.identity, self._now()):
             case Convicted(verdict=verdict, deaths=deaths):
                 lane.running = head
                 if head.key is None:
                     self._loose.discard(lane)
-                self._settle(head, _crashed(head, verdict, deaths))
+                failure = _crashed(head, verdict, deaths)
+                if head.is_event:
+                    self._settle(head, failure)
+                else:
+                    body = msgspec.msgpack.encode(("Crashed", failure.error, ""))
+                    self._host.reply(head, REPLY_FAILED, body)
+                    self._settle(head, None)
                 return False
             case Hold(delay_s=delay_s):
                 head.due_ns = self._now() + int(delay_s * 1e9)
@@ -1098,7 +1153,10 @@ class Lanes:
         return replace(first, handlers=tuple(name for one in delivery.gave_up for name in one.handlers))
 
     async def _command(self, delivery: Delivery) -> None:
-        plan = delivery.plan
+        plan, session = delivery.plan, delivery.session
+        if session is not None and (session.left or delivery.seq in session.cancelled):
+            session.cancelled.discard(delivery.seq)
+            return
         if self._is_late(delivery):
             self._host.reply(delivery, REPLY_EXPIRED, b"")
             return
@@ -1106,21 +1164,47 @@ class Lanes:
             told = f"no handler of this application takes the command {delivery.name!r}"
             self._host.reply(delivery, REPLY_FAILED, msgspec.msgpack.encode(("UnknownCommand", told, "")))
             return
+        window = 0 if delivery.extra is None else delivery.extra.window
+        if plan.streams != bool(window):
+            kind, told = _STREAMS if plan.streams else _STREAMS_NOT
+            self._host.reply(delivery, REPLY_FAILED, msgspec.msgpack.encode((kind, told.format(delivery.name), "")))
+            return
+        outlet: Outlet | None = None
+        token: contextvars.Token[Outlet] | None = None
+        if window:
+            send = partial(self._host.items, delivery)
+            outlet = Outlet(plan.encode_reply, window, self._limits, send)
+            token = OUTLET.set(outlet)
+        call = self._calls[delivery.identity] = _Call(asyncio.current_task(), delivery.deadline_ns, outlet)
         try:
             message = plan.decode(delivery.body) if delivery.message is None else delivery.message
             delivery.runs = plan.handlers[0].name
             outcome = await self._call(plan.handlers[0], message, self._context_of(delivery))
-            body = plan.encode_reply(outcome)
+            body = plan.encode_reply(outcome if outlet is None else outlet.count)
             if len(body) > self._limits.event_bytes_max:
                 raise ValueError(f"the reply has {len(body):,} bytes, the limit is {self._limits.event_bytes_max:,}")
         except BaseException as error:  # goes back to the caller, with its traceback
             if self._is_ours(error):
                 raise
             self._absorb(error)
+            if outlet is not None:
+                outlet.flush()
+            if call.is_cancelled:
+                if call.told:
+                    body = msgspec.msgpack.encode(("Cancelled", call.told, ""))
+                    self._host.reply(delivery, REPLY_FAILED, body)
+                return
             text = _sound("".join(_told_from_the_handler(error).format())[-16_000:])
             body = msgspec.msgpack.encode((_type_name(error), _text_of(error), text))
             self._host.reply(delivery, REPLY_FAILED, body)
             return
+        finally:
+            del self._calls[delivery.identity]
+            call.end()
+            if token is not None:
+                OUTLET.reset(token)  # a leader goes on in the clean context only
+        if outlet is not None:
+            outlet.flush()
         self._host.reply(delivery, REPLY_OK, body)
 
     def _is_late(self, delivery: Delivery) -> bool:
@@ -1177,6 +1261,9 @@ class Lanes:
         self._host.handled(1)
         if (delivery.ordinal or delivery.intended_ns) and delivery.is_event:
             self._host.note(delivery, dead=outcome is not None)
+        if outcome is None and self._feeds.index and delivery.is_event:
+            headers = None if delivery.extra is None else delivery.extra.headers
+            self._feeds.add(delivery.name, delivery.key, delivery.body, headers)
         if delivery.is_tied:
             self._host.defer(delivery, outcome, parks=parks)
         elif outcome is not None:
@@ -1433,6 +1520,32 @@ class Lanes:
             place = xxhash.xxh3_128_hexdigest(text.encode("utf-8", "replace"))
             known = self._places[tuple(identity)] = (place, text, code)
         return known[:2]
+
+
+class _Call:
+    """A command's handler that runs, in a task that others' handlers run in as well."""
+
+    __slots__ = ("_task", "deadline_ns", "is_cancelled", "outlet", "told")
+
+    def __init__(self, task: asyncio.Task[Any] | None, deadline_ns: int, outlet: Outlet | None) -> None:
+        self._task = task
+        self.deadline_ns = deadline_ns
+        self.outlet = outlet  # where it streams
+        self.is_cancelled = False
+        self.told = ""  # why, where its caller may still be there
+
+    def cancel(self, told: str = "") -> None:
+        """Nobody waits for it any more. Called from outside the task, so while that is suspended in the handler."""
+        if not self.is_cancelled and self._task is not None:
+            self.is_cancelled = True
+            self.told = told
+            self._task.cancel()
+
+    def end(self) -> None:
+        """The handler has ended, perhaps in spite of its cancellation: that must not meet the next one."""
+        if self.is_cancelled and self._task is not None:
+            while self._task.cancelling():
+                self._task.uncancel()
 
 
 class _HandlerTimeout(TimeoutError):

@@ -29,7 +29,9 @@ _INT_MAX: Final = 2**64 - 1
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class MessageMeta(msgspec.StructMeta):
-    """Adds the class keywords `key=` (a field's name) and `name=` (the name on the wire) to `msgspec.Struct`."""
+    """Adds the class keywords `key=` (a field's name), `name=` (the name on the wire) and, for commands, `idempotent=`
+    to `msgspec.Struct`.
+    """
 
     def __new__(
         mcls,
@@ -39,6 +41,7 @@ class MessageMeta(msgspec.StructMeta):
         *,
         key: str | None = None,
         name: str | None = None,
+        idempotent: bool | None = None,
         **options: Any,
     ) -> Any:
         for option in ("frozen", "kw_only"):
@@ -52,6 +55,10 @@ class MessageMeta(msgspec.StructMeta):
             raise RegistrationError(
                 f"{class_name}: its name on the wire has more than {DEFAULT_LIMITS.name_bytes_max} bytes; shorten name="
             )
+        if idempotent is not None:
+            if not issubclass(cls, Command):
+                raise RegistrationError(f"{class_name}: idempotent= is for commands; events are always sent again")
+            type.__setattr__(cls, "__shardbus_idempotent__", bool(idempotent))
         # Struct instances have slots; plain attributes of the class may still be set on it after creation.
         type.__setattr__(cls, "__shardbus_name__", wire_name)
         if key is not None:
@@ -68,6 +75,7 @@ class Message(msgspec.Struct, metaclass=MessageMeta):
 
     __shardbus_name__: ClassVar[str]
     __shardbus_key__: ClassVar[str | None] = None
+    __shardbus_idempotent__: ClassVar[bool] = False
 
 
 class Event(Message):
@@ -84,7 +92,8 @@ class Command(Message, Generic[ReplyT]):
     """An intent: exactly one handler, which replies with a `ReplyT`.
 
     Declare one with `class GetTotal(Command[float], key="order_id")`; options as for `Event`. The reply is checked
-    against `ReplyT` where it arrives.
+    against `ReplyT` where it arrives. `idempotent=True` declares that running it twice does no harm: where its worker dies
+    it is sent again to the successor, until its deadline, instead of being lost.
     """
 
 

@@ -14,14 +14,15 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from shardbus import filters, threads
+from shardbus import filters, outlet, threads
 from shardbus.context import Context
 from shardbus.errors import RegistrationError
 from shardbus.messages import Message
+from shardbus.outlet import OUTLET
 from shardbus.signatures import is_coroutine_function, parameters_of, shown
 from shardbus.threads import Threads
 
-OUR_FILES: Final = (__file__, filters.__file__, threads.__file__)
+OUR_FILES: Final = (__file__, filters.__file__, outlet.__file__, threads.__file__)
 """Whose frames may stand between the lanes and a handler; a traceback for people begins behind them."""
 
 
@@ -92,14 +93,27 @@ def compose(
     wants_context: bool,
     layers: tuple[Layer, ...],
     threads: Threads | None,
+    streams: bool = False,
 ) -> Call:
-    """A handler with everything around it, the first layer outermost; in a thread where `threads` are given."""
-    call = _innermost(function, is_async, wants_context, threads)
+    """A handler with everything around it, the first layer outermost; in a thread where `threads` are given.
+
+    Of one that streams, `call` is the whole of it, to its last item: its middleware see it begin and end.
+    """
+    call = _streaming(function, wants_context) if streams else _innermost(function, is_async, wants_context, threads)
     for one in reversed(layers):
         following = _Next(call)
         following.handler = name
         call = functools.partial(one.middleware, **{one.parameter: following})
     return call
+
+
+def _streaming(function: Callable[..., Any], wants_context: bool) -> Call:
+    """The handler itself, run to its end; its items go to whoever reads them."""
+
+    async def streamed(message: Any, context: Context) -> None:
+        await OUTLET.get().drain(function(message, context) if wants_context else function(message))
+
+    return streamed
 
 
 def _innermost(function: Callable[..., Any], is_async: bool, wants_context: bool, threads: Threads | None) -> Call:

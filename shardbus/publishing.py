@@ -14,6 +14,7 @@ from shardbus.client import Client
 from shardbus.errors import UsageError
 from shardbus.messages import Command, Event, Message, key_getter
 from shardbus.signatures import is_coroutine_function, positional_count, shown
+from shardbus.streams import Stream
 
 ReplyT = TypeVar("ReplyT")
 MessageT = TypeVar("MessageT", bound=Message)
@@ -97,6 +98,19 @@ class _ClientWithMiddleware(Client):
         if isinstance(command, Command):
             command, headers = self._pass(command, headers)
         return await super().execute(command, timeout=timeout, headers=headers)
+
+    def stream(
+        self,
+        command: Command[ReplyT],
+        *,
+        timeout: float = 60.0,
+        window: int = 64,
+        headers: dict[str, str] | None = None,
+    ) -> Stream[ReplyT]:
+        """See `Client.stream`. Raises also what a middleware raises; then nothing is sent."""
+        if isinstance(command, Command):
+            command, headers = self._pass(command, headers)
+        return super().stream(command, timeout=timeout, window=window, headers=headers)
 
     def _pass(self, message: MessageT, headers: dict[str, str] | None) -> tuple[MessageT, dict[str, str] | None]:
         """A message and its headers as the middleware leaves them; what the caller gave is not changed."""

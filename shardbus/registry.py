@@ -21,7 +21,14 @@ from shardbus.filters import Filter, Matches, as_filter
 from shardbus.messages import Command, Event, Message, check_key_type, reply_type, wire_name
 from shardbus.pipeline import Layer, Middleware, compose, layer
 from shardbus.retry import Retry
-from shardbus.signatures import is_coroutine_function, parameters_of, positional_count, shown, wants_context
+from shardbus.signatures import (
+    is_coroutine_function,
+    is_stream_function,
+    parameters_of,
+    positional_count,
+    shown,
+    wants_context,
+)
 from shardbus.threads import THREADS_MAX, Threads
 
 Handler = Callable[..., Any]
@@ -64,6 +71,8 @@ class Registered(msgspec.Struct, frozen=True, kw_only=True):
     in_thread: bool = False
     batching: Batching | None = None
     """How its events are put together; None: it takes one at a time."""
+    streams: bool = False
+    """It yields its reply, item by item; its `call` runs it to the end."""
 
 
 class Plan:
@@ -88,6 +97,7 @@ class Plan:
         "message_type",
         "name",
         "simple",
+        "streams",
         "together",
     )
 
@@ -100,6 +110,7 @@ class Plan:
         self.handlers = handlers
         self.circuits = {one.name: Circuit(one.breaker) for one in handlers if one.breaker is not None}
         self.is_command = issubclass(message_type, Command)
+        self.streams = any(one.streams for one in handlers)
         self._parking = frozenset(one.name for one in handlers if one.on_dead_letter == "park")
         only = handlers[0] if len(handlers) == 1 and not self.is_command else None
         is_plain = (
@@ -240,6 +251,10 @@ class Registry:
     ) -> Callable[[HandlerT], HandlerT]:
         """Register the one handler of a command: `@bus.command(GetTotal)`. What it returns is the reply.
 
+        One that yields (an `async def` generator) streams its reply to `client.stream(…)`, each item a `ReplyT` of the
+        `Command[ReplyT]`. It is not advanced beyond what its reader takes, and closed when that leaves. Its key waits for
+        as long as it runs.
+
         Args:
             command_type: the command.
             in_thread: as for `on`.
@@ -320,7 +335,7 @@ class Registry:
 
     def _composed(self, handler: Registered, layers: tuple[Layer, ...]) -> Registered:
         """The handler with what runs around it; itself where that is nothing."""
-        if not layers and not handler.in_thread:
+        if not layers and not handler.in_thread and not handler.streams:
             return handler
         call = compose(
             handler.call,
@@ -329,6 +344,7 @@ class Registry:
             wants_context=handler.wants_context,
             layers=layers,
             threads=self._threads if handler.in_thread else None,
+            streams=handler.streams,
         )
         return replace(handler, call=call, is_async=True, wants_context=True)
 
@@ -393,6 +409,7 @@ class Registry:
             priority=options.priority,
             in_thread=options.in_thread,
             batching=options.batching,
+            streams=call.streams,
         )
 
 
@@ -413,6 +430,7 @@ class _Call(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     is_async: bool
     wants_context: bool
+    streams: bool
 
 
 def _unique(name: str, taken: set[str]) -> str:
@@ -427,8 +445,10 @@ def _inspect(function: Handler, message_type: type[Message], *, takes_batch: boo
     told = shown(function)
     if not callable(function):
         raise RegistrationError(f"{told} is not callable; a handler is a function of (message) or (message, context)")
-    if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
-        raise RegistrationError(f"{told} yields; a handler of {message_type.__name__} returns")
+    streams = is_stream_function(function)
+    if (streams and not issubclass(message_type, Command)) or inspect.isgeneratorfunction(function):
+        hint = "; to stream a reply, make it `async def`" if issubclass(message_type, Command) else ""
+        raise RegistrationError(f"{told} yields; a handler of {message_type.__name__} returns{hint}")
     name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
     least, most = positional_count(function)
     if least > 2 or most < 1:
@@ -442,7 +462,8 @@ def _inspect(function: Handler, message_type: type[Message], *, takes_batch: boo
         raise RegistrationError(
             f"{name} takes {wanted.__name__}, but is registered for {message_type.__name__}; change one of the two"
         )
-    return _Call(name=name, is_async=is_coroutine_function(function), wants_context=wants_context(function))
+    is_async = streams or is_coroutine_function(function)
+    return _Call(name=name, is_async=is_async, wants_context=wants_context(function), streams=streams)
 
 
 def _no_middleware(kind: type[Message], one: Layer) -> RegistrationError:

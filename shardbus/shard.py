@@ -22,6 +22,7 @@ from shardbus.config import PROTOCOL, Limits
 from shardbus.dead_letters import Request, decode_request, encode_answer, page_of
 from shardbus.deferral import Deferrals, Deferred
 from shardbus.errors import RemoteProtocolError
+from shardbus.feeds import Feeds
 from shardbus.inbound import UNKNOWN, Delivery, Inbound
 from shardbus.journal import Journal
 from shardbus.lanes import CRASHED, Lanes
@@ -44,7 +45,22 @@ from shardbus.store import (
 )
 from shardbus.store_writer import StoreWriter
 from shardbus.wire.codec import Extra
-from shardbus.wire.frames import Answer, Ask, Data, Hello, Ping, Reject, Reply, decode_to_worker, encode_frame
+from shardbus.wire.frames import (
+    Answer,
+    Ask,
+    Cancel,
+    Data,
+    FromCaller,
+    FromListener,
+    Hello,
+    Items,
+    Ping,
+    Reject,
+    Reply,
+    Subscribe,
+    decode_to_worker,
+    encode_frame,
+)
 from shardbus.wire.session import WorkerSession
 
 log = logging.getLogger("shardbus.shard")
@@ -108,7 +124,8 @@ class Shard:
         self._predecessor = predecessor
         self._judged = False
         self._quarantine = Quarantine({}, self._note_suspect, now(), chance)
-        self.lanes = Lanes(plans, self, limits, now, chance, journal, self._quarantine)
+        self._feeds = Feeds(epoch, limits, lambda name: _is_event(plans, name), send, self._feeds_due)
+        self.lanes = Lanes(plans, self, limits, now, chance, journal, self._quarantine, self._feeds)
         self._layout = layout
         self._send = send
         self._now = now
@@ -257,6 +274,10 @@ class Shard:
                 self._on_ping(peer, frame)
             elif type(frame) is Ask:
                 self._on_ask(peer, frame)
+            elif isinstance(frame, FromListener):
+                self._on_listener(peer, frame)
+            elif isinstance(frame, FromCaller):
+                self._on_caller(peer, frame)
             else:
                 self._on_bye(peer)
         except RemoteProtocolError as error:
@@ -265,13 +286,18 @@ class Shard:
     def tick(self) -> None:
         """Forget publishers that have been silent for long, and suspects that took long; call it about once a second."""
         self.recorder.flush()  # of events whose publisher has left: nobody waits for their ack
+        self._feeds.tick(self._now())
+        self.lanes.cancel_overdue()
         if self._quarantine.suspects:
             self._quarantine.tick(self._now())
             self.lanes.release()
         silent_before = self._now() - int(self._limits.session_silence_s * _NS)
         for publisher, one in list(self._publishers.items()):
-            if one.session.heard_ns < silent_before and not one.session.unfinished:
-                self._rest(publisher)
+            if one.session.heard_ns < silent_before:
+                if one.session.unfinished:
+                    self.lanes.cancel_streams(publisher)
+                else:
+                    self._rest(publisher)
 
     def _on_data(self, peer: bytes, frame: Data) -> None:
         one = self._peers.get(peer)
@@ -303,6 +329,8 @@ class Shard:
         elif frame.publisher in self._publishers:
             one = self._publishers[frame.publisher]
             self._peers.pop(one.peer, None)
+            if one.peer != peer:
+                self._feeds.leave(one.peer)
             one.peer = peer
             self._welcome(one)
         elif frame.publisher in self._resting:
@@ -350,6 +378,7 @@ class Shard:
 
     def _admit(self, peer: bytes, session: WorkerSession) -> None:
         one = self._publishers[session.publisher] = _Publisher(session, peer)
+        session.left = False
         self._welcome(one)
 
     def _welcome(self, one: _Publisher) -> None:
@@ -373,7 +402,33 @@ class Shard:
     def _on_bye(self, peer: bytes) -> None:
         one = self._peers.get(peer)
         if one is not None:
+            one.session.left = True
+            self.lanes.cancel_all(one.session.publisher)
             self._rest(one.session.publisher)
+
+    # -- who waits for commands
+
+    def _on_caller(self, peer: bytes, frame: FromCaller) -> None:
+        one = self._peers.get(peer)
+        if one is None or frame.epoch != self.epoch:
+            return  # who it was has gone, and so has what it waited for
+        one.session.heard_ns = self._now()
+        if isinstance(frame, Cancel):
+            self.lanes.cancel(one.session, frame.seq)
+        else:
+            self.lanes.allow(one.session, frame.seq, frame.allowed)
+
+    # -- who listens
+
+    def _on_listener(self, peer: bytes, frame: FromListener) -> None:
+        one = self._peers.get(peer)
+        if one is None or frame.epoch != self.epoch or (self._draining and isinstance(frame, Subscribe)):
+            self._refuse(peer, frame.epoch, self._layout, greeted=one is not None)
+        else:
+            self._feeds.receive(peer, frame, self._now())
+
+    def _feeds_due(self) -> None:
+        asyncio.get_running_loop().call_soon(self._feeds.flush)
 
     # -- what people ask about dead letters
 
@@ -467,6 +522,7 @@ class Shard:
     def _rest(self, publisher: bytes) -> None:
         one = self._publishers.pop(publisher)
         self._peers.pop(one.peer, None)
+        self._feeds.leave(one.peer)
         self._resting[publisher] = one.session
         if len(self._resting) > _RESTING_MAX:
             self._resting.popitem(last=False)
@@ -549,6 +605,12 @@ class Shard:
         one = self._publishers.get(delivery.publisher)
         if one is not None:
             self._send(one.peer, encode_frame(Reply(self.epoch, delivery.seq, status, body)))
+
+    def items(self, delivery: Delivery, first: int, items: tuple[bytes, ...]) -> None:
+        """Send items of a stream to whoever holds its command's session now."""
+        one = self._publishers.get(delivery.publisher)
+        if one is not None:
+            self._send(one.peer, encode_frame(Items(self.epoch, delivery.seq, first, items)))
 
     def handled(self, count: int) -> None:
         """Count outcomes."""
@@ -817,6 +879,10 @@ class Shard:
         delivery.todo = row.todo or None
         delivery.gave_up = row.gave_up
         return delivery
+
+
+def _is_event(plans: Mapping[str, Plan], name: str) -> bool:
+    return name in plans and not plans[name].is_command
 
 
 def _and_more(count: int) -> str:

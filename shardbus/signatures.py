@@ -15,6 +15,12 @@ def is_coroutine_function(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(target)
 
 
+def is_stream_function(function: Callable[..., Any]) -> bool:
+    """Whether calling it, function or object, makes an async generator."""
+    target = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004 - the method itself is inspected
+    return inspect.isasyncgenfunction(function) or inspect.isasyncgenfunction(target)
+
+
 def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
     """Its parameters, as its caller sees them.
 

@@ -33,13 +33,17 @@ _BYTES_ONLY: Final = frozenset({bytes})
 
 class Extra(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What few messages carry: their place in the batch, headers, and how long they have left: a command until its caller
-    waits no more, an event with a deadline until that."""
+    waits no more, an event with a deadline until that.
+
+    `window`: of a command whose reply is to be streamed, how many items its caller takes ahead; 0: it is not to be.
+    """
 
     at: int
     headers: Annotated[Headers, msgspec.Meta(max_length=DEFAULT_LIMITS.headers_max)]
     timeout_ns: int  # 0: an event
     idempotent: bool
     left_ns: int = 0  # of an event; 0: it has no deadline
+    window: int = 0
 
 
 _EXTRA_BYTES_MAX: Final = DEFAULT_LIMITS.batch_bytes_target
@@ -337,4 +341,6 @@ def _extras_in(packed: bytes, count: int) -> dict[int, Extra]:
         for at, extra in extras.items()
     ):
         raise RemoteProtocolError("a batch with an extra that belongs to none of its messages")
+    if any(not 0 <= extra.window <= DEFAULT_LIMITS.stream_items_max for extra in extras.values()):
+        raise RemoteProtocolError("a batch with a window that is none")
     return extras

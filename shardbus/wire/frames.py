@@ -24,6 +24,18 @@ _SEQ_END: Final = 2**62  # no sequence, and no time in nanoseconds, is as high
 _ATTEMPTS_END: Final = 2**31
 
 
+_Sequence = Annotated[int, msgspec.Meta(ge=0, lt=_SEQ_END)]
+_Names = Annotated[
+    tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=DEFAULT_LIMITS.name_bytes_max)], ...],
+    msgspec.Meta(min_length=1, max_length=DEFAULT_LIMITS.subscription_types_max),
+]
+_Key = Annotated[bytes, msgspec.Meta(max_length=DEFAULT_LIMITS.key_bytes_max + 16)]
+_Some = Annotated[int, msgspec.Meta(ge=0, le=DEFAULT_LIMITS.batch_events_max)]
+_Items = Annotated[
+    tuple[bytes, ...], msgspec.Meta(min_length=1, max_length=DEFAULT_LIMITS.batch_events_max)
+]
+
+
 class _Frame(msgspec.Struct, frozen=True, array_like=True, gc=False):
     pass
 
@@ -72,6 +84,47 @@ class Bye(_Frame, frozen=True, tag=4):
     """The publisher leaves; its session may be forgotten."""
 
     epoch: bytes
+
+
+class Subscribe(_Frame, frozen=True, tag=9):
+    """Asks for the events of these types that are handled from now on. `key` is one key, as `pack_keys` packs it, or
+    empty: all. `subscription` is the client's number for it, new for each worker. May be repeated.
+    """
+
+    epoch: bytes
+    subscription: _Sequence
+    names: _Names
+    key: _Key
+
+
+class Unsubscribe(_Frame, frozen=True, tag=10):
+    """Ends a subscription."""
+
+    epoch: bytes
+    subscription: _Sequence
+
+
+class Taken(_Frame, frozen=True, tag=11):
+    """All events of a subscription below `upto` have arrived, or are known to be missing. Also says that it is alive."""
+
+    epoch: bytes
+    subscription: _Sequence
+    upto: _Sequence
+
+
+class Cancel(_Frame, frozen=True, tag=12):
+    """Nobody waits for the command with this sequence any more."""
+
+    epoch: bytes
+    seq: _Sequence
+
+
+class More(_Frame, frozen=True, tag=13):
+    """The reader of a streaming command takes its items below `allowed`."""
+
+    epoch: bytes
+    seq: _Sequence
+    allowed: _Sequence
 
 
 # -- worker → publisher
@@ -133,6 +186,44 @@ class Reply(_Frame, frozen=True, tag=21):
     body: bytes
 
 
+class Items(_Frame, frozen=True, tag=25):
+    """What a streaming command yielded, from its item `first` on. Its `Reply` says how many there were."""
+
+    epoch: bytes
+    seq: _Sequence
+    first: _Sequence
+    items: _Items
+
+
+class Subscribed(_Frame, frozen=True, tag=26):
+    """The subscription has begun: what arrives from now on is fed to it."""
+
+    epoch: bytes
+    subscription: _Sequence
+
+
+class Unsubscribed(_Frame, frozen=True, tag=27):
+    """The worker does not feed this subscription; `reason` is one of `UNSUBSCRIBED`."""
+
+    epoch: bytes
+    subscription: _Sequence
+    reason: str
+
+
+class Feed(_Frame, frozen=True, tag=28):
+    """`count` handled events of a subscription, packed in `blob` as a batch is, the first with number `first`.
+
+    Each event that it was meant to get has a number; what is missing between two feeds was dropped or lost. One without
+    events says only what the next number is.
+    """
+
+    epoch: bytes
+    subscription: _Sequence
+    first: _Sequence
+    count: _Some
+    blob: bytes
+
+
 # -- client → supervisor or worker and back
 
 
@@ -167,14 +258,23 @@ REASONS: Final = {
     "malformed": "the frame was not sound; the session has ended",
 }
 
+UNSUBSCRIBED: Final = {
+    "forgotten": "the worker has not heard of the subscriber for long, or never",
+    "unknown-type": "no handler of this application takes events of that type, so none is ever handled",
+    "too-many": "the worker feeds as many subscriptions as it can",
+}
+
 REPLY_OK: Final = "ok"
 REPLY_FAILED: Final = "failed"
 REPLY_EXPIRED: Final = "expired"
 
-ToWorker = Hello | Data | Ping | Bye | Ask
+FromListener = Subscribe | Unsubscribe | Taken
+FromCaller = Cancel | More
+ToListener = Subscribed | Unsubscribed | Feed
+ToWorker = Hello | Data | Ping | Bye | Ask | FromListener | FromCaller
 ToPublisher = Welcome | Reject | Ack | Nack | Reply
 ToClient = Answer | TableChanged
-Frame = ToWorker | ToPublisher | Ask | ToClient
+Frame = ToWorker | ToPublisher | Items | ToListener | Ask | ToClient
 
 encode_frame: Final = msgspec.msgpack.Encoder().encode
 """Any frame to bytes."""
@@ -197,7 +297,7 @@ def _decoder(kind: Any) -> Callable[[bytes], Any]:
 
 
 _to_worker: Final = _decoder(ToWorker)
-_to_publisher: Final = _decoder(ToPublisher | Answer)
+_to_publisher: Final = _decoder(ToPublisher | Items | ToListener | Answer)
 
 
 def decode_to_worker(data: bytes) -> ToWorker:
@@ -214,11 +314,13 @@ def decode_to_worker(data: bytes) -> ToWorker:
     return frame
 
 
-def decode_to_publisher(data: bytes) -> ToPublisher | Answer:
+def decode_to_publisher(data: bytes) -> ToPublisher | Items | ToListener | Answer:
     """Bytes that a publisher received from a worker. Raises as `decode_to_worker`."""
-    frame: ToPublisher | Answer = _to_publisher(data)
+    frame: ToPublisher | Items | ToListener | Answer = _to_publisher(data)
     if isinstance(frame, Ack) and not _is_sorted_pairs(frame.finished, frame.cumulative, frame.received):
         raise RemoteProtocolError("an ack whose ranges are not sorted pairs")
+    if isinstance(frame, Feed) and bool(frame.count) != bool(frame.blob):
+        raise RemoteProtocolError(f"a feed of {frame.count} events in {len(frame.blob)} bytes")
     return frame
 
 

@@ -24,6 +24,7 @@ from shardbus.errors import RemoteProtocolError
 from shardbus.wire.frames import (
     Ack,
     Bye,
+    Cancel,
     Data,
     Hello,
     Nack,
@@ -73,9 +74,17 @@ Happened = Replied | Rejected | Lost
 class _Packed:
     """A sealed batch, kept until every message in it is finished."""
 
-    __slots__ = ("attempt", "blob", "commands", "count", "first", "offered_ns", "sent", "unfinished")
+    __slots__ = ("attempt", "blob", "commands", "count", "first", "idempotent", "offered_ns", "sent", "unfinished")
 
-    def __init__(self, first: int, count: int, blob: bytes, commands: tuple[int, ...], offered_ns: int) -> None:
+    def __init__(
+        self,
+        first: int,
+        count: int,
+        blob: bytes,
+        commands: tuple[int, ...],
+        offered_ns: int,
+        idempotent: tuple[int, ...],
+    ) -> None:
         self.offered_ns = offered_ns
         self.first = first
         self.count = count
@@ -83,6 +92,7 @@ class _Packed:
         self.attempt = 1
         self.sent = False  # in this session, so that the worker may have it, whatever was gone back since
         self.commands = commands  # sequences of commands that must not be sent twice
+        self.idempotent = idempotent  # and of those that may
         self.unfinished = count
 
 
@@ -129,6 +139,7 @@ class PublisherSession:
         self._pinged_ns = 0
         self._pinged_seq = 0
         self._awaited = 0  # somebody waits for everything below to be finished
+        self._abandoned: set[int] = set()  # commands that nobody waits for, and that may not be finished
         self._control: list[bytes] = []  # greetings and pings to send before data
 
     # -- what is known
@@ -152,13 +163,28 @@ class PublisherSession:
 
     # -- what the caller does
 
-    def offer(self, blob: bytes, count: int, commands: tuple[int, ...] = (), now_ns: int = 0) -> None:
-        """Take over a sealed batch of the next `count` sequences; where some have no time without end, say when."""
+    def offer(
+        self,
+        blob: bytes,
+        count: int,
+        commands: tuple[int, ...] = (),
+        now_ns: int = 0,
+        idempotent: tuple[int, ...] = (),
+    ) -> None:
+        """Take over a sealed batch of the next `count` sequences; where some have no time without end, say when.
+
+        `idempotent` are commands that are sent again to a worker's successor, as events are.
+        """
         assert len(blob) <= self._limits.frame_bytes_max - _DATA_BYTES_MAX  # a larger frame would never arrive
-        self._unsent.append(_Packed(self.next_seq, count, blob, commands, now_ns))
+        self._unsent.append(_Packed(self.next_seq, count, blob, commands, now_ns, idempotent))
         self.next_seq += count
         self.held_events += count
         self.held_bytes += len(blob)
+        if self._abandoned:
+            unsent = self._abandoned.intersection((*commands, *idempotent))
+            self._abandoned -= unsent
+            for seq in unsent:
+                self._finish(seq, seq + 1)
 
     def hurry(self) -> None:
         """Somebody waits for all that was offered: its acks are not to be delayed."""
@@ -167,17 +193,23 @@ class PublisherSession:
             self._control.append(encode_frame(Ping(self.epoch, self._awaited)))
 
     def abandon(self, seq: int) -> None:
-        """Nobody waits for this command any more: where it has not been sent, it never is."""
-        for packed in self._unsent:
-            if packed.first <= seq < packed.first + packed.count:
-                if not packed.sent:
-                    self._finish(seq, seq + 1)
-                return
+        """Nobody waits for this command any more: where it has not been sent, it never is; else its worker is told."""
+        if self.is_finished(seq):
+            return
+        if seq < self.next_seq and not self.was_sent(seq):
+            self._finish(seq, seq + 1)
+            return
+        self._abandoned.add(seq)
+        if self.state is State.OPEN and seq < self.next_seq:
+            self._control.append(encode_frame(Cancel(self.epoch, seq)))
+
+    def _forget_abandoned(self) -> None:
+        self._abandoned = {seq for seq in self._abandoned if not self.is_finished(seq)}
 
     def drop_oldest(self) -> int:
         """Forget the oldest batch that no worker has seen and that holds no command; return how many messages that were."""
         for packed in self._unsent:
-            if not packed.sent and not packed.commands:
+            if not packed.sent and not packed.commands and not packed.idempotent:
                 dropped = packed.unfinished
                 self._finish(packed.first, packed.first + packed.count)
                 return dropped
@@ -217,6 +249,8 @@ class PublisherSession:
 
     def tick(self, now_ns: int) -> None:
         """Repeat an unanswered greeting, and ask for a full ack now and then."""
+        if self._abandoned:
+            self._forget_abandoned()
         if self.state is State.GREETING:
             if now_ns - self._greeted_ns >= self._limits.hello_interval_s * _NS:
                 self._greeted_ns = now_ns
@@ -278,6 +312,9 @@ class PublisherSession:
         self._session = frame.session
         self._sent_next = frame.expected
         self._pinged_seq = frame.expected
+        self._forget_abandoned()
+        # What is sent again must not run; what runs since before the connection was lost must end.
+        self._control += [encode_frame(Cancel(self.epoch, seq)) for seq in self._abandoned if seq < self.next_seq]
         return lost
 
     def _on_ack(self, frame: Ack) -> list[Happened]:
@@ -333,6 +370,9 @@ class PublisherSession:
         self._go_back(self._cumulative)
         for gone in lost:
             self._finish(gone.seq, gone.seq + 1)
+        for seq in self._abandoned:
+            if seq < self.next_seq:
+                self._finish(seq, seq + 1)
         self._sent_next = self._cumulative
         return lost
 
@@ -472,9 +512,11 @@ class WorkerSession:
         "_finished",
         "_nacked",
         "_told",
+        "cancelled",
         "cumulative",
         "dead",
         "heard_ns",
+        "left",
         "number",
         "publisher",
         "received",
@@ -491,6 +533,8 @@ class WorkerSession:
         self.dead = 0
         self.waiting = 0
         self.heard_ns = 0
+        self.left = False  # the publisher has said good-bye: nobody waits for its commands
+        self.cancelled: set[int] = set()  # commands that nobody waits for, and that have not begun
         self._epoch = epoch
         self._finished = RangeSet()
         self._delta: list[int] = []  # ranges that the next ack reports
@@ -592,6 +636,15 @@ class WorkerSession:
     def finish_waiting(self, seq: int) -> None:
         """The store has the event, and that is committed."""
         self.waiting += self.finish(seq)
+
+    def cancel(self, seq: int) -> None:
+        """Nobody waits for this command, which has not begun: it is not to. Of more than credit allows, some may run."""
+        if self.is_finished(seq):
+            return
+        if len(self.cancelled) >= self._credit_events_max:
+            self.cancelled = {one for one in self.cancelled if not self.is_finished(one)}
+        if len(self.cancelled) < self._credit_events_max:
+            self.cancelled.add(seq)
 
     def adopt(self, dead: list[int], waiting: list[int]) -> None:
         """Sequences that a predecessor of this worker put into the store: they must not run again when they are resent."""

@@ -25,6 +25,7 @@ from shardbus.errors import (
     RegistrationError,
     RemoteProtocolError,
     ShardbusError,
+    SubscriptionLost,
     UsageError,
 )
 
@@ -47,6 +48,7 @@ EXAMPLES: list[tuple[ShardbusError, dict[str, object]]] = [
     (CommandFailed("GetTotal", "KeyError", "'42'", "Traceback: …"),
      {"command": "GetTotal", "error_type": "KeyError", "error": "'42'", "remote_traceback": "Traceback: …"}),
     (CommandLost("GetTotal"), {"command": "GetTotal"}),
+    (SubscriptionLost("OrderPlaced", "too slow"), {"types": "OrderPlaced", "why": "too slow"}),
     (BootError("no module"), {}),
 ]  # fmt: skip
 

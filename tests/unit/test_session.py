@@ -17,6 +17,7 @@ from shardbus.errors import RemoteProtocolError
 from shardbus.wire.frames import (
     Ack,
     Bye,
+    Cancel,
     Data,
     Frame,
     Hello,
@@ -915,3 +916,75 @@ def test_whatever_dies_every_message_ends_and_every_repeat_is_announced(seed: in
     unannounced = [at for at, (letter, attempt) in enumerate(ran) if attempt == 1 and letter in dict(ran[:at])]
     assert unannounced == []
     assert pair.publisher.held_events == 0
+
+
+# -- commands that nobody waits for, and those that may be sent again
+
+
+def cancelled(pair: Pair) -> list[int]:
+    return [frame.seq for frame in pair.worker.of(Cancel) if isinstance(frame, Cancel)]
+
+
+def test_a_command_that_was_sent_and_is_abandoned_is_cancelled_at_its_worker(opened: Pair):
+    opened.publish("abc", commands=(1, 2))
+    opened.finish(2)
+    opened.ack()
+    opened.publisher.abandon(1)
+    opened.publisher.abandon(2)
+    opened.exchange()
+    assert cancelled(opened) == [1]
+
+
+def test_a_command_that_is_abandoned_before_it_is_offered_is_never_run(opened: Pair):
+    opened.publisher.abandon(1)
+    opened.publish("abc", commands=(1,))
+    assert opened.worker.letters() == "ac"
+    assert cancelled(opened) == []
+    assert opened.publisher.held_events == 2
+
+
+def test_an_abandoned_command_is_cancelled_before_it_is_sent_again_on_a_new_connection(opened: Pair):
+    opened.publish("ab", commands=(0, 1), lose=only(Data))
+    opened.publisher.greet_again()
+    opened.publisher.abandon(0)
+    opened.tick()
+    assert cancelled(opened) == [0]
+    kinds = [type(frame) for frame in opened.worker.seen]
+    assert kinds.index(Cancel) < kinds.index(Data)
+
+
+def test_an_idempotent_command_is_sent_again_to_the_successor_with_its_time_counted(opened: Pair):
+    opened.publisher.offer(b"abc", 3, (0,), opened.now_ns, (2,))
+    opened.exchange()
+    opened.now_ns += 3 * S
+    assert opened.replace_worker() == [Lost(0)]
+    opened.worker.seen.clear()
+    for data in opened.publisher.frames_to_send(opened.now_ns):
+        opened.worker.receive(data)
+    assert opened.worker.ran == [("b", 2), ("c", 2)]
+    resent = opened.worker.of(Data)[-1] if opened.worker.of(Data) else None
+    assert resent is None or (isinstance(resent, Data) and resent.attempt == 2)
+
+
+def test_an_idempotent_command_that_nobody_waits_for_is_not_sent_again(opened: Pair):
+    opened.publisher.offer(b"abc", 3, (), opened.now_ns, (1, 2))
+    opened.exchange()
+    opened.publisher.abandon(1)
+    assert opened.replace_worker() == []
+    assert opened.worker.ran == [("a", 2), ("c", 2)]
+
+
+def test_a_batch_with_an_idempotent_command_is_not_dropped(pair: Pair):
+    pair.publisher.offer(b"ab", 2, (), 1, (1,))
+    assert pair.publisher.drop_oldest() == 0
+
+
+def test_a_worker_remembers_as_many_cancelled_commands_as_credit_allows_and_none_that_has_ended():
+    session = WorkerSession(PUBLISHER, b"e", 0, LIMITS)
+    credit = LIMITS.session_credit_events_max + LIMITS.batch_events_max
+    session.accept(Data(b"e", 1, 0, 512, 1, (), b"x" * 512))
+    session.finish_range(0, 100)
+    for seq in range(2 * credit):
+        session.cancel(seq)
+    assert len(session.cancelled) == credit
+    assert min(session.cancelled) == 100
