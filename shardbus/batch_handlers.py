@@ -145,8 +145,15 @@ async def run_batch(batch: Batch, caller: Caller) -> list[Outcome]:
         called.append(at)
     whole: Fault | Blocked | None = None
     if called:
-        events = [members[at].message for at in called]
-        whole = await call_together(handler, circuit, events, contexts, called, found, caller)
+        running = [members[at] for at in called]
+        for member in running:
+            member.runs = handler.name
+        try:
+            events = [member.message for member in running]
+            whole = await call_together(handler, circuit, events, contexts, called, found, caller)
+        finally:
+            for member in running:
+                member.runs = ""
     return list(settled(batch, handler, circuit, found, set(called), whole, caller))
 
 

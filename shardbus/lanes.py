@@ -724,8 +724,8 @@ class Lanes:
         assert plan.batching is not None
         first = cursor.next_seq
         end = min(first + plan.batching.events_max, cursor.end)
-        if first == end or self._quarantine.suspects:
-            return False
+        if first == end or plan.handlers[0].wants_context or self._quarantine.suspects:
+            return False  # what has a context may publish, so it has a life of its own
         if end - first < plan.batching.events_max and (self._inbox or self._ready or self._gatherings):
             return False
         return self._busy.keys().isdisjoint(cursor.columns.keys[first - cursor.first : end - cursor.first])
@@ -739,16 +739,11 @@ class Lanes:
         first = cursor.next_seq
         events = [message for message, _, _ in islice(cursor.rows, plan.batching.events_max)]
         end, count = cursor.next_seq, len(events)
-        contexts: list[Context] = []
-        if handler.wants_context:
-            keys = cursor.columns.keys[first - cursor.first : end - cursor.first]
-            shard, attempt = self._host.shard, cursor.attempt
-            contexts = [Context(key, publisher, first + at, attempt, shard) for at, key in enumerate(keys)]
         now_ns = self._journal.running[ALIVE] = self._now()
         self._journal.lead(publisher, first, end, now_ns)
         stretch = self._running = Together(plan, cursor, first, end)
         found: list[Failure | HeldBack | Fault | None] = [None] * count
-        whole = await call_together(handler, None, events, contexts, range(count), found, self)
+        whole = await call_together(handler, None, events, [], range(count), found, self)
         if self._leader is token:
             self._running = None
             if whole is None and not any(found):

@@ -131,7 +131,7 @@ async def test_a_bus_that_ends_waits_for_nothing_that_lingers(bus: Bus, rows: Me
         async with run_local(bus, stores=[MemoryStore(rows)], close_timeout_s=0.5) as client:
             await client.publish(Step(key="k"))
             await until(lambda: client.ledger().in_flight)
-            shard = client._connector.shards[0]  # type: ignore[attr-defined]
+            shard = client._connector._bus.shards[0]  # type: ignore[attr-defined]
             await until(lambda: shard.backlog)
             assert await shard.drain(10) == []
     assert batches == [1]
@@ -218,7 +218,7 @@ async def test_while_it_is_suspended_other_keys_go_on_and_its_own_wait(bus: Bus,
     async with run(bus) as client:
         await client.publish(Step(key="a", n=0, kind="waits"))
         await client.publish(Step(key="b", n=0))
-        await until(lambda: client._connector.shards[0].lanes.busy_keys == 2)  # type: ignore[attr-defined]
+        await until(lambda: client._connector._bus.shards[0].lanes.busy_keys == 2)  # type: ignore[attr-defined]
         await client.publish(Other(key="a", n=1))
         await client.publish(Other(key="c", n=1))
         await client.publish(Step(key="c", n=2))
@@ -556,7 +556,7 @@ async def test_whatever_fails_each_key_has_its_outcomes_in_order(seed: int, rows
         for count, task in asked:
             assert await task == count
         ledger = await client.flush(30)
-        await until(client._connector.shards[0].lanes.idle)  # type: ignore[attr-defined]
+        await until(client._connector._bus.shards[0].lanes.idle)  # type: ignore[attr-defined]
     assert (ledger.handled + ledger.dead + ledger.waiting, len(rows.dead)) == (150, bad)
     for key in keys:
         assert first_calls[key] == sorted(first_calls[key])

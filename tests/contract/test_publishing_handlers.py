@@ -574,3 +574,32 @@ async def test_a_uuid_key_is_held_like_any_other():
     async with bus.local() as client:
         with pytest.raises(CommandFailed, match="cannot execute a command of its own key"):
             await client.execute(Slow(id=UUID(int=5)))
+
+
+async def test_a_batch_handler_publishes_through_the_context_of_each_of_its_events():
+    bus = Bus("in batches")
+    gate = asyncio.Event()
+    children: list[Context] = []
+    batches: list[int] = []
+
+    @bus.on(Order, batch=8)
+    async def order(events: list[Order], contexts: list[Context]) -> None:
+        batches.append(len(events))
+        for event, context in zip(events, contexts, strict=True):
+            if event.n % 2:
+                await context.publish(Shipped(parcel=event.order, n=event.n))
+
+    @bus.on(Shipped)
+    async def shipped(event: Shipped, context: Context) -> None:
+        await gate.wait()
+        children.append(context)
+
+    async with run_local(bus, stores=stores(1), limits=Limits(lane_wait_s_max=30.0)) as client:
+        for n in range(16):
+            await client.publish(Order(order=f"o{n}", n=n))
+        await until(lambda: client.ledger().handled == 8)  # those without children
+        assert client.ledger().in_flight == 8
+        gate.set()
+        assert (await client.flush(10)).handled == 16
+    assert max(batches) > 1
+    assert len({context.causation_id for context in children}) == 8
