@@ -869,7 +869,7 @@ class Lanes:
         self._host.handled(1)
         if (delivery.ordinal or delivery.intended_ns) and delivery.is_event:
             self._host.note(delivery, dead=outcome is not None)
-        if delivery.is_tied:
+        if delivery.children is not None and delivery.children.pending:
             self._host.defer(delivery, outcome, parks=parks)
         elif outcome is not None:
             self._host.bury(delivery, outcome, parks=parks)
