@@ -14,7 +14,7 @@ from typing import Final
 from shardbus.inbound import Delivery
 from shardbus.store import Failure
 
-_WORKERS_WAITS: Final = 5
+_WORKERS_WAITS: Final = 5  # so many times as long as those of programs
 
 
 class Deferred:
