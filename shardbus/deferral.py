@@ -9,9 +9,12 @@ only while there is room for what handlers publish. Pure: whoever adds one store
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from shardbus.inbound import Delivery
 from shardbus.store import Failure
+
+_WORKERS_WAITS: Final = 5  # so many times as long as those of programs
 
 
 class Deferred:
@@ -77,7 +80,11 @@ class Deferrals:
         """The one that is first to go; there is one."""
         return next(iter(self._in_memory[of_worker]))
 
-    def before(self, instant_ns: int) -> Iterator[Deferred]:
-        """Those in memory that have waited since then, or have failed: what they are is to be in the store soon."""
-        for group in self._in_memory.values():
-            yield from [one for one in group if one.since_ns <= instant_ns or one.failure is not None]
+    def overdue(self, now_ns: int, wait_ns: int) -> Iterator[Deferred]:
+        """Those in memory that have waited so long, five times as long where they are of workers; and those that failed.
+
+        Events of workers hold up no program, and where many wait most are finished by then; each would cost two rows.
+        """
+        for of_worker, group in self._in_memory.items():
+            before_ns = now_ns - wait_ns * (_WORKERS_WAITS if of_worker else 1)
+            yield from [one for one in group if one.since_ns <= before_ns or one.failure is not None]

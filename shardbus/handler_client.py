@@ -56,7 +56,9 @@ class _ChildClient(Client):
 
     def has_room(self) -> bool:
         """See `Outgoing.has_room`."""
-        return not any(map(super()._is_full, self._outboxes))
+        events_max, bytes_max = self._limits.outbox_events_max // 4, self._limits.outbox_bytes_max // 4
+        sessions = [outbox.session for outbox in self._outboxes]
+        return all(one.held_events <= events_max and one.held_bytes <= bytes_max for one in sessions)
 
     def end(self, error: BusRejected) -> None:
         """See `Client.end`. What was published cannot be finished any more, so the worker hears of it."""

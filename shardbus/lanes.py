@@ -1259,7 +1259,7 @@ class Lanes:
         if outcome is None and self._feeds.index and delivery.is_event:
             headers = None if delivery.extra is None else delivery.extra.headers
             self._feeds.add(delivery.name, delivery.key, delivery.body, headers)
-        if delivery.is_tied:
+        if delivery.children is not None and delivery.children.pending:
             self._host.defer(delivery, outcome, parks=parks)
         elif outcome is not None:
             self._host.bury(delivery, outcome, parks=parks)

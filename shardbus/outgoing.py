@@ -35,7 +35,7 @@ _HELD_MAX: Final = 64  # commands that wait for each other; their hashes fit int
 class Children:
     """What the handlers of one message have published and what is not finished, by handler.
 
-    `then` is called when that becomes nothing. Its size is the number of the message's handlers.
+    `then` is called when that becomes nothing, once. Its size is the number of the message's handlers.
     """
 
     __slots__ = ("pending", "then")
@@ -55,8 +55,10 @@ class Children:
             self.pending[handler] = left
             return
         del self.pending[handler]
-        if not self.pending and self.then is not None:
-            self.then()
+        then = self.then
+        if not self.pending and then is not None:
+            self.then = None
+            then()
 
 
 class Origin(Protocol):
@@ -80,7 +82,10 @@ class Outgoing(Protocol):
         """Send a command and wait for its reply. Raises as `Client.execute`."""
 
     def has_room(self) -> bool:
-        """Whether no outbox is above the bound of an ordinary client's."""
+        """Whether no outbox is filled to a quarter of an ordinary client's bound.
+
+        Above that, whoever publishes to this worker is better held up: what its handlers publish waits long enough.
+        """
 
     async def close(self) -> None:
         """Let go at once; what is not finished is forgotten here."""

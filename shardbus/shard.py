@@ -220,7 +220,7 @@ class Shard:
 
     def _is_at_rest(self, late: bool) -> bool:
         if late:
-            for one in list(self._deferred.before(self._now())):
+            for one in list(self._deferred.overdue(self._now(), 0)):
                 self._store_deferred(one)
         unsettled = self._deferred.in_memory if late else len(self._deferred)
         return self.lanes.idle() and self._writer.idle() and not unsettled
@@ -787,9 +787,9 @@ class Shard:
 
     def _look_at_deferred(self) -> None:
         self._deferred_timer = None
-        before_ns = self._now() - int(self._limits.lane_wait_s_max * _NS)
+        wait_ns = int(self._limits.lane_wait_s_max * _NS)
         may_store = {of_worker: self._may_store(of_worker) for of_worker in (True, False)}
-        for one in list(self._deferred.before(before_ns)):
+        for one in list(self._deferred.overdue(self._now(), wait_ns)):
             if (one.failure is not None or may_store[one.of_worker]) and not self._store_deferred(one):
                 break
         self._watch_deferred()

@@ -83,6 +83,7 @@ class StoreWriter:
         self._waiting_rows = 0  # without what is redriven: that was a row before
         self._changed: dict[int, WaitingEvent] = {}  # by position: the last change is the one that counts
         self._done: deque[int] = deque()
+        self._removing = False  # rows that are in no queue any more, and still in the store
         self._reads: deque[Read] = deque()
         self._wanted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -111,7 +112,7 @@ class StoreWriter:
 
     def idle(self) -> bool:
         """Whether there is nothing to write or read."""
-        return not (self._writes_left() or self._reads or self._wanted.is_set())
+        return not (self._removing or self._writes_left() or self._reads or self._wanted.is_set())
 
     def _writes_left(self) -> bool:
         return bool(self._dead or self._replacing or self._waiting or self._revived or self._changed or self._done)
@@ -237,6 +238,7 @@ class StoreWriter:
         redriven = [keeping.redriven for keeping in waiting if keeping.redriven]
         self._taken = last
         self._before()
+        self._removing = bool(done)
         try:
             await self._store.write(
                 dead=[burial.letter for burial in dead],
@@ -249,6 +251,8 @@ class StoreWriter:
             self._taken = self._committed
             self._done.extend(done)
             raise
+        finally:
+            self._removing = False
         self._committed = last
         for _ in replacing:
             self._replacing.popleft()

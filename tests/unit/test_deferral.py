@@ -41,12 +41,22 @@ def test_large_events_are_many_sooner():
 
 def test_what_has_waited_or_failed_is_to_be_stored_and_what_is_stored_is_not_again():
     deferrals = Deferrals()
-    old, new, failed = deferred(1), deferred(9), deferred(9, failure=FAILURE)
+    old, new, failed = (deferred(at, of_worker=False, failure=why) for at, why in ((1, None), (9, None), (9, FAILURE)))
     for one in (old, new, failed):
         deferrals.add(one)
-    assert list(deferrals.before(5)) == [old, failed]
+    assert list(deferrals.overdue(10, 5)) == [old, failed]
     for one in (old, failed):
         deferrals.stored(one)
         deferrals.stored(one)  # once more does no harm
-    assert list(deferrals.before(5)) == []
-    assert list(deferrals.before(9)) == [new]
+    assert list(deferrals.overdue(10, 5)) == []
+    assert list(deferrals.overdue(14, 5)) == [new]
+
+
+def test_what_workers_have_published_waits_longer():
+    deferrals = Deferrals()
+    of_worker, of_program = deferred(0), deferred(0, of_worker=False)
+    for one in (of_worker, of_program):
+        deferrals.add(one)
+    assert list(deferrals.overdue(24, 5)) == [of_program]
+    assert list(deferrals.overdue(25, 5)) == [of_worker, of_program]
+    assert list(deferrals.overdue(0, 0)) == [of_worker, of_program]
