@@ -112,6 +112,22 @@ def test_the_guarded_program_prints_what_ran(make_bus: MakeBus) -> None:
     assert sorted(ast.literal_eval(counted)) == [("__main__.book", 3), ("__main__.report", 2)]
 
 
+def test_the_chat_program_prints_what_it_hears_and_is_told(make_bus: MakeBus) -> None:
+    bus = make_bus(application="accounts:none")  # only its directory and environment
+    bus.close()
+    write_programs(bus.directory)
+    ran = subprocess.run(
+        [sys.executable, "chat.py"],
+        cwd=bus.directory,
+        env=bus.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "heard: hello\nHOW\nARE\nYOU\n1\n", "")
+
+
 def test_the_served_programs_print_ledger_and_total(make_bus: MakeBus, short_path: Path) -> None:
     write_programs(short_path)
     bus = make_bus("--workers", "2", application="shop:bus")
