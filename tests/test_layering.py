@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("clock",),
     ("addresses",),
     ("messages",),
-    ("routing", "restart", "retry", "breaker", "json_messages"),
+    ("routing", "session_events", "restart", "retry", "breaker", "json_messages"),
     ("quarantine",),
     ("journal",),
     ("wire",),  # the package itself, which holds nothing
@@ -50,6 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("example_application",),
     ("shard",),
     ("subscriptions", "streams"),
+    ("sessions",),
     ("client", "worker", "supervisor"),  # roles
     ("publishing",),
     ("local", "connecting"),
