@@ -34,6 +34,8 @@ from shardbus.pipeline import CallNext, Middleware
 from shardbus.publishing import PublishMiddleware
 from shardbus.registry import WorkerInfo
 from shardbus.retry import Retry
+from shardbus.session_events import SessionEnded, SessionStarted
+from shardbus.sessions import Session
 from shardbus.streams import Stream
 from shardbus.subscriptions import Missed, OnSlow, Subscription
 from shardbus.tracing import Traceparent, continue_trace, current_trace, propagate_trace, trace, trace_of
@@ -73,6 +75,9 @@ __all__ = [
     "RegistrationError",
     "RemoteProtocolError",
     "Retry",
+    "Session",
+    "SessionEnded",
+    "SessionStarted",
     "ShardbusError",
     "Statistics",
     "Stream",

@@ -47,6 +47,7 @@ from shardbus.errors import (
 from shardbus.messages import Command, Event, Message, WireKey, key_getter, reply_type, to_wire_key, wire_name
 from shardbus.metrics import Evidence
 from shardbus.routing import ShardAddress, Table
+from shardbus.sessions import Session
 from shardbus.store import DeadFilter
 from shardbus.streams import Flow, Stream
 from shardbus.subscriptions import OnSlow, Subscription, Subscriptions
@@ -733,6 +734,14 @@ class Client:
         self._check_open()
         wire_key = None if key is None else to_wire_key(key)
         return self._subscriptions.open(event_types, wire_key, queue_events_max, on_slow, self._now())
+
+    def session(self, key: str) -> Session:
+        """A group of messages under one key: `async with client.session("chat-7") as session`. See `Session`.
+
+        Raises:
+            UsageError: the key is no text.
+        """
+        return Session(self, key)
 
     def route(self, key: WireKey) -> list[int]:
         """See `subscriptions.Line`."""

@@ -63,15 +63,15 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     blocked_peers_max: int = 4096  # peers that sent garbage and are ignored; the oldest is forgotten
 
     # -- subscriptions and streaming replies
-    subscriptions_client_max: int = 64  # of one client; one more is refused
-    subscriptions_max: int = 1024  # of one worker; one more is refused
+    subscriptions_client_max: int = 4096  # of one client; one more is refused
+    subscriptions_max: int = 16_384  # of one worker; one more is refused
     subscription_types_max: int = 32  # event types of one subscription; more are refused
     subscription_queue_bytes_max: int = 16 * 1024 * 1024  # that wait for one reader; then as `on_slow` says
     feed_events_max: int = 4096  # on the way to one subscription, from one worker; what comes on top is dropped, and told
     feed_bytes_max: int = 4 * 1024 * 1024  # likewise, in bytes
     feeds_bytes_max: int = 64 * 1024 * 1024  # to all subscriptions of a worker, which share it; likewise
     taken_events: int = 64  # so many more events are acknowledged to a feed at once, fewer a tenth of a second later
-    taken_bytes: int = 32 * 1024  # likewise
+    taken_bytes: int = 4 * 1024  # likewise
     stream_items_max: int = 1024  # of a streaming reply on the way; the largest `window`
     stream_bytes_max: int = 4 * 1024 * 1024  # likewise, in bytes; at either its handler waits
 
@@ -81,7 +81,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     ping_interval_s: float = 1.0  # how often a publisher with unfinished events asks for a full ack
     hello_interval_s: float = 0.5  # how often an unanswered greeting is repeated
     subscription_silence_s: float = 30.0  # a subscription that is not heard of for longer is forgotten
-    taken_interval_s: float = 3.0  # how often a subscription says that it is alive
+    taken_interval_s: float = 10.0  # how often a subscription says that it is alive
 
     def __post_init__(self) -> None:
         assert self.batch_bytes_target + self.event_bytes_max + 64 * 1024 <= self.frame_bytes_max

@@ -155,7 +155,7 @@ class Feeds:
         self._send = send
         self._due = due
         self._windows: dict[tuple[bytes, int], Window] = {}
-        self._peers: dict[bytes, int] = {}  # how many each has
+        self._peers: dict[bytes, set[int]] = {}  # the numbers of each
         self._open: list[Window] = []
         self._bytes = 0  # on the way to all of them
 
@@ -180,9 +180,8 @@ class Feeds:
 
     def leave(self, peer: bytes) -> None:
         """Forget all that a peer listens to: it is gone."""
-        if peer in self._peers:
-            for window in [one for one in self._windows.values() if one.peer == peer]:
-                self._forget(window)
+        for number in list(self._peers.get(peer, ())):
+            self._forget(self._windows[peer, number])
 
     def tick(self, now_ns: int) -> None:
         """Forget who has been silent for long."""
@@ -198,12 +197,13 @@ class Feeds:
             if not all(map(self._is_event, frame.names)):
                 self._send(peer, encode_frame(Unsubscribed(self._epoch, number, "unknown-type")))
                 return
-            of_peer = self._peers.get(peer, 0)
-            if len(self) >= self._limits.subscriptions_max or of_peer >= self._limits.subscriptions_client_max:
+            numbers = self._peers.get(peer, set())
+            if len(self) >= self._limits.subscriptions_max or len(numbers) >= self._limits.subscriptions_client_max:
                 self._send(peer, encode_frame(Unsubscribed(self._epoch, number, "too-many")))
                 return
             window = self._windows[peer, number] = Window(peer, number, tuple(dict.fromkeys(frame.names)), key)
-            self._peers[peer] = of_peer + 1
+            numbers.add(number)
+            self._peers[peer] = numbers
             for name in window.names:
                 self.index.setdefault(name, {}).setdefault(key, []).append(window)
         window.heard_ns = now_ns
@@ -226,7 +226,7 @@ class Feeds:
             return
         del self._windows[window.peer, window.number]
         self._bytes -= window.bytes
-        self._peers[window.peer] -= 1
+        self._peers[window.peer].remove(window.number)
         if not self._peers[window.peer]:
             del self._peers[window.peer]
         for name in window.names:

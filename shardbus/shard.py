@@ -26,12 +26,13 @@ from shardbus.feeds import Feeds
 from shardbus.inbound import UNKNOWN, Delivery, Inbound
 from shardbus.journal import Journal
 from shardbus.lanes import CRASHED, Lanes
-from shardbus.messages import WireKey
+from shardbus.messages import WireKey, wire_name
 from shardbus.metrics import Recorder
 from shardbus.outgoing import Outgoing, is_worker
 from shardbus.quarantine import UNKNOWN_END, Ended, Identity, Quarantine, Suspect, judge
 from shardbus.registry import Plan
 from shardbus.routing import slot_of
+from shardbus.session_events import BUILT_IN
 from shardbus.store import (
     ROW_OVERHEAD_BYTES,
     DeadLetter,
@@ -124,6 +125,8 @@ class Shard:
         self._predecessor = predecessor
         self._judged = False
         self._quarantine = Quarantine({}, self._note_suspect, now(), chance)
+        # Events that no application needs to handle are handled all the same.
+        plans = {wire_name(kind): Plan(kind, ()) for kind in BUILT_IN} | dict(plans)
         self._feeds = Feeds(epoch, limits, lambda name: _is_event(plans, name), send, self._feeds_due)
         self.lanes = Lanes(plans, self, limits, now, chance, journal, self._quarantine, self._feeds)
         self._layout = layout

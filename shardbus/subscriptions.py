@@ -63,13 +63,16 @@ class Fed(msgspec.Struct, frozen=True, gc=False):
     size: int
 
 
+_Way = tuple[bytes, Callable[[bytes], object]] | None
+
+
 class Line(Protocol):
     """What subscriptions ask of the client."""
 
     def route(self, key: WireKey) -> list[int]:
         """The shards whose events have this key; None: any."""
 
-    def line(self, shard: int) -> tuple[bytes, Callable[[bytes], object]] | None:
+    def line(self, shard: int) -> _Way:
         """The epoch of a shard's worker and the way to it; None: it takes nothing now."""
 
 
@@ -326,7 +329,7 @@ class Subscriptions:
     def __init__(self, line: Line, limits: Limits) -> None:
         self._line = line
         self._limits = limits
-        self._readers: list[_Reader] = []
+        self._readers: dict[_Reader, None] = {}  # in the order of their subscribing
         self._by_number: dict[int, tuple[_Reader, _Source]] = {}
         self._numbers = itertools.count(1)
 
@@ -349,8 +352,8 @@ class Subscriptions:
         }
         queue = Queue(events_max, self._limits.subscription_queue_bytes_max)
         reader = _Reader(types, key, queue, on_slow, self._line.route(key))
-        self._readers.append(reader)
-        self._ask(reader, now_ns)
+        self._readers[reader] = None
+        self._ask(reader, {}, now_ns)
         return Subscription(self, reader)
 
     def close(self, reader: _Reader) -> None:
@@ -358,7 +361,7 @@ class Subscriptions:
         if reader.closed:
             return
         reader.closed = True
-        self._readers.remove(reader)
+        del self._readers[reader]
         for source in reader.sources.values():
             self._leave(source)
         reader.wake()
@@ -382,13 +385,16 @@ class Subscriptions:
 
     def pump(self, now_ns: int) -> None:
         """Ask workers for what they do not feed yet, and tell them what was taken; call it about ten times a second."""
+        lines: dict[int, _Way] = {}
         for reader in self._readers:
             if reader.error is None:
-                self._ask(reader, now_ns)
+                self._ask(reader, lines, now_ns)
 
-    def _ask(self, reader: _Reader, now_ns: int) -> None:
+    def _ask(self, reader: _Reader, lines: dict[int, _Way], now_ns: int) -> None:
         for source in reader.sources.values():
-            line = self._line.line(source.shard)
+            if source.shard not in lines:
+                lines[source.shard] = self._line.line(source.shard)
+            line = lines[source.shard]
             if line is None:
                 continue
             epoch, send = line

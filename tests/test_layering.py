@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("clock",),
     ("addresses",),
     ("messages",),
-    ("routing", "restart", "retry", "breaker", "json_messages", "batching"),
+    ("routing", "session_events", "restart", "retry", "breaker", "json_messages", "batching"),
     ("quarantine",),
     ("journal",),
     ("wire",),  # the package itself, which holds nothing
@@ -52,6 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("example_application",),
     ("shard",),
     ("subscriptions", "streams"),
+    ("sessions",),
     ("client", "worker", "supervisor"),  # roles
     ("publishing", "handler_client"),
     ("local", "connecting", "worker_process"),

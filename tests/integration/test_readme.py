@@ -117,6 +117,22 @@ def test_the_program_whose_handlers_publish_prints_what_they_did(make_bus: MakeB
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "42 2 request-7 True\n", "")
 
 
+def test_the_chat_program_prints_what_it_hears_and_is_told(make_bus: MakeBus) -> None:
+    bus = make_bus(application="accounts:none")  # only its directory and environment
+    bus.close()
+    write_programs(bus.directory)
+    ran = subprocess.run(
+        [sys.executable, "chat.py"],
+        cwd=bus.directory,
+        env=bus.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "heard: hello\nHOW\nARE\nYOU\n1\n", "")
+
+
 def test_the_served_programs_print_ledger_and_total(make_bus: MakeBus, short_path: Path) -> None:
     write_programs(short_path)
     bus = make_bus("--workers", "2", application="shop:bus")

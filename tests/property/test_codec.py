@@ -33,6 +33,7 @@ class Message(NamedTuple):
     headers: dict[str, str] | None
     timeout_ns: int
     idempotent: bool
+    window: int = 0
 
 
 keys: st.SearchStrategy[WireKey] = st.one_of(
@@ -53,6 +54,7 @@ messages = st.builds(
     headers=st.none() | st.dictionaries(st.text(max_size=10), st.text(max_size=20), max_size=4),
     timeout_ns=st.integers(0, 2**63 - 1),
     idempotent=st.booleans(),
+    window=st.integers(0, DEFAULT_LIMITS.stream_items_max),
 )
 publications = st.lists(messages, min_size=1, max_size=40)
 
@@ -67,7 +69,7 @@ def batch_of(published: list[Message]) -> Batch:
         if message.stamp is not None:
             batch.stamp(*message.stamp)
         if message.headers is not None:
-            batch.extras.append(Extra(at, message.headers, message.timeout_ns, message.idempotent))
+            batch.extras.append(Extra(at, message.headers, message.timeout_ns, message.idempotent, message.window))
     return batch
 
 
@@ -111,7 +113,7 @@ def test_a_batch_arrives_as_it_was_published(published: list[Message]):
     assert (columns.ordinals is None, columns.intended_ns is None) == (not any(ordinals), not any(instants))
 
     assert columns.extras == {
-        at: Extra(at, message.headers, message.timeout_ns, message.idempotent)
+        at: Extra(at, message.headers, message.timeout_ns, message.idempotent, message.window)
         for at, message in enumerate(published)
         if message.headers is not None
     }
@@ -296,6 +298,8 @@ UNSOUND: dict[str, list[Any]] = {
     "an extra from below": [["A"], None, [1, 2], XY, None, None, pack([[-1, {}, 0, False]])],
     "a negative timeout": [["A"], None, [1, 2], XY, None, None, pack([[0, {}, -1, False]])],
     "an endless timeout": [["A"], None, [1, 2], XY, None, None, pack([[0, {}, 2**63, False]])],
+    "a window below zero": [["A"], None, [1, 2], XY, None, None, pack([[0, {}, 1, False, -1]])],
+    "a window beyond its bound": [["A"], None, [1, 2], XY, None, None, pack([[0, {}, 1, False, 1025]])],
     "a header that is a number": [["A"], None, [1, 2], XY, None, None, pack([[0, {"h": 1}, 0, False]])],
     "too many headers": [
         ["A"], None, [1, 2], XY, None, None, pack([[0, {str(at): "" for at in range(33)}, 0, False]]),

@@ -122,11 +122,11 @@ def test_a_frame_that_was_lost_does_not_use_the_window_up():
 
 def test_a_window_is_bounded_by_bytes_too_and_all_of_them_together():
     large = bytes([0xC6]) + (400_000).to_bytes(4, "big") + bytes(400_000)
-    worker = Worker(feed_bytes_max=1_000_000, feeds_bytes_max=33_554_432)
+    worker = Worker(feed_bytes_max=1_000_000)
     worker.subscribe()
     worker.add(large, large, large)
     assert sum(len(bodies) for _, _, bodies in worker.flushed()) == 2
-    many = Worker(feeds_bytes_max=33_554_432)
+    many = Worker(feeds_bytes_max=33_554_432, subscriptions_max=1024)
     for number in range(1, 1025):
         many.subscribe(number.to_bytes(2, "big"), number)
     many.add(large, large)
