@@ -334,14 +334,10 @@ class Inbound:
         self._run_start = self._noted = end
         return done
 
-    def delivery(self) -> Delivery:
-        """The present row, apart."""
-        return self.delivery_of(self.next_seq - 1)
-
-    def delivery_of(self, seq: int) -> Delivery:
-        """The row of a sequence, apart."""
+    def delivery(self, seq: int = -1) -> Delivery:
+        """The row of a sequence, apart; without one, the present row."""
         columns = self.columns
-        at = seq - self.first
+        at = (seq if seq >= 0 else self.next_seq - 1) - self.first
         extra = columns.extras.get(at) if columns.extras else None
         left_ns = 0 if extra is None else extra.timeout_ns or extra.left_ns
         delivery = Delivery(

@@ -16,6 +16,10 @@ empty.
 What is about to run is written into the journal first, once a stride, so that a successor finds the handler that ended the
 process. There, batches with a suspect in them are run one message a stride, and suspects when the quarantine lets them.
 
+Events of a batch handler *gather* as their turns come, each keeping its key busy, and their handler is called by a leader as
+any other. Where a publisher's batch is of such a type, a stretch of it is handed over as it came, and taken apart only where
+the handler is suspended or fails. What goes together is decided in `batching`, what follows for each in `batch_handlers`.
+
 A lane is *parked* behind a dead letter whose handler asks for it: nothing of it runs, and it lies in the store, until that
 dead letter is redriven, and then runs first, or purged. It goes there only once the dead letter is committed: otherwise a
 successor would find the end of the lane without what parks it.
@@ -462,10 +466,8 @@ class Lanes:
             if running.key is None:
                 self._keyless[token] = running
         self._running = None
-        if isinstance(running, Together):
-            running = self._take_apart(running)
-        if isinstance(running, Batch):
-            self._suspend_batch(running, token)
+        if not isinstance(running, Delivery):
+            self._suspend_batch(self._take_apart(running) if isinstance(running, Together) else running, token)
             return
         running.journalled = self._journal.suspend(running.publisher, running.seq, self._now())
         self._journal.rest()
@@ -765,7 +767,7 @@ class Lanes:
         cursor = stretch.cursor
         self._host.handled(cursor.leave(stretch.first, stretch.end))
         self._host.touched(cursor.session)
-        members = [cursor.delivery_of(seq) for seq in range(stretch.first, stretch.end)]
+        members = [cursor.delivery(seq) for seq in range(stretch.first, stretch.end)]
         batch = stretch.apart = Batch(stretch.plan, members[0])
         batch.members = members
         busy = self._busy
@@ -890,7 +892,7 @@ class Lanes:
             if isinstance(outcome, Later) or member.key is None or last[member.key] == at:
                 self._settle(member, outcome)
             else:
-                self._conclude(member, outcome, parks=False)
+                self._conclude(member, outcome, False)
 
     # What `run_batch` asks.
 
@@ -1040,7 +1042,7 @@ class Lanes:
                 error_type="",
                 error=f"no handler of this application takes the event {delivery.name!r}",
             )
-        if self._is_late(delivery):
+        if delivery.deadline_ns and self._is_late(delivery):
             return _expired(delivery)
         message = delivery.message
         if message is None:
@@ -1242,7 +1244,7 @@ class Lanes:
             self._postpone(delivery, outcome)
             return
         parks = outcome is not None and delivery.key is not None and delivery.plan.parks(outcome.handlers)
-        self._conclude(delivery, outcome, parks=parks)
+        self._conclude(delivery, outcome, parks)
         if parks:
             self._park(delivery.key)
             return
@@ -1251,7 +1253,7 @@ class Lanes:
             lane.running = None
             self._continue(lane)
 
-    def _conclude(self, delivery: Delivery, outcome: Failure | None, *, parks: bool) -> None:
+    def _conclude(self, delivery: Delivery, outcome: Failure | None, parks: bool) -> None:
         """A message has reached its outcome."""
         self._host.handled(1)
         if (delivery.ordinal or delivery.intended_ns) and delivery.is_event:

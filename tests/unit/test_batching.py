@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from shardbus import Bus, Context, RegistrationError, UsageError
+from shardbus.batch_handlers import Batch
 from shardbus.batching import Batching, Gathering, Gatherings, KeyOrder, batching, outcomes_of
+from shardbus.inbound import Delivery
+from shardbus.journal import Journal, journal_bytes
 from shardbus.messages import Command, Event
 
 ERROR = ValueError("bad")
@@ -173,3 +176,29 @@ def test_middleware_for_other_types_stands_beside_a_batch_handler():
 
     bus.use(around, on=(Loose, Ask))
     bus.on(Step, batch=8)(lambda events: None)
+
+
+# -- in the journal
+
+
+def test_a_batch_is_written_down_as_stretches_and_found_there_by_a_successor():
+    plan = Bus("b")
+    plan.on(Step, batch=8)(lambda events: None)
+    steps = plan.plans()["Step"]
+
+    def delivery(publisher: bytes, seq: int) -> Delivery:
+        return Delivery(None, publisher, seq, "Step", steps, "a", b"", 0, 0, 1)
+
+    one, two = b"1" * 16, b"2" * 16
+    members = [delivery(one, 5), delivery(one, 6), delivery(two, 7), delivery(two, 9), delivery(one, 7)]
+    batch = Batch(steps, members[0])
+    batch.members = members
+    stretches = [(one, 5, 7), (two, 7, 8), (two, 9, 10), (one, 7, 8)]
+    assert list(batch.stretches()) == stretches
+    sizes = {"suspended": 8, "suspects": 8}
+    journal = Journal(memoryview(bytearray(journal_bytes(**sizes))), **sizes)
+    rows = [journal.suspend(publisher, first, 100, end - first) for publisher, first, end in stretches]
+    found = {identity for under_way in journal.scene().suspended for identity in under_way.identities}
+    assert found == {member.identity for member in members}
+    journal.resume(rows[0])
+    assert not {(one, 5), (one, 6)} & {one for under_way in journal.scene().suspended for one in under_way.identities}
