@@ -33,6 +33,7 @@ from shardbus.pipeline import CallNext, Middleware
 from shardbus.publishing import PublishMiddleware
 from shardbus.registry import WorkerInfo
 from shardbus.retry import Retry
+from shardbus.scheduled_events import Scheduled
 
 __all__ = [
     "BootError",
@@ -67,6 +68,7 @@ __all__ = [
     "RegistrationError",
     "RemoteProtocolError",
     "Retry",
+    "Scheduled",
     "ShardbusError",
     "Statistics",
     "Timing",

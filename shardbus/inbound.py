@@ -203,8 +203,8 @@ class Inbound:
             if columns.extras:
                 handlers = list(islice(handlers, len(messages)))
                 for at, extra in columns.extras.items():
-                    if extra.timeout_ns:
-                        handlers[at] = None  # a command, whatever its name is here
+                    if extra.timeout_ns or extra.due_ns:
+                        handlers[at] = None  # a command, whatever its name is here, or not to be handled yet
         self.rows = zip(self._items, handlers, columns.keys, strict=False)  # the first is the one that ends
         if skip := self._skip:
             wanted = bytearray(b"\x01") * (self.end - self.first)

@@ -60,6 +60,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
     publishers: int
     store: StoreCounts
     store_failing: str
+    next_due_ns: int = 0
 
 
 class Drained(msgspec.Struct, frozen=True, tag="drained"):

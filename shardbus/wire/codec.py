@@ -32,12 +32,14 @@ _BYTES_ONLY: Final = frozenset({bytes})
 
 
 class Extra(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What few messages carry: their place in the batch, headers, and for a command how long its caller still waits."""
+    """What few messages carry: their place in the batch, headers, for a command how long its caller still waits, and for an
+    event not before when it is to be handled."""
 
     at: int
     headers: Annotated[Headers, msgspec.Meta(max_length=DEFAULT_LIMITS.headers_max)]
     timeout_ns: int  # 0: an event
     idempotent: bool
+    due_ns: int = 0  # since 1970; 0: at once
 
 
 _EXTRA_BYTES_MAX: Final = DEFAULT_LIMITS.batch_bytes_target
@@ -332,4 +334,6 @@ def _extras_in(packed: bytes, count: int) -> dict[int, Extra]:
     extras = {extra.at: extra for extra in _decode_extras(packed)}
     if any(not (0 <= at < count and 0 <= extra.timeout_ns < 2**63) for at, extra in extras.items()):
         raise RemoteProtocolError("a batch with an extra that belongs to none of its messages")
+    if any(not 0 <= extra.due_ns < 2**62 for extra in extras.values()):
+        raise RemoteProtocolError("a batch with a due time that is none")
     return extras
