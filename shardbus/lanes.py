@@ -279,6 +279,21 @@ class Lanes:
         self._stretch(lane, position)
         return False
 
+    def hold(self, delivery: Delivery) -> Callable[[], None] | None:
+        """Make a lane of a waiting event whose row is not committed yet, so that it need not be read back; returns what to
+        call then, and it runs. None: its key has a lane."""
+        key = delivery.key
+        if key is not None and key in self._busy:
+            return None
+        lane = _Lane(key, None)
+        if key is None:
+            self._loose.add(lane)
+        else:
+            self._busy[key] = lane
+        lane.stored = True
+        self._queue(lane, delivery)
+        return lambda: self._continue(lane)
+
     def _stretch(self, lane: _Lane, position: int) -> None:
         """Add an event to the end of a lane that lies in the store only."""
         end = lane.queue[-1] if lane.queue else None

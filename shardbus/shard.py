@@ -61,6 +61,7 @@ _ASKED_MAX: Final = 256
 _ANSWERS_MAX: Final = 64  # of up to a megabyte
 _ASKED_S: Final = 20.0  # somebody who wants an answer asks again sooner
 _PAGE_ROWS_MAX: Final = 256  # dead letters a question and answer
+_HELD_BYTES_MAX: Final = 4096  # of a scheduled event that is due; a larger one is read back when its turn comes
 _PAGE_BYTES_MAX: Final = 1024 * 1024  # of their bodies, so that a page of large ones neither blocks nor bloats a worker
 
 
@@ -672,8 +673,18 @@ class Shard:
             return None
         self._position += 1
         position = self._position
-        self._writer.add_waiting(WaitingEvent(position=position, envelope=event.envelope), then, begun=row)
-        return position, self.lanes.rejoin(key, position)
+        waiting = WaitingEvent(position=position, envelope=event.envelope)
+        go_on = self.lanes.hold(self._from_store(waiting)) if len(event.envelope.body) <= _HELD_BYTES_MAX else None
+        if go_on is None:
+            self._writer.add_waiting(waiting, then, begun=row)
+            return position, self.lanes.rejoin(key, position)
+
+        def committed() -> None:
+            then()
+            go_on()
+
+        self._writer.add_waiting(waiting, committed, begun=row)
+        return position, True
 
     def amend(self, delivery: Delivery) -> None:
         """Write what has changed of an event that goes on waiting."""

@@ -100,6 +100,7 @@ class StoreWriter:
         self._done: deque[int] = deque()
         self._reads: deque[Read] = deque()
         self._wanted = asyncio.Event()
+        self._writing = False
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -125,8 +126,8 @@ class StoreWriter:
         await self._store.close()
 
     def idle(self) -> bool:
-        """Whether there is nothing to write or read."""
-        return not (self._writes_left() or self._reads or self._wanted.is_set())
+        """Whether there is nothing to write or read, and nothing under way."""
+        return not (self._writes_left() or self._reads or self._wanted.is_set() or self._writing)
 
     def _writes_left(self) -> bool:
         return bool(
@@ -262,6 +263,7 @@ class StoreWriter:
         begun = [keeping.begun for keeping in waiting if keeping.begun]
         self._taken = last
         self._before()
+        self._writing = True
         try:
             await self._store.write(
                 dead=[burial.letter for burial in dead],
@@ -276,6 +278,8 @@ class StoreWriter:
             self._taken = self._committed
             self._done.extend(done)
             raise
+        finally:
+            self._writing = False
         self._committed = last
         for _ in replacing:
             self._replacing.popleft()

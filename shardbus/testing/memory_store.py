@@ -1,10 +1,11 @@
-"""What users test with: the store in memory, the same port as the real one.
+"""The store in memory, the same port as the real one.
 
 `MemoryRows` is what outlives a store, so that a simulated restart can hand it to the next.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Sequence
 
 from msgspec.structs import replace
@@ -52,6 +53,8 @@ class MemoryStore:
         self.rows = MemoryRows() if rows is None else rows
         self.failing = ""
         """Set it to have every write raise `StoreError` with this text."""
+        self.dead = False
+        """Set it when its process dies: nothing is written any more, and no write returns."""
 
     async def open(self) -> StoreCounts:
         """See `Store.open`."""
@@ -101,8 +104,7 @@ class MemoryStore:
         begun: Sequence[int] = (),
     ) -> None:
         """See `Store.write`."""
-        if self.failing:
-            raise StoreError(self.failing)
+        await self._may_write()
         known = self.rows.waiting.keys()
         if len({row.position for row in waiting} - known) != len(waiting):
             raise StoreError("a position is taken")
@@ -174,8 +176,7 @@ class MemoryStore:
 
     async def unschedule(self, publisher: bytes, seq: int) -> int:
         """See `Store.unschedule`."""
-        if self.failing:
-            raise StoreError(self.failing)
+        await self._may_write()
         found = [
             row
             for row, event in self.rows.scheduled.items()
@@ -199,16 +200,14 @@ class MemoryStore:
 
     async def purge(self, rows: Sequence[int]) -> int:
         """See `Store.purge`."""
-        if self.failing:
-            raise StoreError(self.failing)
+        await self._may_write()
         purged = self._remove_dead(rows)
         self.rows.purged += purged
         return purged
 
     async def drop_oldest(self, *, rows: int, size: int, keep: Collection[int] = ()) -> int:
         """See `Store.drop_oldest`."""
-        if self.failing:
-            raise StoreError(self.failing)
+        await self._may_write()
         oldest: list[int] = []
         for identity, row in sorted(self.rows.rows.items(), key=lambda item: item[1]):
             if len(oldest) >= rows and size <= 0:
@@ -219,6 +218,12 @@ class MemoryStore:
         dropped = self._remove_dead(oldest)
         self.rows.dropped += dropped
         return dropped
+
+    async def _may_write(self) -> None:
+        if self.dead:
+            await asyncio.Event().wait()
+        if self.failing:
+            raise StoreError(self.failing)
 
     def _remove_dead(self, rows: Sequence[int]) -> int:
         if not rows:
