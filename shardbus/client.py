@@ -300,6 +300,7 @@ class Client:
         self._asked: dict[int, asyncio.Future[bytes]] = {}
         self._ticker: asyncio.Task[None] | None = None
         self._table_wanted = True
+        self._table_asked_ns = -(2**63)
         self._silent_ticks = 0  # since the bus was heard; by ticks, so that a program that blocks its loop blames nobody
         self._told_silent = False
         self._fatal: BusRejected | None = None
@@ -1251,18 +1252,21 @@ class Client:
         self._pump(outbox)
 
     async def _tick_for_ever(self) -> None:
-        asked_ns = -(2**63)
         while True:
-            now_ns = self._now()
-            # Asked once a second in any case: a supervisor that was replaced knows nobody to tell.
-            if self._control is not None and now_ns - asked_ns >= (_NS // 10 if self._table_wanted else _NS):
-                asked_ns = now_ns
-                self._control.send(encode_frame(Ask(0, "table", b"")))
-            for outbox in self._outboxes:
-                outbox.session.tick(now_ns)
-                self._pump(outbox)
-            self._note_silence()
+            self.tick()
             await asyncio.sleep(_TICK_S)
+
+    def tick(self) -> None:
+        """Do what time asks for: greetings and questions that are due again. The client calls it itself."""
+        now_ns = self._now()
+        # Asked once a second in any case: a supervisor that was replaced knows nobody to tell.
+        if self._control is not None and now_ns - self._table_asked_ns >= (_NS // 10 if self._table_wanted else _NS):
+            self._table_asked_ns = now_ns
+            self._control.send(encode_frame(Ask(0, "table", b"")))
+        for outbox in self._outboxes:
+            outbox.session.tick(now_ns)
+            self._pump(outbox)
+        self._note_silence()
 
     def _heard(self) -> None:
         self._silent_ticks = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import msgspec
@@ -17,6 +17,7 @@ CANCEL: Final = "cancel-scheduled"
 """The question to a shard."""
 
 _NS: Final = 1_000_000_000
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _DUE_NS_MAX: Final = 2**62 - 1  # in the year 2116
 
 _encode: Final = msgspec.msgpack.Encoder().encode
@@ -45,14 +46,13 @@ def due_ns(at: datetime | float | None, delay: float | None, wall_ns: int) -> in
     if isinstance(at, datetime):
         if at.tzinfo is None or at.utcoffset() is None:
             raise UsageError(f"at={at}: give a time with its zone, for instance datetime.now(UTC) + timedelta(hours=1)")
-        seconds: float = at.timestamp()
+        due = (at - _EPOCH) // timedelta(microseconds=1) * 1000
     else:
         name, given = ("delay", delay) if at is None else ("at", at)
         if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
             wanted = "seconds as a number" if at is None else "a datetime with its zone, or seconds since 1970"
             raise UsageError(f"{name}={given!r}: give {wanted}")
-        seconds = given
-    due = (wall_ns if at is None else 0) + round(seconds * _NS)
+        due = (wall_ns if at is None else 0) + round(given * _NS)
     if due > _DUE_NS_MAX:
         raise UsageError(f"{f'delay={delay!r}' if at is None else f'at={at}'}: that is beyond the year 2116")
     return max(1, due)
@@ -60,7 +60,12 @@ def due_ns(at: datetime | float | None, delay: float | None, wall_ns: int) -> in
 
 def scheduled(publisher: bytes, shard: int, seq: int, due_ns: int) -> Scheduled:
     """The handle of an event."""
-    return Scheduled(id=message_id(publisher, shard, seq), due_at=datetime.fromtimestamp(due_ns / _NS, UTC))
+    return Scheduled(id=message_id(publisher, shard, seq), due_at=at_time(due_ns))
+
+
+def at_time(wall_ns: int) -> datetime:
+    """Nanoseconds since 1970 as a time, UTC; to the microsecond, without a float's rounding."""
+    return _EPOCH + timedelta(microseconds=wall_ns // 1000)
 
 
 def event_of(which: Scheduled | str) -> tuple[int, tuple[bytes, int]]:

@@ -55,7 +55,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("publishing",),
     ("local", "connecting"),
     ("bus",),
-    ("blocking", "testing"),
+    ("blocking", "testing.clock", "testing.memory_store"),
+    ("testing.cluster",),
+    ("testing.kit",),
+    ("testing", "testing.fixtures"),
     ("demo",),
     ("cli",),
     ("__main__",),
@@ -113,6 +116,7 @@ OWNERS: tuple[Owner, ...] = (
     Owner("threads", ("threading",), ("shardbus/watchdog.py", "shardbus/processes.py", "shardbus/blocking.py")),
     Owner("pools of threads", ("concurrent",), ("shardbus/threads.py", "shardbus/blocking.py")),
     Owner("event loops", ("uvloop",), ("shardbus/event_loop.py",)),
+    Owner("fixtures of pytest", ("pytest", "pytest_asyncio"), ("shardbus/testing/fixtures.py",)),
     Owner("locks on files", ("fcntl",), ("shardbus/rundir.py",)),
 )
 

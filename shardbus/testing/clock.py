@@ -13,14 +13,11 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import count
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgspec
 
-FutureT = TypeVar("FutureT")
-
-_ROUNDING_S: Final = 1e-9
-_THREAD_LOOK_S: Final = 0.001  # how often it is looked whether a thread has ended
+_ROUNDING_S: Final = 1e-6  # what comes so much behind the end of `advance` was meant to come at it
 _TURNS_MAX: Final = 1_000_000
 _PATCHED: Final = ("time", "call_soon", "call_later", "call_at", "run_in_executor")
 
@@ -62,15 +59,14 @@ class Clock:
         self._timers: list[tuple[float, int, Timer]] = []  # a heap; of those for one instant, the first comes first
         self._numbers = count()
         self._calls = 0  # of `call_soon`
-        self.threads = 0
-        """Calls that run in threads now: `settle` waits for their end, in real time."""
+        self._threads = 0  # calls that run in threads now
+        self._thread_ended = asyncio.Event()
 
     def __enter__(self) -> Clock:
         self._loop = asyncio.get_running_loop()
         self._now_s = self._began_s = self._loop.time()
         self._began_wall_ns = time.time_ns()
         self._real_soon = self._loop.call_soon
-        self._real_later = self._loop.call_later
         self._real_executor = self._loop.run_in_executor
         ours = (lambda: self._now_s, self._call_soon, self._call_later, self._call_at, self._run_in_executor)
         for name, function in zip(_PATCHED, ours, strict=True):
@@ -99,9 +95,10 @@ class Clock:
             await asyncio.sleep(0)
             if self._calls - calls > 1:  # besides the end of this very sleep
                 continue
-            if self.threads:
-                await self._really_sleep(_THREAD_LOOK_S)
-            elif not self._timers or self._timers[0][0] > self._now_s + _ROUNDING_S:
+            if self._threads:
+                self._thread_ended.clear()
+                await self._thread_ended.wait()
+            elif not self._timers or self._timers[0][0] > self._now_s:
                 return
         raise AssertionError(f"something goes on without time passing: {_TURNS_MAX:,} turns of the event loop")
 
@@ -114,12 +111,24 @@ class Clock:
             await self.settle()
             while self._timers and self._timers[0][2].callback is None:
                 heappop(self._timers)
-            next_s = min(end_s, self._now_s + step_s, self._timers[0][0] if self._timers else end_s)
-            if self._now_s >= end_s - _ROUNDING_S and next_s >= end_s - _ROUNDING_S:
-                self._now_s = max(self._now_s, end_s)
-                return
+            next_s = self._now_s + step_s
+            if self._timers:
+                next_s = min(next_s, self._timers[0][0])
+            if next_s > end_s + _ROUNDING_S:
+                if self._now_s >= end_s:
+                    return
+                next_s = end_s
             self._now_s = max(self._now_s, next_s)
             step_s = self._tick()
+
+    def thread_begins(self) -> None:
+        """A call runs in a thread: `settle` waits for its end, in real time."""
+        self._threads += 1
+
+    def thread_ended(self, _: object = None) -> None:
+        """It has ended."""
+        self._threads -= 1
+        self._thread_ended.set()
 
     # -- in the place of the loop's own
 
@@ -144,22 +153,14 @@ class Clock:
 
     def _run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = self._real_executor(executor, function, *args)
-        self.threads += 1
-        future.add_done_callback(self._thread_ended)
+        self.thread_begins()
+        future.add_done_callback(self.thread_ended)
         return future
-
-    def _thread_ended(self, _: object) -> None:
-        self.threads -= 1
 
     def _run_due(self) -> None:
         timers = self._timers
-        while timers and timers[0][0] <= self._now_s + _ROUNDING_S:
+        while timers and timers[0][0] <= self._now_s:
             timer = heappop(timers)[2]
             callback, timer.callback = timer.callback, None
             if callback is not None:
                 self._call_soon(callback, *timer.args, context=timer.context)
-
-    async def _really_sleep(self, seconds: float) -> None:
-        woken = self._loop.create_future()
-        self._real_later(seconds, lambda: woken.done() or woken.set_result(None))
-        await woken
