@@ -265,6 +265,7 @@ class Client:
         publisher: bytes | None = None,
         on_full: OnFull = "wait",
         on_pressure: Callable[[bool], object] | None = None,
+        ticks: bool = True,
     ) -> None:
         check_on_full(on_full)
         self.address = address
@@ -298,6 +299,7 @@ class Client:
         self._control: Channel | None = None
         self._requests = 0
         self._asked: dict[int, asyncio.Future[bytes]] = {}
+        self._ticks = ticks
         self._ticker: asyncio.Task[None] | None = None
         self._table_wanted = True
         self._table_asked_ns = -(2**63)
@@ -317,7 +319,10 @@ class Client:
             BusRejected: somebody answered, and said no.
         """
         self._control = self._connector.open(self._control_address, self._on_control)
-        self._ticker = asyncio.get_running_loop().create_task(self._tick_for_ever(), name="shardbus-client-ticker")
+        if self._ticks:
+            self._ticker = asyncio.get_running_loop().create_task(self._tick_for_ever(), name="shardbus-client-ticker")
+        else:
+            self.tick()
         try:
             async with asyncio.timeout(timeout_s):
                 while self._table is None or (workers and not any(shard.epoch for shard in self._table.shards)):
@@ -1257,7 +1262,8 @@ class Client:
             await asyncio.sleep(_TICK_S)
 
     def tick(self) -> None:
-        """Do what time asks for: greetings and questions that are due again. The client calls it itself."""
+        """Do what time asks for: greetings and questions that are due again. One that was made without `ticks` does not call
+        it itself."""
         now_ns = self._now()
         # Asked once a second in any case: a supervisor that was replaced knows nobody to tell.
         if self._control is not None and now_ns - self._table_asked_ns >= (_NS // 10 if self._table_wanted else _NS):

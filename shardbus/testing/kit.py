@@ -233,7 +233,9 @@ class Kit(Cluster):
                 self.broken.append(error)
 
     async def _connected(self, make: Callable[..., Client]) -> Client:
-        client = make("kit", ClusterConnector(self), CONTROL, now=self.now_ns, wall=self.wall_ns, limits=self._limits)
+        client = make(
+            "kit", ClusterConnector(self), CONTROL, now=self.now_ns, wall=self.wall_ns, limits=self._limits, ticks=False
+        )
         self._clients.append(client)
         await client.start(10.0)
         return client
