@@ -427,8 +427,8 @@ async def run(
 
     Within the block time stands still, also for the test's own `asyncio.sleep` and `asyncio.timeout`, and passes by
     `kit.advance`. What needs time to pass, for instance a command whose handler sleeps, is therefore a task beside that:
-    `reply = asyncio.create_task(kit.client.execute(…)); await kit.advance(5); await reply`. At the end of the block everything
-    ends at once, whatever is unfinished.
+    `reply = asyncio.create_task(kit.client.execute(…)); await kit.advance(5); await reply`. At the end of the block
+    everything ends at once, whatever is unfinished.
 
     Args:
         bus: the application.
