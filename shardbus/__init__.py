@@ -34,6 +34,7 @@ from shardbus.pipeline import CallNext, Middleware
 from shardbus.publishing import PublishMiddleware
 from shardbus.registry import WorkerInfo
 from shardbus.retry import Retry
+from shardbus.scheduled_events import Scheduled
 from shardbus.session_events import SessionEnded, SessionStarted
 from shardbus.sessions import Session
 from shardbus.streams import Stream
@@ -75,6 +76,7 @@ __all__ = [
     "RegistrationError",
     "RemoteProtocolError",
     "Retry",
+    "Scheduled",
     "Session",
     "SessionEnded",
     "SessionStarted",

@@ -34,6 +34,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
@@ -46,6 +47,7 @@ from shardbus.errors import BusRejected, ClientClosed, NotDelivered, UsageError
 from shardbus.event_loop import run
 from shardbus.messages import Command, Event
 from shardbus.publishing import PublishMiddleware
+from shardbus.scheduled_events import Scheduled
 
 log = logging.getLogger("shardbus.blocking")
 
@@ -247,6 +249,8 @@ class BlockingClient:
         headers: dict[str, str] | None = None,
         deadline: float | None = None,
         timeout: float | None = None,
+        at: datetime | float | None = None,
+        delay: float | None = None,
     ) -> None:
         """Publish an event, and wait for room where its outbox is full. The promise is that of `Client.publish`.
 
@@ -255,6 +259,8 @@ class BlockingClient:
             headers: text for the handlers' `context.headers`.
             deadline: as for `Client.publish`.
             timeout: seconds to wait for room, where the outbox is full. Default: for ever.
+            at: not before then; see `Client.schedule`. Costs a round trip to the loop.
+            delay: likewise, seconds from now.
 
         Raises:
             TimeoutError: there was no room in time; nothing was published.
@@ -262,11 +268,11 @@ class BlockingClient:
             BusRejected: the bus has refused this client for good.
         """
         self._check()
-        if self._has_room and deadline is None:
+        if self._has_room and deadline is None and at is None and delay is None:
             packed = self._client.pack(event, headers)
             if packed[-1] <= _HANDED_EVENT_BYTES_MAX and self._hand_over(packed):
                 return
-        self._call(lambda client: _publish(client, event, headers, deadline, timeout))
+        self._call(lambda client: _publish(client, event, headers, deadline, timeout, at, delay))
 
     def publish_many(self, events: Sequence[Event]) -> None:
         """Publish events one after another, at a lower cost for each; waits for room without end.
@@ -306,6 +312,23 @@ class BlockingClient:
             InvalidKey, MessageTooLarge: as for `publish`.
         """
         return self._call(lambda client: client.execute(command, timeout=timeout, headers=headers))
+
+    # -- scheduled events
+
+    def schedule(
+        self,
+        event: Event,
+        *,
+        at: datetime | float | None = None,
+        delay: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Scheduled:
+        """Publish an event that is to be handled later, and return its handle. See `Client.schedule`."""
+        return self._call(lambda client: client.schedule(event, at=at, delay=delay, headers=headers))
+
+    def cancel(self, which: Scheduled | str, *, timeout: float = 30.0) -> bool:
+        """Cancel a scheduled event; return whether it will never be handled. See `Client.cancel`."""
+        return self._call(lambda client: client.cancel(which, timeout=timeout))
 
     # -- what the bus knows
 
@@ -456,13 +479,19 @@ class BlockingClient:
 
 
 async def _publish(
-    client: Client, event: Event, headers: dict[str, str] | None, deadline: float | None, timeout: float | None
+    client: Client,
+    event: Event,
+    headers: dict[str, str] | None,
+    deadline: float | None,
+    timeout: float | None,
+    at: datetime | float | None,
+    delay: float | None,
 ) -> None:
     if timeout is not None and not 0 < timeout <= _TIMEOUT_S_MAX:
         raise UsageError(f"timeout={timeout!r}: give seconds above 0, up to {_TIMEOUT_S_MAX:,}")
     try:
         async with asyncio.timeout(timeout):
-            await client.publish(event, headers=headers, deadline=deadline)
+            await client.publish(event, headers=headers, deadline=deadline, at=at, delay=delay)
     except TimeoutError:
         raise TimeoutError(
             f"{type(event).__name__}: the outbox was full for {timeout:g} s, so nothing was published "

@@ -44,6 +44,7 @@ _LEDGER: Final = {
     "purged": "purged",
     "dropped": "dropped",
     "waiting": "waiting",
+    "scheduled": "scheduled",
     "parked": "parked keys",
 }
 
@@ -55,6 +56,14 @@ _connect_option = click.option(
 def _fail(message: str, code: int = 1) -> NoReturn:
     click.echo(f"shardbus: {message}", err=True)
     sys.exit(code)
+
+
+def _scheduled_told(status: dict[str, Any]) -> str:
+    """How many of the waiting events are scheduled, and when the next one is due."""
+    if not status["scheduled"]:
+        return ""
+    at = datetime.fromtimestamp(status["next_due_ns"] / 1e9, UTC)
+    return f" ({status['scheduled']:,} scheduled, the next for {at:%Y-%m-%d %H:%M:%S} UTC)"
 
 
 def _counted(number: int, what: str) -> str:
@@ -198,7 +207,8 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
             f"{found['bus']} at {found['address']}: {'healthy' if found['healthy'] else 'UNHEALTHY'}"
             f"{', draining' if found['draining'] else ''}, up {found['uptime_s']:g} s, "
             f"{found['handled_per_s']:,.0f} events/s, {_counted(found['dead_letters'], 'dead letter')}, "
-            f"{found['waiting']:,} waiting{', ' + _counted(found['parked'], 'parked key') if found['parked'] else ''}"
+            f"{found['waiting']:,} waiting{_scheduled_told(found)}"
+            f"{', ' + _counted(found['parked'], 'parked key') if found['parked'] else ''}"
         )
         click.echo("shard     state      pid restarts        outcomes  backlog     dead     MB  last exit")
         for one in found["workers"]:

@@ -13,6 +13,7 @@ import os
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
+from datetime import datetime
 from itertools import repeat
 from types import TracebackType
 from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar, cast, get_args
@@ -47,6 +48,7 @@ from shardbus.errors import (
 from shardbus.messages import Command, Event, Message, WireKey, key_getter, reply_type, to_wire_key, wire_name
 from shardbus.metrics import Evidence
 from shardbus.routing import ShardAddress, Table
+from shardbus.scheduled_events import CANCEL, Scheduled, decode_cancelled, due_ns, encode_cancel, event_of, scheduled
 from shardbus.sessions import Session
 from shardbus.store import DeadFilter
 from shardbus.streams import Flow, Stream
@@ -310,9 +312,11 @@ class Client:
         *,
         limits: Limits = DEFAULT_LIMITS,
         now: NowNs = monotonic_ns,
+        wall: NowNs = wall_ns,
         publisher: bytes | None = None,
         on_full: OnFull = "wait",
         on_pressure: Callable[[bool], object] | None = None,
+        ticks: bool = True,
     ) -> None:
         check_on_full(on_full)
         self.address = address
@@ -322,6 +326,7 @@ class Client:
         self._control_address = control_address
         self._limits = limits
         self._now = now
+        self._wall = wall
         self._table: Table | None = None
         self._outboxes: list[_Outbox] = []
         self._outbox_of: dict[WireKey, _Outbox] = {}  # by key, as far as remembered; bounded by route_cache_max
@@ -346,8 +351,10 @@ class Client:
         self._control: Channel | None = None
         self._requests = 0
         self._asked: dict[int, asyncio.Future[bytes]] = {}
+        self._ticks = ticks
         self._ticker: asyncio.Task[None] | None = None
         self._table_wanted = True
+        self._table_asked_ns = -(2**63)
         self._silent_ticks = 0  # since the bus was heard; by ticks, so that a program that blocks its loop blames nobody
         self._told_silent = False
         self._fatal: BusRejected | None = None
@@ -364,7 +371,10 @@ class Client:
             BusRejected: somebody answered, and said no.
         """
         self._control = self._connector.open(self._control_address, self._on_control)
-        self._ticker = asyncio.get_running_loop().create_task(self._tick_for_ever(), name="shardbus-client-ticker")
+        if self._ticks:
+            self._ticker = asyncio.get_running_loop().create_task(self._tick_for_ever(), name="shardbus-client-ticker")
+        else:
+            self.tick()
         try:
             async with asyncio.timeout(timeout_s):
                 while self._table is None or (workers and not any(shard.epoch for shard in self._table.shards)):
@@ -435,6 +445,8 @@ class Client:
         deadline: float | None = None,
         ordinal: int = 0,
         intended_ns: int = 0,
+        at: datetime | float | None = None,
+        delay: float | None = None,
     ) -> None:
         """Publish an event: put it into its shard's outbox, and wait for room where that is full. Never drops.
 
@@ -449,6 +461,8 @@ class Client:
             ordinal: for load generators: the number of this event among this client's events of its key, from 1.
             intended_ns: for load generators: the `time.monotonic_ns()` at which it should have been published; the shard
                 measures the latency from there.
+            at: not before then: a datetime with its zone, or seconds since 1970. See `schedule`, which can be cancelled.
+            delay: likewise, seconds from now.
 
         Raises:
             InvalidKey: the key's value cannot be one.
@@ -457,6 +471,13 @@ class Client:
             UsageError: not an event, or a value in it cannot be encoded.
             ClientClosed: the client was closed.
         """
+        if at is not None or delay is not None:
+            if ordinal or intended_ns:
+                raise UsageError("an event with stamps cannot be scheduled: they say when it should be handled at once")
+            if deadline is not None:
+                raise UsageError("an event is either scheduled or has a deadline: give at=… or delay=…, or deadline=…")
+            await self.schedule(event, at=at, delay=delay, headers=headers)
+            return
         route = self._routes.get(event.__class__)
         if route is None:
             route = self._learn(event, Event)
@@ -755,6 +776,83 @@ class Client:
             return None
         return outbox.session.epoch, lambda frame: self._send(outbox, frame)
 
+    # -- scheduled events
+
+    async def schedule(
+        self,
+        event: Event,
+        *,
+        at: datetime | float | None = None,
+        delay: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Scheduled:
+        """Publish an event that is to be handled later, and return its handle, for `cancel`.
+
+        It goes out at once, and its shard's store keeps it until it is due: `flush` waits for that, and the ledger counts it
+        as `waiting`. It holds up no other event of its key: when it is due it joins the end of its key's lane, behind what
+        was published until then. What is due already is handled at once. The clock is that of the shard's host.
+
+        Args:
+            event: any event.
+            at: not before then: a datetime with its zone, or seconds since 1970.
+            delay: instead: seconds from now.
+            headers: text for the handlers' `context.headers`.
+
+        Raises:
+            UsageError: no time, or one without its zone; else as for `publish`.
+        """
+        due = due_ns(at, delay, self._wall())
+        name, key, body, headers, size = self.pack(event, headers)
+        outbox = self._outboxes[self._keyless] if key is None else self._outbox_of.get(key) or self._place(key)
+        if outbox.paused:
+            await self._room(outbox)
+            outbox = self._present(outbox, key)
+        self._weigh(outbox, _SMALL_BYTES + size)
+        batch = outbox.batch
+        batch.add(name, key, body)
+        batch.extras.append(Extra(len(batch) - 1, headers or {}, 0, False, due_ns=due))
+        seq = outbox.session.next_seq + len(batch) - 1
+        self._published += 1
+        if len(batch) >= self._limits.batch_events_max:
+            self._seal(outbox)
+        elif not outbox.dirty:
+            self._mark(outbox)
+        return scheduled(self.publisher, outbox.shard, seq, due)
+
+    async def cancel(self, which: Scheduled | str, *, timeout: float = 30.0) -> bool:
+        """Cancel a scheduled event; return whether that is done, so that it will never be handled.
+
+        False: it was due, and was or will be handled; or it was cancelled before; or the store of its shard has none such:
+        an event of another client must have arrived there, which that one's `flush` waits for.
+
+        Args:
+            which: what `schedule` returned, of this client or another, or the `id` of it.
+            timeout: seconds to wait for its shard, and for an event of this client until the store has it.
+
+        Raises:
+            BusUnreachable: the shard's worker did not answer in time; whether it was cancelled is unknown.
+            UsageError: it is no scheduled event's.
+        """
+        self._check_open()
+        shard, event = event_of(which)
+        if shard >= len(self._outboxes):
+            return False
+        outbox = self._outboxes[shard]
+        try:
+            async with asyncio.timeout(timeout):
+                if event[0] == self.publisher and event[1] < outbox.session.next_seq + len(outbox.batch):
+                    if len(outbox.batch):
+                        self._seal(outbox)
+                    if not outbox.session.is_finished(event[1]):
+                        outbox.session.hurry()
+                        self._pump(outbox)
+                    while not outbox.session.is_finished(event[1]):
+                        await self._wait_for_progress()
+                        self._check_open()
+                return decode_cancelled(await self._ask_worker(outbox, CANCEL, encode_cancel(event), timeout))
+        except TimeoutError:
+            raise BusUnreachable(self.address, timeout) from None
+
     # -- commands
 
     async def execute(
@@ -984,7 +1082,7 @@ class Client:
 
     async def _dispose(self, what: str, where: DeadLetterFilter | None, rate: float | None) -> int:
         """Page by page, up to what has died by now: what dies meanwhile, perhaps again, is not meant."""
-        until_ns = wall_ns()
+        until_ns = self._wall()
         total = 0
         began = asyncio.get_running_loop().time()
         for outbox, filter_ in self._asked_shards(where):
@@ -1013,12 +1111,14 @@ class Client:
             for at in range(0, len(named), EVENTS_MAX)
         ]
 
-    async def _ask_worker(self, outbox: _Outbox, what: str, body: bytes) -> bytes:
+    async def _ask_worker(
+        self, outbox: _Outbox, what: str, body: bytes, timeout_s: float = _DEAD_LETTERS_S
+    ) -> bytes:
         def send(frame: bytes) -> None:
             if outbox.channel is not None:
                 outbox.channel.send(frame)
 
-        return await self._ask(what, body, send, _DEAD_LETTERS_S)
+        return await self._ask(what, body, send, timeout_s)
 
     # -- inside: outboxes
 
@@ -1355,19 +1455,23 @@ class Client:
         self._pump(outbox)
 
     async def _tick_for_ever(self) -> None:
-        asked_ns = -(2**63)
         while True:
-            now_ns = self._now()
-            # Asked once a second in any case: a supervisor that was replaced knows nobody to tell.
-            if self._control is not None and now_ns - asked_ns >= (_NS // 10 if self._table_wanted else _NS):
-                asked_ns = now_ns
-                self._control.send(encode_frame(Ask(0, "table", b"")))
-            for outbox in self._outboxes:
-                outbox.session.tick(now_ns)
-                self._pump(outbox)
-            self._subscriptions.pump(now_ns)
-            self._note_silence()
+            self.tick()
             await asyncio.sleep(_TICK_S)
+
+    def tick(self) -> None:
+        """Do what time asks for: greetings and questions that are due again. One that was made without `ticks` does not call
+        it itself."""
+        now_ns = self._now()
+        # Asked once a second in any case: a supervisor that was replaced knows nobody to tell.
+        if self._control is not None and now_ns - self._table_asked_ns >= (_NS // 10 if self._table_wanted else _NS):
+            self._table_asked_ns = now_ns
+            self._control.send(encode_frame(Ask(0, "table", b"")))
+        for outbox in self._outboxes:
+            outbox.session.tick(now_ns)
+            self._pump(outbox)
+        self._subscriptions.pump(now_ns)
+        self._note_silence()
 
     def _heard(self) -> None:
         self._silent_ticks = 0

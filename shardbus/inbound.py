@@ -229,8 +229,9 @@ class Inbound:
             if columns.extras:
                 handlers = list(islice(handlers, len(messages)))
                 for at, extra in columns.extras.items():
-                    if extra.timeout_ns or extra.left_ns:
-                        handlers[at] = None  # a command, whatever its name is here, or an event that may be too late
+                    if extra.timeout_ns or extra.left_ns or extra.due_ns:
+                        # A command, whatever its name is here, an event that may be too late, or not to be handled yet.
+                        handlers[at] = None
         self.rows = zip(self._items, handlers, columns.keys, strict=False)  # the first is the one that ends
         if skip := self._skip:
             wanted = bytearray(b"\x01") * (self.end - self.first)

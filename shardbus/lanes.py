@@ -131,6 +131,10 @@ class LaneHost(Protocol):
     def can_keep(self, deliveries: Sequence[Delivery]) -> bool:
         """Whether the store has room for them as waiting events."""
 
+    def put_off(self, delivery: Delivery) -> bool:
+        """Write an event that is due later to the store, in no lane; when that is committed, finish it as waiting. False: it
+        is due, or a command, and nothing was done."""
+
     def keep(self, deliveries: Sequence[Delivery]) -> None:
         """Give each a position and write it to the store as waiting; when that is committed, finish it as waiting."""
 
@@ -304,13 +308,30 @@ class Lanes:
         lane = self._busy.get(key) if key is not None else None
         return lane is None or lane.stored or self._spill(lane)
 
-    def rejoin(self, key: WireKey, position: int) -> None:
-        """A waiting event that was dead joins the end of its lane; the store has, or will have, its row."""
+    def rejoin(self, key: WireKey, position: int) -> bool:
+        """A waiting event that was dead or scheduled joins the end of its lane, and makes that where there is none, which it
+        returns; the store has, or will have, its row."""
         lane = self._busy.get(key) if key is not None else None
         if lane is None:
             self.adopt(key, 1, after=position - 1, last=position)
-            return
+            return True
         self._stretch(lane, position)
+        return False
+
+    def hold(self, delivery: Delivery) -> Callable[[], None] | None:
+        """Make a lane of a waiting event whose row is not committed yet, so that it need not be read back; returns what to
+        call then, and it runs. None: its key has a lane."""
+        key = delivery.key
+        if key is not None and key in self._busy:
+            return None
+        lane = _Lane(key, None)
+        if key is None:
+            self._loose.add(lane)
+        else:
+            self._busy[key] = lane
+        lane.stored = True
+        self._queue(lane, delivery)
+        return lambda: self._continue(lane)
 
     def _stretch(self, lane: _Lane, position: int) -> None:
         """Add an event to the end of a lane that lies in the store only."""
@@ -572,7 +593,9 @@ class Lanes:
                 if simple is None or (busy and key in busy):
                     self._host.handled(cursor.hold())
                     delivery = cursor.delivery()
-                    if key in busy:
+                    if delivery.extra is not None and self._put_off(delivery):
+                        pass
+                    elif key in busy:
                         self._append(busy[key], delivery)
                     elif cursor.careful and delivery.identity in self._quarantine.suspects:
                         self._set_apart(delivery)
@@ -622,6 +645,16 @@ class Lanes:
         if after == limit:
             self._cursor = None
         self._host.touched(cursor.session)
+
+    def _put_off(self, delivery: Delivery) -> bool:
+        """Leave an event to the store that is not due yet. It does not run now, so it is no suspect either."""
+        extra = delivery.extra
+        if extra is None or not extra.due_ns or not self._host.put_off(delivery):
+            return False
+        if self._quarantine.suspects:
+            self._quarantine.clear(delivery.identity)
+            self.release()
+        return True
 
     def _overtaken(self, token: object, key: WireKey) -> Delivery:
         """What the follower made of the message whose handler was running when this task was overtaken."""

@@ -27,7 +27,7 @@ from shardbus.outgoing import worker_publisher
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.shard import Shard
-from shardbus.store import Store, store_ledger, total_ledger
+from shardbus.store import Store, first_due, store_ledger, total_ledger
 from shardbus.wire.frames import Answer, decode_to_supervisor, encode_frame
 
 log = logging.getLogger("shardbus.local")
@@ -123,24 +123,27 @@ class _LocalBus:
 
     def _status(self) -> dict[str, Any]:
         ledgers = [store_ledger(shard.counts) for shard in self.shards]
+        workers = [
+            {
+                "shard": shard.shard,
+                "pid": os.getpid(),
+                "epoch": 1,
+                "restarts": 0,
+                "handled": shard.recorder.counters().handled,
+                "backlog": shard.backlog,
+                "rss_bytes": 0,
+                "store_failing": shard.store_failing,
+                **ledger,
+                "next_due_ns": shard.next_due_ns,
+            }
+            for shard, ledger in zip(self.shards, ledgers, strict=True)
+        ]
         return {
             "bus": self._name,
             "healthy": True,
-            "workers": [
-                {
-                    "shard": shard.shard,
-                    "pid": os.getpid(),
-                    "epoch": 1,
-                    "restarts": 0,
-                    "handled": shard.recorder.counters().handled,
-                    "backlog": shard.backlog,
-                    "rss_bytes": 0,
-                    "store_failing": shard.store_failing,
-                    **ledger,
-                }
-                for shard, ledger in zip(self.shards, ledgers, strict=True)
-            ],
+            "workers": workers,
             **total_ledger(ledgers),
+            "next_due_ns": first_due(workers),
         }
 
 

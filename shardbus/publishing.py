@@ -6,6 +6,7 @@ A client without middleware is the plain one, which knows nothing of this.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from functools import partial
 from itertools import repeat
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 from shardbus.client import Client
 from shardbus.errors import UsageError
 from shardbus.messages import Command, Event, Message, key_getter
+from shardbus.scheduled_events import Scheduled
 from shardbus.signatures import is_coroutine_function, positional_count, shown
 from shardbus.streams import Stream
 
@@ -68,11 +70,35 @@ class _ClientWithMiddleware(Client):
         deadline: float | None = None,
         ordinal: int = 0,
         intended_ns: int = 0,
+        at: datetime | float | None = None,
+        delay: float | None = None,
     ) -> None:
         """See `Client.publish`. Raises also what a middleware raises; then nothing was published."""
-        if isinstance(event, Event):  # what is none is refused by the client itself
+        later = at is not None or delay is not None  # then it comes through `schedule`
+        if isinstance(event, Event) and not later:  # what is none is refused by the client itself
             event, headers = self._pass(event, headers)
-        await super().publish(event, headers=headers, deadline=deadline, ordinal=ordinal, intended_ns=intended_ns)
+        await super().publish(
+            event,
+            headers=headers,
+            deadline=deadline,
+            ordinal=ordinal,
+            intended_ns=intended_ns,
+            at=at,
+            delay=delay,
+        )
+
+    async def schedule(
+        self,
+        event: Event,
+        *,
+        at: datetime | float | None = None,
+        delay: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Scheduled:
+        """See `Client.schedule`. Raises also what a middleware raises; then nothing was scheduled."""
+        if isinstance(event, Event):
+            event, headers = self._pass(event, headers)
+        return await super().schedule(event, at=at, delay=delay, headers=headers)
 
     async def publish_many(
         self,

@@ -63,6 +63,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
     publishers: int
     store: StoreCounts
     store_failing: str
+    next_due_ns: int = 0
 
 
 class AtRest(msgspec.Struct, frozen=True, tag="at-rest"):

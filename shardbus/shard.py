@@ -32,12 +32,15 @@ from shardbus.outgoing import Outgoing, is_worker
 from shardbus.quarantine import UNKNOWN_END, Ended, Identity, Quarantine, Suspect, judge
 from shardbus.registry import Plan
 from shardbus.routing import slot_of
+from shardbus.schedule import Schedule
+from shardbus.scheduled_events import CANCEL, decode_cancel
 from shardbus.session_events import BUILT_IN
 from shardbus.store import (
     ROW_OVERHEAD_BYTES,
     DeadLetter,
     Envelope,
     Failure,
+    ScheduledEvent,
     Store,
     StoreCounts,
     StoredDeadLetter,
@@ -77,6 +80,7 @@ _ASKED_MAX: Final = 256
 _ANSWERS_MAX: Final = 64  # of up to a megabyte
 _ASKED_S: Final = 20.0  # somebody who wants an answer asks again sooner
 _PAGE_ROWS_MAX: Final = 256  # dead letters a question and answer
+_HELD_BYTES_MAX: Final = 4096  # of a scheduled event that is due; a larger one is read back when its turn comes
 _PAGE_BYTES_MAX: Final = 1024 * 1024  # of their bodies, so that a page of large ones neither blocks nor bloats a worker
 
 
@@ -138,6 +142,7 @@ class Shard:
         # A successor does not run again what the store says has ended, so the evidence of that comes first.
         self._writer = StoreWriter(store, limits, now, broken, before=recorder.flush)
         self._store = store
+        self._schedule = Schedule(store, self._writer, wall, self._join)
         self._position = 0
         self._adopted_position = 0  # rows up to here were written by a predecessor, and may have run
         self._adopts = False
@@ -177,6 +182,8 @@ class Shard:
         self._position = self._adopted_position = counts.position_max
         lanes = await self._store.waiting_lanes() if counts.waiting else []
         parked = set(await self._store.parked_keys()) if counts.parked else set()
+        if counts.scheduled:
+            await self._schedule.start()
         self._writer.start()
         for lane in lanes:
             # Those without a key have no order, so none waits for the first.
@@ -209,6 +216,7 @@ class Shard:
         May be called again, because handlers of other workers may publish after this one has come to rest.
         """
         self._draining = True
+        self._schedule.close()  # the successor finds what is scheduled
         self.lanes.hurry()
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
@@ -230,6 +238,7 @@ class Shard:
 
     async def close(self) -> None:
         """Stop at once. What is unfinished stays with its publishers and in the store."""
+        self._schedule.close()
         await self.lanes.close()
         await self._writer.close()
         self.recorder.flush()
@@ -244,6 +253,11 @@ class Shard:
     def counts(self) -> StoreCounts:
         """What the store holds."""
         return self._writer.counts
+
+    @property
+    def next_due_ns(self) -> int:
+        """When the next scheduled event is due, since 1970; 0: there is none."""
+        return self._schedule.next_due_ns
 
     @property
     def store_failing(self) -> str:
@@ -289,6 +303,7 @@ class Shard:
     def tick(self) -> None:
         """Forget publishers that have been silent for long, and suspects that took long; call it about once a second."""
         self.recorder.flush()  # of events whose publisher has left: nobody waits for their ack
+        self._schedule.tick()
         self._feeds.tick(self._now())
         self.lanes.cancel_overdue()
         if self._quarantine.suspects:
@@ -448,6 +463,10 @@ class Shard:
         self._asked[asked] = self._now()
         if is_new:
             try:
+                if ask.what == CANCEL:
+                    event = decode_cancel(ask)
+                    self._writer.add_read(lambda: self._cancel_scheduled(asked, event))
+                    return
                 request = decode_request(ask)
             except RemoteProtocolError as error:
                 self._answer(asked, Answer(ask.request, str(error), b""))
@@ -461,9 +480,25 @@ class Shard:
             self._answers.popitem(last=False)
         self._send(asked[0], frame)
 
+    async def _cancel_scheduled(self, asked: tuple[bytes, int], event: tuple[bytes, int]) -> None:
+        if self._is_stale(asked):
+            return
+        try:
+            cancelled = await self._schedule.cancel(*event)
+        except StoreError as error:
+            self._answer(asked, Answer(asked[1], f"the store of shard {self.shard} cannot do that now: {error}", b""))
+            return
+        self._answer(asked, Answer(asked[1], "", encode_answer(cancelled)))
+
+    def _is_stale(self, asked: tuple[bytes, int]) -> bool:
+        """Whether nobody waits for this answer any more; who did has been told so."""
+        stale = self._now() - self._asked[asked] > _ASKED_S * _NS
+        if stale:
+            del self._asked[asked]
+        return stale
+
     async def _answer_from_store(self, asked: tuple[bytes, int], what: str, request: Request) -> None:
-        if self._now() - self._asked[asked] > _ASKED_S * _NS:
-            del self._asked[asked]  # nobody waits any more, and has been told so
+        if self._is_stale(asked):
             return
         try:
             limit = min(request.limit, _PAGE_ROWS_MAX)
@@ -668,6 +703,7 @@ class Shard:
             if parks:
                 self.lanes.parked(delivery.key)
 
+        self._schedule.ended(delivery.position)
         self._writer.add_dead(letter, delivery.position, committed)
 
     def _tell(self, delivery: Delivery, failure: Failure) -> None:
@@ -714,8 +750,38 @@ class Shard:
             self._writer.add_waiting(self._waiting_event(delivery), self._kept(delivery))
         self.recorder.count("stored", len(deliveries))
 
+    def put_off(self, delivery: Delivery) -> bool:
+        """Write an event that is due later as scheduled; finish it as waiting once that is committed."""
+        extra = delivery.extra
+        if extra is None or extra.timeout_ns or extra.due_ns <= self._wall():
+            return False
+        self._schedule.add(ScheduledEvent(envelope=_envelope(delivery), due_ns=extra.due_ns), self._kept(delivery))
+        self.recorder.count("stored")
+        return True
+
+    def _join(self, event: ScheduledEvent, row: int, then: Callable[[], None]) -> tuple[int, bool] | None:
+        """Have a scheduled event that is due join the end of its lane; see `schedule.Join`."""
+        key = event.envelope.key
+        if not self.lanes.can_rejoin(key):
+            return None
+        self._position += 1
+        position = self._position
+        waiting = WaitingEvent(position=position, envelope=event.envelope)
+        go_on = self.lanes.hold(self._from_store(waiting)) if len(event.envelope.body) <= _HELD_BYTES_MAX else None
+        if go_on is None:
+            self._writer.add_waiting(waiting, then, begun=row)
+            return position, self.lanes.rejoin(key, position)
+
+        def committed() -> None:
+            then()
+            go_on()
+
+        self._writer.add_waiting(waiting, committed, begun=row)
+        return position, True
+
     def amend(self, delivery: Delivery) -> None:
         """Write what has changed of an event that goes on waiting."""
+        self._schedule.ended(delivery.position)
         self._writer.add_changed(self._waiting_event(delivery))
 
     def _waiting_event(self, delivery: Delivery) -> WaitingEvent:
@@ -748,6 +814,7 @@ class Shard:
 
     def forget(self, position: int) -> None:
         """Remove a waiting event that reached its outcome."""
+        self._schedule.ended(position)
         self._writer.add_done(position)
 
     # -- what waits for its children

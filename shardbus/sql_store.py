@@ -54,8 +54,10 @@ from shardbus.store import (
     DeadLetter,
     Envelope,
     Failure,
+    ScheduledEvent,
     StoreCounts,
     StoredDeadLetter,
+    StoredScheduled,
     StoreError,
     WaitingEvent,
     WaitingLane,
@@ -64,8 +66,10 @@ from shardbus.store import (
 )
 
 MEMORY_URL: Final = "sqlite+aiosqlite:///:memory:"
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 """Raise it with every change of the tables below; a store of another version is refused unless it is empty."""
+
+_GROWS_FROM: Final = ("5",)  # what this version has beyond these is a table, which is made where it is missing
 
 _ROWS_MAX: Final = 512  # rows of one statement: 19 columns of them stay far below SQLite's 32,766 parameters
 _PLACES_MAX: Final = 1024  # places whose traceback is known to be stored; when full, it starts over
@@ -131,6 +135,17 @@ _waiting: Final = Table(
     Index("waiting_by_publisher", "publisher", "seq"),
 )
 
+_scheduled: Final = Table(
+    "scheduled",
+    _metadata,
+    *_envelope_columns(),
+    Column("due_ns", BigInteger, nullable=False),
+    Column("id", _RowNumber, primary_key=True),
+    Index("scheduled_by_due", "due_ns", "id"),
+    Index("scheduled_by_publisher", "publisher", "seq"),
+    sqlite_autoincrement=True,  # a number is never given twice: what begins by it must be what was read
+)
+
 _tracebacks: Final = Table(
     "tracebacks",
     _metadata,
@@ -146,6 +161,7 @@ _meta: Final = Table(
 )
 
 _DEAD_COLUMNS: Final = tuple(column.name for column in _dead.columns if column is not _dead.c.id)
+_SCHEDULED_COLUMNS: Final = tuple(column.name for column in _scheduled.columns if column is not _scheduled.c.id)
 _DEAD_IDENTITY: Final = ("publisher", "seq")
 _CHANGING: Final = ("attempt", "progress", "due_ns")  # what may change of a waiting event
 
@@ -174,6 +190,11 @@ _measure_waiting: Final = select(
     func.coalesce(func.sum(func.length(_waiting.c.body)), 0),
     func.coalesce(func.max(_waiting.c.position), 0),
 )
+_measure_scheduled: Final = select(func.count(), func.coalesce(func.sum(func.length(_scheduled.c.body)), 0))
+_select_scheduled: Final = select(_scheduled.c.id, *(_scheduled.c[name] for name in _SCHEDULED_COLUMNS)).order_by(
+    _scheduled.c.due_ns, _scheduled.c.id
+)
+_select_scheduled_sizes: Final = select(func.length(_scheduled.c.body)).order_by(_scheduled.c.due_ns, _scheduled.c.id)
 _select_dead_sizes: Final = select(func.length(_dead.c.body)).order_by(_dead.c.id)
 _change_waiting: Final = (
     update(_waiting)
@@ -182,6 +203,7 @@ _change_waiting: Final = (
 )
 # Sums over some rows; joined from literals, so nothing of them comes from outside.
 _SUM_WAITING: Final = "SELECT count(*), coalesce(sum(length(body)), 0) FROM waiting"
+_SUM_SCHEDULED: Final = "SELECT count(*), coalesce(sum(length(body)), 0) FROM scheduled"
 _SUM_DEAD: Final = (
     "SELECT count(*), coalesce(sum(length(body)), 0), count(nullif(position, 0)), "
     "coalesce(sum(CASE WHEN position > 0 THEN length(body) END), 0) FROM dead_letters"
@@ -271,6 +293,9 @@ class SqlStore:
         self._insert_tracebacks = _insert(
             placeholder, _tracebacks, ("place", "traceback"), "ON CONFLICT (place) DO NOTHING"
         )
+        self._insert_scheduled = _insert(placeholder, _scheduled, _SCHEDULED_COLUMNS, "")
+        self._delete_scheduled = _Statement(placeholder, "DELETE FROM scheduled WHERE id IN (", 1, ")")
+        self._sum_scheduled = _Statement(placeholder, f"{_SUM_SCHEDULED} WHERE id IN (", 1, ")")
         self._delete_waiting = _Statement(placeholder, "DELETE FROM waiting WHERE position IN (", 1, ")")
         self._delete_dead = _Statement(placeholder, "DELETE FROM dead_letters WHERE id IN (", 1, ")")
         self._sum_waiting = _Statement(placeholder, f"{_SUM_WAITING} WHERE position IN (", 1, ")")
@@ -340,6 +365,8 @@ class SqlStore:
         changed: Sequence[WaitingEvent] = (),
         done: Sequence[int] = (),
         redriven: Sequence[int] = (),
+        scheduled: Sequence[ScheduledEvent] = (),
+        begun: Sequence[int] = (),
     ) -> None:
         """See `Store.write`. Fastest with 512 rows, or a multiple, of a kind.
 
@@ -378,6 +405,8 @@ class SqlStore:
             removed_rows, removed_bodies = await self._sum_waiting.totals(connection, removed, 2)
             await self._delete_waiting.run(connection, removed)
             revived = await self._remove_dead(connection, redriven, "redriven") if redriven else _NOTHING
+            await self._insert_scheduled.run(connection, [_scheduled_row(event) for event in scheduled])
+            begun_rows, begun_bytes = await self._remove_scheduled(connection, begun)
             recounted = await self._measure(connection) if added < len(dead_rows) else None
         # Only now is it committed, and true.
         if len(self._known_places) + len(places) > _PLACES_MAX:
@@ -389,13 +418,14 @@ class SqlStore:
         counts = revived.taken_from(self._counts)
         dead_bytes = sum(row_bytes(letter.envelope) for letter in dead)
         parked_bytes = sum(row_bytes(letter.envelope) for letter in dead if letter.position)
-        waiting_bytes = sum(row_bytes(event.envelope) for event in waiting)
-        removed_bytes = removed_bodies + ROW_OVERHEAD_BYTES * removed_rows
+        waiting_bytes = sum(row_bytes(event.envelope) for rows in (waiting, scheduled) for event in rows)
+        removed_bytes = removed_bodies + ROW_OVERHEAD_BYTES * removed_rows + begun_bytes
         positions = [row.position for rows in (waiting, dead) for row in rows]
         self._counts = replace(
             counts,
             dead=counts.dead + added,
-            waiting=counts.waiting + len(waiting_rows) - removed_rows,
+            waiting=counts.waiting + len(waiting_rows) - removed_rows + len(scheduled) - begun_rows,
+            scheduled=counts.scheduled + len(scheduled) - begun_rows,
             parked=counts.parked + sum(letter.position > 0 for letter in dead),
             position_max=max(counts.position_max, *positions, 0),
             redriven=counts.redriven + revived.rows,
@@ -444,13 +474,13 @@ class SqlStore:
 
     @_to_its_end
     async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
-        """The sequences from `first` on that this publisher has among the dead and among the waiting, sorted.
+        """The sequences from `first` on that this publisher has among the dead and among the waiting and scheduled, sorted.
 
         Raises:
             StoreError: the database could not say.
         """
         async with self._transaction() as connection:
-            dead, waiting = [
+            dead, waiting, scheduled = [
                 list(
                     await connection.scalars(
                         select(table.c.seq)
@@ -458,9 +488,57 @@ class SqlStore:
                         .order_by(table.c.seq)
                     )
                 )
-                for table in (_dead, _waiting)
+                for table in (_dead, _waiting, _scheduled)
             ]
-        return dead, waiting
+        return dead, sorted(waiting + scheduled) if scheduled else waiting
+
+    @_to_its_end
+    async def due(
+        self, until_ns: int, after: tuple[int, int], limit: int, bytes_max: int = ANY_SIZE
+    ) -> list[StoredScheduled]:
+        """See `Store.due`.
+
+        Raises:
+            StoreError: the database could not say.
+        """
+        due_ns, row = _scheduled.c.due_ns, _scheduled.c.id
+        # The first condition is what the index is searched by; the last one leaves out what is due with `after`'s.
+        where = (due_ns.between(after[0], until_ns), tuple_(due_ns, row) > after)
+        async with self._transaction() as connection:
+            if bytes_max < ANY_SIZE:
+                sizes = (await connection.execute(_select_scheduled_sizes.where(*where).limit(limit))).scalars().all()
+                limit = fitting(sizes, bytes_max)
+            rows = (await connection.execute(_select_scheduled.where(*where).limit(limit))).all()
+        return [StoredScheduled(found[0], _to_scheduled(found[1:])) for found in rows]
+
+    @_to_its_end
+    async def next_due(self, after_ns: int) -> int:
+        """See `Store.next_due`.
+
+        Raises:
+            StoreError: the database could not say.
+        """
+        async with self._transaction() as connection:
+            found = await connection.scalar(select(func.min(_scheduled.c.due_ns)).where(_scheduled.c.due_ns > after_ns))
+        return found or 0
+
+    @_to_its_end
+    async def unschedule(self, publisher: bytes, seq: int) -> int:
+        """See `Store.unschedule`.
+
+        Raises:
+            StoreError: nothing was removed.
+        """
+        async with self._transaction() as connection:
+            found = await connection.scalars(
+                select(_scheduled.c.id).where(_scheduled.c.publisher == publisher, _scheduled.c.seq == seq)
+            )
+            rows, size = await self._remove_scheduled(connection, found.all())
+        counts = self._counts
+        self._counts = replace(
+            counts, waiting=counts.waiting - rows, scheduled=counts.scheduled - rows, bytes=counts.bytes - size
+        )
+        return rows
 
     @_to_its_end
     async def dead_letters(
@@ -539,15 +617,26 @@ class SqlStore:
         size = bodies + ROW_OVERHEAD_BYTES * count
         return _Removed(count, parked, size, size - parked_bodies - ROW_OVERHEAD_BYTES * parked)
 
+    async def _remove_scheduled(self, connection: AsyncConnection, rows: Sequence[int]) -> tuple[int, int]:
+        """Remove scheduled events; how many there were, and the bytes that they counted for."""
+        removed = [(row,) for row in rows]
+        count, bodies = await self._sum_scheduled.totals(connection, removed, 2)
+        await self._delete_scheduled.run(connection, removed)
+        return count, bodies + ROW_OVERHEAD_BYTES * count
+
     async def _measure(self, connection: AsyncConnection) -> StoreCounts:
         """Count everything: it reads all rows."""
         dead, bodies, parked, parked_bodies, parked_at = (await connection.execute(_measure_dead)).one()
         waiting, waiting_bodies, position_max = (await connection.execute(_measure_waiting)).one()
+        scheduled, scheduled_bodies = (await connection.execute(_measure_scheduled)).one()
+        waiting += scheduled
+        waiting_bodies += scheduled_bodies
         droppable_bytes = bodies - parked_bodies + ROW_OVERHEAD_BYTES * (dead - parked)
         counters = {name: await self._counter(connection, name) for name in ("redriven", "purged", "dropped")}
         return StoreCounts(
             dead=dead,
             waiting=waiting,
+            scheduled=scheduled,
             parked=parked,
             position_max=max(position_max, parked_at),
             bytes=bodies + waiting_bodies + ROW_OVERHEAD_BYTES * (dead + waiting),
@@ -600,10 +689,11 @@ class SqlStore:
         if not await connection.run_sync(lambda sync: inspect(sync).has_table(_meta.name)):
             return
         found = await connection.scalar(select(_meta.c.value).where(_meta.c.name == "schema_version"))
-        if found is None or found == str(SCHEMA_VERSION):
+        if found is None or found == str(SCHEMA_VERSION) or found in _GROWS_FROM:
             return
-        for table in (_dead, _waiting):
-            if await connection.scalar(select(func.count()).select_from(text(table.name))):
+        there = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+        for table in (_dead, _waiting, _scheduled):
+            if table.name in there and await connection.scalar(select(func.count()).select_from(text(table.name))):
                 raise StoreError(
                     f"the store {self._name} has schema version {found}, this shardbus knows {SCHEMA_VERSION}; open it with "
                     "the shardbus that wrote it to export what it holds, or name another store with --dead-letters"
@@ -779,6 +869,10 @@ def _waiting_row(event: WaitingEvent) -> tuple[Any, ...]:
     return (*_envelope_row(event.envelope), _progress(event), event.due_ns, event.position)
 
 
+def _scheduled_row(event: ScheduledEvent) -> tuple[Any, ...]:
+    return (*_envelope_row(event.envelope), event.due_ns)
+
+
 def _progress(event: WaitingEvent) -> bytes | None:
     if not (event.todo or event.gave_up or event.deadline_ns):
         return None
@@ -829,6 +923,10 @@ def _to_waiting(row: Sequence[Any]) -> WaitingEvent:
         due_ns=due_ns,
         deadline_ns=found.deadline_ns,
     )
+
+
+def _to_scheduled(row: Sequence[Any]) -> ScheduledEvent:
+    return ScheduledEvent(envelope=_to_envelope(row[:_ENVELOPE_WIDTH]), due_ns=row[_ENVELOPE_WIDTH])
 
 
 def _storable(text: str) -> str:

@@ -113,6 +113,20 @@ class WaitingEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     deadline_ns: int = 0
 
 
+class ScheduledEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """An event that the store holds until `due_ns` (since 1970), in no lane: then it becomes a waiting event."""
+
+    envelope: Envelope
+    due_ns: int
+
+
+class StoredScheduled(msgspec.Struct, frozen=True, gc=False):
+    """A scheduled event and its row."""
+
+    row: int
+    event: ScheduledEvent
+
+
 class WaitingLane(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How many events of a key wait, and until when its first does (nanoseconds since 1970; 0: it is due)."""
 
@@ -125,8 +139,9 @@ class StoreCounts(msgspec.Struct, frozen=True, kw_only=True):
     """What a store holds, and what became of dead letters that it holds no more.
 
     Every event that ever died here is among `dead`, `redriven`, `purged` or `dropped`. `parked` of the `dead` park their
-    key. `position_max` is over waiting events and those that park. `bytes` are those of all rows, by `row_bytes`;
-    `droppable_bytes` those of dead letters that park nothing.
+    key. `scheduled` of the `waiting` are not due yet, and in no lane. `position_max` is over waiting events that are in one,
+    and those that park. `bytes` are those of all rows, by `row_bytes`; `droppable_bytes` those of dead letters that park
+    nothing.
     """
 
     dead: int
@@ -138,6 +153,7 @@ class StoreCounts(msgspec.Struct, frozen=True, kw_only=True):
     dropped: int = 0
     bytes: int = 0
     droppable_bytes: int = 0
+    scheduled: int = 0
 
 
 NOTHING_STORED: Final = StoreCounts(dead=0, waiting=0, position_max=0)
@@ -148,6 +164,7 @@ def store_ledger(counts: StoreCounts) -> dict[str, int]:
     return {
         "dead_letters": counts.dead,
         "waiting": counts.waiting,
+        "scheduled": counts.scheduled,
         "parked": counts.parked,
         "redriven": counts.redriven,
         "purged": counts.purged,
@@ -160,6 +177,11 @@ def total_ledger(shards: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """The sums of several shards' `store_ledger`, whatever else their mappings have."""
     shards = list(shards)
     return {name: sum(one[name] for one in shards) for name in store_ledger(NOTHING_STORED)}
+
+
+def first_due(shards: Iterable[Mapping[str, Any]]) -> int:
+    """The earliest `next_due_ns` of several shards' mappings; 0: nothing is scheduled."""
+    return min((one["next_due_ns"] for one in shards if one["next_due_ns"]), default=0)
 
 
 ANY_SIZE: Final = 2**62
@@ -177,7 +199,7 @@ def fitting(sizes: Iterable[int], bytes_max: int) -> int:
 
 
 class Store(Protocol):
-    """Keeps a shard's dead letters and waiting events. Every call has one caller: the shard's writer task.
+    """Keeps a shard's dead letters, waiting and scheduled events. Every call has one caller: the shard's writer task.
 
     A call that returns has committed. One that raises `StoreError` has committed nothing and may be called again.
     """
@@ -199,9 +221,12 @@ class Store(Protocol):
         changed: Sequence[WaitingEvent] = (),
         done: Sequence[int] = (),
         redriven: Sequence[int] = (),
+        scheduled: Sequence[ScheduledEvent] = (),
+        begun: Sequence[int] = (),
     ) -> None:
-        """In one transaction: add dead letters and waiting events, change waiting events, remove those at positions `done`,
-        and remove the dead letters of the rows `redriven`, which wait again.
+        """In one transaction: add dead letters, waiting and scheduled events, change waiting events, remove those at
+        positions `done`, and remove the dead letters of the rows `redriven` and the scheduled events of the rows `begun`,
+        which wait in a lane from now on.
 
         A dead letter of an event that is dead already replaces it and keeps its first time. One that parks has a position
         of its own or that of the waiting event in `done` that it was. A changed event takes over
@@ -219,7 +244,22 @@ class Store(Protocol):
         """Up to `limit` waiting events of a key with a position above `after`, in order."""
 
     async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
-        """The sequences from `first` on that this publisher has among the dead and among the waiting, sorted."""
+        """The sequences from `first` on that this publisher has among the dead, and among the waiting and scheduled, sorted.
+        """
+
+    async def due(
+        self, until_ns: int, after: tuple[int, int], limit: int, bytes_max: int = ANY_SIZE
+    ) -> list[StoredScheduled]:
+        """Up to `limit` scheduled events that are due by `until_ns`, in the order of (due time, row), above `after` in it.
+
+        Their bodies have up to `bytes_max` bytes together, but for the first, which is always among them.
+        """
+
+    async def next_due(self, after_ns: int) -> int:
+        """When the first scheduled event is due that is due after `after_ns`; 0: there is none."""
+
+    async def unschedule(self, publisher: bytes, seq: int) -> int:
+        """Remove a scheduled event; return how many rows there were: 0 if it was none, or begun."""
 
     async def dead_letters(
         self, where: DeadFilter, after: int, limit: int, bytes_max: int = ANY_SIZE

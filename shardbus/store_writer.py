@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from shardbus.clock import NowNs
 from shardbus.config import Limits
-from shardbus.store import DeadLetter, Store, StoreCounts, StoreError, WaitingEvent, row_bytes
+from shardbus.store import DeadLetter, ScheduledEvent, Store, StoreCounts, StoreError, WaitingEvent, row_bytes
 
 log = logging.getLogger("shardbus.store")
 
@@ -33,10 +33,23 @@ class Burial(NamedTuple):
 
 
 class Keeping(NamedTuple):
-    """A waiting event to write, and the row of the dead letter that it was (0: none), which makes room for it."""
+    """A waiting event to write, and the row of the dead letter or scheduled event that it was (0: none): that makes room."""
 
     event: WaitingEvent
     redriven: int
+    then: Callable[[], None]
+    begun: int = 0
+
+    @property
+    def had_row(self) -> bool:
+        """Whether it needs no room."""
+        return bool(self.redriven or self.begun)
+
+
+class Scheduling(NamedTuple):
+    """A scheduled event to write."""
+
+    event: ScheduledEvent
     then: Callable[[], None]
 
 
@@ -80,12 +93,14 @@ class StoreWriter:
         self._revived: deque[Keeping] = deque()  # at the position that it had: what parked its key, or what comes late
         self._dead_bytes = 0  # of rows in these queues
         self._waiting_bytes = 0
-        self._waiting_rows = 0  # without what is redriven: that was a row before
+        self._waiting_rows = 0  # without what is redriven or was scheduled: that was a row before
+        self._scheduled: deque[Scheduling] = deque()
+        self._scheduled_bytes = 0
         self._changed: dict[int, WaitingEvent] = {}  # by position: the last change is the one that counts
         self._done: deque[int] = deque()
-        self._removing = False  # rows that are in no queue any more, and still in the store
         self._reads: deque[Read] = deque()
         self._wanted = asyncio.Event()
+        self._writing = False
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -111,11 +126,19 @@ class StoreWriter:
         await self._store.close()
 
     def idle(self) -> bool:
-        """Whether there is nothing to write or read."""
-        return not (self._removing or self._writes_left() or self._reads or self._wanted.is_set())
+        """Whether there is nothing to write or read, and nothing under way."""
+        return not (self._writes_left() or self._reads or self._wanted.is_set() or self._writing)
 
     def _writes_left(self) -> bool:
-        return bool(self._dead or self._replacing or self._waiting or self._revived or self._changed or self._done)
+        return bool(
+            self._dead
+            or self._replacing
+            or self._waiting
+            or self._revived
+            or self._changed
+            or self._done
+            or self._scheduled
+        )
 
     def has_room(self, rows: int, size: int) -> bool:
         """Whether so many more waiting rows fit; then they are written before any dead letter that takes a new row."""
@@ -139,24 +162,31 @@ class StoreWriter:
             self._dead_bytes += row_bytes(letter.envelope)
         self._wanted.set()
 
-    def add_waiting(self, row: WaitingEvent, then: Callable[[], None], redriven: int = 0) -> None:
+    def add_waiting(self, row: WaitingEvent, then: Callable[[], None], redriven: int = 0, begun: int = 0) -> None:
         """Write a waiting event; call `then` once it is committed.
 
-        `redriven` is the row of the dead letter that it was: that goes in the same transaction.
+        `redriven` is the row of the dead letter that it was, `begun` of the scheduled event: that goes in the same
+        transaction.
         """
-        self._waiting.append(Keeping(row, redriven, then))
-        if not redriven:
+        self._waiting.append(Keeping(row, redriven, then, begun))
+        if not (redriven or begun):
             self._waiting_rows += 1
             self._waiting_bytes += row_bytes(row.envelope)
         self._wanted.set()
 
     def _next_waiting(self) -> WaitingEvent:
         """Take the next one out of the queue."""
-        event, redriven, _ = self._waiting.popleft()
-        if not redriven:
+        keeping = self._waiting.popleft()
+        if not keeping.had_row:
             self._waiting_rows -= 1
-            self._waiting_bytes -= row_bytes(event.envelope)
-        return event
+            self._waiting_bytes -= row_bytes(keeping.event.envelope)
+        return keeping.event
+
+    def add_scheduled(self, event: ScheduledEvent, then: Callable[[], None]) -> None:
+        """Write a scheduled event; call `then` once it is committed. While there is no room for it, it waits, in memory."""
+        self._scheduled.append(Scheduling(event, then))
+        self._scheduled_bytes += row_bytes(event.envelope)
+        self._wanted.set()
 
     def add_revived(self, row: WaitingEvent, then: Callable[[], None], redriven: int) -> None:
         """As `add_waiting`, of what parked its key and waits again at the position that it had."""
@@ -228,17 +258,22 @@ class StoreWriter:
         revived, last = self._take_revived(last)
         waiting = [*revived, *kept]
         # Waiting events that come later were promised their room.
-        new = self._take_dead(rows - self._waiting_rows, size - self._waiting_bytes)
+        rows -= self._waiting_rows
+        size -= self._waiting_bytes
+        new = self._take_dead(rows, size)
+        new_bytes = sum(row_bytes(burial.letter.envelope) for burial in new)
+        scheduled = self._take_scheduled(rows - len(new), size - new_bytes)
         replacing = self._take_replacing()
         dead = [*new, *replacing]
         changed = [row for row in self._changed.values() if row.position <= last]
-        if not (dead or waiting or changed or done):
+        if not (dead or waiting or changed or done or scheduled):
             return False
         replaced = [burial.position for burial in replacing]
         redriven = [keeping.redriven for keeping in waiting if keeping.redriven]
+        begun = [keeping.begun for keeping in waiting if keeping.begun]
         self._taken = last
         self._before()
-        self._removing = bool(done)
+        self._writing = True
         try:
             await self._store.write(
                 dead=[burial.letter for burial in dead],
@@ -246,13 +281,15 @@ class StoreWriter:
                 changed=changed,
                 done=[*done, *replaced],
                 redriven=redriven,
+                scheduled=[scheduling.event for scheduling in scheduled],
+                begun=begun,
             )
         except BaseException:
             self._taken = self._committed
             self._done.extend(done)
             raise
         finally:
-            self._removing = False
+            self._writing = False
         self._committed = last
         for _ in replacing:
             self._replacing.popleft()
@@ -265,6 +302,8 @@ class StoreWriter:
             if not keeping.redriven:
                 self._waiting_rows -= 1
                 self._waiting_bytes -= row_bytes(keeping.event.envelope)
+        for _ in scheduled:
+            self._scheduled_bytes -= row_bytes(self._scheduled.popleft().event.envelope)
         for row in changed:
             if self._changed.get(row.position) is row:
                 del self._changed[row.position]
@@ -278,6 +317,8 @@ class StoreWriter:
             burial.then()
         for keeping in waiting:
             keeping.then()
+        for scheduling in scheduled:
+            scheduling.then()
         return True
 
     def _take_done(self) -> list[int]:
@@ -297,6 +338,17 @@ class StoreWriter:
             dead.append(burial)
         return dead
 
+    def _take_scheduled(self, rows: int, size: int) -> list[Scheduling]:
+        """Scheduled events to write for which there is room."""
+        scheduled: list[Scheduling] = []
+        for scheduling in islice(self._scheduled, self._limits.store_write_rows_max):
+            rows -= 1
+            size -= row_bytes(scheduling.event.envelope)
+            if rows < 0 or size < 0:
+                break
+            scheduled.append(scheduling)
+        return scheduled
+
     def _take_replacing(self) -> list[Burial]:
         """Dead letters to write whose waiting rows are in."""
         first = islice(self._replacing, self._limits.store_write_rows_max)
@@ -313,7 +365,7 @@ class StoreWriter:
                 self._committed = position
         waiting: list[Keeping] = []
         for keeping in islice(self._waiting, self._limits.store_write_rows_max):
-            if not keeping.redriven:  # what was dead makes room for itself
+            if not keeping.had_row:  # what was dead or scheduled makes room for itself
                 rows -= 1
                 size -= row_bytes(keeping.event.envelope)
                 if rows < 0 or size < 0:
@@ -336,11 +388,16 @@ class StoreWriter:
         counts = self.counts
         rows = counts.dead + counts.waiting - self._limits.store_rows_max + self._waiting_rows
         size = counts.bytes - self._limits.store_bytes_max + self._waiting_bytes
-        if (rows + len(self._dead) <= 0 and size + self._dead_bytes <= 0) or counts.dead == counts.parked:
+        rows_to_come = rows + len(self._dead) + len(self._scheduled)
+        bytes_to_come = size + self._dead_bytes + self._scheduled_bytes
+        if (rows_to_come <= 0 and bytes_to_come <= 0) or counts.dead == counts.parked:
             return
         for burial in islice(self._dead, self._limits.store_write_rows_max):
             rows += 1
             size += row_bytes(burial.letter.envelope)
+        for scheduling in islice(self._scheduled, self._limits.store_write_rows_max):
+            rows += 1
+            size += row_bytes(scheduling.event.envelope)
         if rows <= 0 and size <= 0:
             return
         leaving = {keeping.redriven for keeping in self._waiting if keeping.redriven}
@@ -356,6 +413,21 @@ class StoreWriter:
         purged = await self._store.purge(rows)
         self.counts = self._store.counts()
         return purged
+
+    async def unschedule(self, publisher: bytes, seq: int) -> bool:
+        """Remove a scheduled event, whether it is in or has no room yet; False: it is not there.
+
+        To be called from a read only, as `purge`.
+        """
+        found = await self._store.unschedule(publisher, seq) > 0
+        self.counts = self._store.counts()
+        for at, (event, then) in enumerate(self._scheduled):
+            if (event.envelope.publisher, event.envelope.seq) == (publisher, seq):
+                del self._scheduled[at]
+                self._scheduled_bytes -= row_bytes(event.envelope)
+                then()
+                return True
+        return found
 
     async def _read(self) -> bool:
         """Answer some of the reads that were asked for by now and whose rows are in; whether there was one."""

@@ -52,7 +52,7 @@ from shardbus.restart import GiveUp, RestartIn, RestartPolicy
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.rundir import RunDir
 from shardbus.sql_store import MEMORY_URL, SqlStore, files_there, shard_url, sqlite_file_url
-from shardbus.store import NOTHING_STORED, store_ledger, total_ledger
+from shardbus.store import NOTHING_STORED, first_due, store_ledger, total_ledger
 from shardbus.wire.frames import Answer, TableChanged, decode_to_supervisor, encode_frame
 from shardbus.zmq_transport import Router, ZmqListener
 
@@ -609,6 +609,7 @@ class Supervisor:
             "draining": self._stopping,
             "workers": workers,
             **total_ledger(workers),
+            "next_due_ns": first_due(workers),
             "handled": sum(one["handled"] for one in workers),
             "handled_per_s": round(self._rate[2], 1),
         }
@@ -629,6 +630,7 @@ class Supervisor:
             "busy_keys": beat.busy_keys if beat else 0,
             "publishers": beat.publishers if beat else 0,
             **store_ledger(worker.stored),
+            "next_due_ns": beat.next_due_ns if beat and worker.stored.scheduled else 0,
             "store_failing": beat.store_failing if beat else "",
             "stalled_in": worker.stalled_in,
             "suspects": suspects,

@@ -221,6 +221,7 @@ def _beat(shard: Shard) -> Beat:
         publishers=shard.publishers,
         store=shard.counts,
         store_failing=shard.store_failing,
+        next_due_ns=shard.next_due_ns,
     )
 
 

@@ -36,6 +36,7 @@ class Extra(msgspec.Struct, frozen=True, array_like=True, gc=False):
     waits no more, an event with a deadline until that.
 
     `window`: of a command whose reply is to be streamed, how many items its caller takes ahead; 0: it is not to be.
+    `due_ns`: an event is not to be handled before.
     """
 
     at: int
@@ -44,6 +45,7 @@ class Extra(msgspec.Struct, frozen=True, array_like=True, gc=False):
     idempotent: bool
     left_ns: int = 0  # of an event; 0: it has no deadline
     window: int = 0
+    due_ns: int = 0  # since 1970; 0: at once
 
 
 _EXTRA_BYTES_MAX: Final = DEFAULT_LIMITS.batch_bytes_target
@@ -343,4 +345,6 @@ def _extras_in(packed: bytes, count: int) -> dict[int, Extra]:
         raise RemoteProtocolError("a batch with an extra that belongs to none of its messages")
     if any(not 0 <= extra.window <= DEFAULT_LIMITS.stream_items_max for extra in extras.values()):
         raise RemoteProtocolError("a batch with a window that is none")
+    if any(not 0 <= extra.due_ns < 2**62 for extra in extras.values()):
+        raise RemoteProtocolError("a batch with a due time that is none")
     return extras

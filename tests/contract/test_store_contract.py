@@ -25,6 +25,7 @@ from shardbus.store import (
     DeadLetter,
     Envelope,
     Failure,
+    ScheduledEvent,
     Store,
     StoreCounts,
     StoreError,
@@ -194,6 +195,84 @@ async def test_a_lane_is_loaded_in_the_order_of_its_positions_however_they_were_
     for position in (30, 10, 2, 20):
         await store.write(dead=[], waiting=[waiting_event(position)], done=[])
     assert await positions(store) == [2, 10, 20, 30]
+
+
+def scheduled_event(due_ns: int, seq: int, **where: Any) -> ScheduledEvent:
+    return ScheduledEvent(envelope=envelope(seq, **where), due_ns=due_ns)
+
+
+async def due(store: Store, until_ns: int, after: tuple[int, int] = (0, 0), limit: int = 100) -> list[int]:
+    return [found.event.envelope.seq for found in await store.due(until_ns, after, limit)]
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: repr(key)[:24])
+async def test_a_scheduled_event_comes_back_as_it_was(store, key):
+    await store.write(scheduled=[scheduled_event(5, 1, key=key)])
+    (found,) = await store.due(5, (0, 0), 10)
+    assert found.event == scheduled_event(5, 1, key=key)
+
+
+async def test_scheduled_events_come_by_their_due_time_and_then_as_they_were_written_page_by_page(store):
+    await store.write(scheduled=[scheduled_event(due_ns, seq) for seq, due_ns in enumerate([30, 10, 20, 10, 40], 1)])
+    assert await due(store, 30) == [2, 4, 3, 1]
+    assert await due(store, 9) == []
+    first = await store.due(30, (0, 0), 2)
+    assert [found.event.envelope.seq for found in first] == [2, 4]
+    assert await due(store, 30, (10, first[0].row)) == [4, 3, 1]
+    assert await due(store, 30, (10, first[1].row)) == [3, 1]
+    assert [await store.next_due(after) for after in (0, 9, 10, 30, 40)] == [10, 10, 20, 40, 0]
+
+
+async def test_a_page_of_scheduled_events_is_bounded_by_their_bytes_but_for_the_first(store):
+    events = [
+        ScheduledEvent(envelope=replace(envelope(seq), body=b"x" * 1000), due_ns=seq) for seq in range(1, 5)
+    ]
+    await store.write(scheduled=events)
+    assert len(await store.due(10, (0, 0), 10, 10)) == 1
+    assert len(await store.due(10, (0, 0), 10, 3000)) == 3
+
+
+async def test_a_scheduled_event_waits_in_no_lane_until_it_begins_which_is_one_transaction(store):
+    await store.write(waiting=[waiting_event(1, seq=1)], scheduled=[scheduled_event(10, 2), scheduled_event(11, 3)])
+    counts = store.counts()
+    assert (counts.waiting, counts.scheduled, counts.position_max) == (3, 2, 1)
+    assert counts.bytes == 3 * row_bytes(envelope())
+    assert await positions(store) == [1]
+    assert await store.waiting_lanes() == [WaitingLane(key="order-1", count=1, due_ns=DUE_NS)]
+    (found, _) = await store.due(11, (0, 0), 10)
+    await store.write(waiting=[waiting_event(2, seq=2)], begun=[found.row])
+    counts = store.counts()
+    assert (counts.waiting, counts.scheduled, counts.bytes) == (3, 1, 3 * row_bytes(envelope()))
+    assert await positions(store) == [1, 2]
+    assert await due(store, 11) == [3]
+
+
+async def test_what_is_scheduled_is_known_to_whoever_asks_for_outcomes(store):
+    await store.write(
+        dead=[dead_letter(2)],
+        waiting=[waiting_event(1, seq=5)],
+        scheduled=[scheduled_event(1, 3), scheduled_event(1, 6), scheduled_event(1, 4, publisher=OTHER)],
+    )
+    assert await store.outcomes(PUBLISHER, 3) == ([], [3, 5, 6])
+    assert await store.outcomes(PUBLISHER, 0) == ([2], [3, 5, 6])
+
+
+async def test_a_scheduled_event_is_cancelled_once(store):
+    await store.write(scheduled=[scheduled_event(1, 1), scheduled_event(1, 2), scheduled_event(1, 1, publisher=OTHER)])
+    assert [await store.unschedule(PUBLISHER, 1) for _ in range(2)] == [1, 0]
+    assert await store.unschedule(PUBLISHER, 9) == 0
+    counts = store.counts()
+    assert (counts.waiting, counts.scheduled, counts.bytes) == (2, 2, 2 * row_bytes(envelope()))
+    assert await due(store, 1) == [2, 1]
+
+
+async def test_the_rows_of_scheduled_events_are_numbered_only_once(store):
+    await store.write(scheduled=[scheduled_event(1, 1)])
+    (found,) = await store.due(1, (0, 0), 10)
+    await store.write(begun=[found.row])
+    await store.write(scheduled=[scheduled_event(1, 2)])
+    await store.write(begun=[found.row])
+    assert await due(store, 1) == [2]
 
 
 async def test_a_lane_is_loaded_piece_by_piece(store):
@@ -668,13 +747,55 @@ async def test_a_store_of_another_schema_is_refused_untouched_with_what_to_do(pa
     await store.close()
     with closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE meta SET value = value + 1")
-    with pytest.raises(StoreError, match=r"schema.* version 6.*--dead-letters"):
+    with pytest.raises(StoreError, match=r"schema version 7, this shardbus knows 6.*--dead-letters"):
         await store.open()
     with closing(sqlite3.connect(path)) as database, database:
         assert database.execute("SELECT count(*) FROM dead_letters").fetchone() == (1,)
         database.execute("UPDATE meta SET value = value - 1")
     assert held(await store.open()) == (1, 0, 0)
     await store.close()
+
+
+async def test_what_is_scheduled_stays_in_a_file_and_is_counted(path):
+    store = SqlStore(sqlite_file_url(path))
+    await store.open()
+    await store.write(scheduled=[scheduled_event(7, 1)], dead=[dead_letter(2)])
+    before = store.counts()
+    await store.close()
+    assert await store.open() == before
+    assert (before.waiting, before.scheduled) == (1, 1)
+    assert await due(store, 7) == [1]
+    await store.close()
+
+
+async def test_a_store_of_the_version_before_scheduled_events_grows_and_keeps_its_rows(path):
+    store = SqlStore(sqlite_file_url(path))
+    await store.open()
+    await store.write(dead=[dead_letter()], waiting=[waiting_event(1, seq=2)])
+    await store.close()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("DROP TABLE scheduled")
+        database.execute("UPDATE meta SET value = '5' WHERE name = 'schema_version'")
+    assert held(await store.open()) == (1, 1, 1)
+    await store.write(scheduled=[scheduled_event(7, 3)])
+    await store.close()
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT value FROM meta WHERE name = 'schema_version'").fetchone() == ("6",)
+    assert (await store.open()).scheduled == 1
+    await store.close()
+
+
+async def test_a_store_of_another_schema_that_holds_only_scheduled_events_is_refused_too(path):
+    store = SqlStore(sqlite_file_url(path))
+    await store.open()
+    await store.write(scheduled=[scheduled_event(7, 3)])
+    await store.close()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE meta SET value = '7' WHERE name = 'schema_version'")
+    with pytest.raises(StoreError, match="schema version 7"):
+        await store.open()
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT count(*) FROM scheduled").fetchone() == (1,)
 
 
 async def test_a_file_that_is_no_database_is_a_store_error(tmp_path):

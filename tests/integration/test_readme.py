@@ -82,6 +82,20 @@ def test_the_small_program_prints_the_total(make_bus: MakeBus) -> None:
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "9.5\n", "")
 
 
+def test_the_tested_program_needs_no_bus_and_no_time(tmp_path: Path) -> None:
+    write_programs(tmp_path)
+    ran = subprocess.run(
+        [sys.executable, "tested.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONWARNINGS": "error"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (0, "an hour and a crash later: reminded\n"), ran.stderr
+
+
 def test_the_guarded_program_prints_what_ran(make_bus: MakeBus) -> None:
     ran = run_program(make_bus, "guarded.py")
     assert (ran.returncode, ran.stderr) == (0, "")

@@ -22,17 +22,14 @@ from shardbus.client import Client
 from shardbus.config import Limits
 from shardbus.context import Context
 from shardbus.errors import BusUnreachable, CommandLost
-from shardbus.journal import Journal, journal_bytes
 from shardbus.messages import Command, Event, WireKey
-from shardbus.metrics import Book, Recorder, book_bytes
+from shardbus.metrics import Book
 from shardbus.quarantine import Ended
-from shardbus.registry import OnDeadLetter, Registry
+from shardbus.registry import OnDeadLetter, Plan, Registry
 from shardbus.retry import Retry
-from shardbus.routing import ShardAddress, Table, even_slots
-from shardbus.shard import Shard
 from shardbus.store import WaitingEvent
 from shardbus.testing import MemoryRows, MemoryStore
-from shardbus.wire.frames import Answer, TableChanged, decode_to_supervisor, encode_frame
+from shardbus.testing.cluster import CONTROL, Cluster, ClusterConnector
 
 T = TypeVar("T")
 
@@ -223,44 +220,6 @@ class Network:
             loop.call_later(0.0005 + (chance() * world.jitter_s if chance() < 0.3 else 0.0), deliver, frame)
 
 
-class _Channel:
-    def __init__(self, world: World, deliver: Callable[[bytes], None]) -> None:
-        self._world = world
-        self._deliver = deliver
-        self.open = True
-
-    def send(self, frame: bytes) -> bool:
-        self._world.network.carry(frame, self._arrive)
-        return True
-
-    def _arrive(self, frame: bytes) -> None:
-        if self.open:
-            self._deliver(frame)
-
-    def close(self) -> None:
-        self.open = False
-
-
-class _Connector:
-    def __init__(self, world: World) -> None:
-        self._world = world
-
-    def open(self, address: str, on_frame: Callable[[bytes], None]) -> _Channel:
-        world = self._world
-        back = _Channel(world, on_frame)
-        if address == "control":
-            world.control.append(back)
-            return _Channel(world, lambda frame: world.answer(frame, back))
-        world.peers += 1
-        peer = world.peers.to_bytes(4, "big")
-        world.back[peer] = back
-        at, counter = map(int, address.split("/"))
-        return _Channel(world, lambda frame: world.to_shard(at, counter, peer, frame))
-
-    def close(self) -> None:
-        pass
-
-
 class WorldStore(MemoryStore):
     """Takes its time, before or after it commits, and has one caller at a time, as a database connection has."""
 
@@ -268,7 +227,6 @@ class WorldStore(MemoryStore):
         super().__init__(rows)
         self._chance = chance
         self._busy = False
-        self.dead = False  # with its process, which commits nothing more in the instants until it is closed
 
     async def _call(self, call: Callable[..., Awaitable[T]], *args: Any, **rows: Any) -> T:
         assert not self._busy, "two calls at once"
@@ -306,7 +264,7 @@ class _Book(Book):
         return []
 
 
-class World:
+class World(Cluster):
     """Shards, clients and faults of one seed. `run` lives through it and checks every promise at the end."""
 
     def __init__(self, seed: int, loop: VirtualLoop) -> None:
@@ -332,29 +290,21 @@ class World:
         self.parks = self.chance.random() < 0.4  # bad events park their keys, and end well after some redrives
         self.poisoned = not self.parks and self.chance.random() < 0.4  # what is redriven would crash for ever
         self.poison_weight = random.Random(f"{seed}/poison").choice([2, 2, 10]) if self.poisoned else 0
-        self.network = Network(self)
-        self.control: list[_Channel] = []
-        self.peers = 0
-        self.back: dict[bytes, _Channel] = {}
-        self.rows = [MemoryRows() for _ in range(self.shards_count)]
-        self.shards: list[Shard | None] = [None] * self.shards_count
-        self.stores: list[WorldStore | None] = [None] * self.shards_count
-        self.journals = [bytearray(journal_bytes(**JOURNAL)) for _ in range(self.shards_count)]
-        self.buffers = [bytearray(book_bytes(**BOOK)) for _ in range(self.shards_count)]
-        self.books = [_Book(memoryview(buffer), **BOOK) for buffer in self.buffers]
+        super().__init__(
+            self.shards_count,
+            now_ns=self._now_ns,
+            wall_ns=self._now_ns,
+            chance=self.chance.random,
+            book=BOOK,
+            journal=JOURNAL,
+        )
+        self.carry = Network(self).carry  # type: ignore[method-assign]
         self.folds = random.Random(f"{seed}/folds")
         self.leaving = random.Random(f"{seed}/leaving")
-        self.ends = [Ended() for _ in range(self.shards_count)]
-        self.starting: set[int] = set()
         self.crashes = 0
         self.kills = 0  # by somebody outside
-        self.counters = [0] * self.shards_count
-        self.version = 0
-        self.slots = even_slots(self.shards_count)
-        self.packed: tuple[object, bytes] = (None, b"")  # the table, and of what it is one
         self.handlings: list[Handling] = []
         self.sums: dict[str, int] = defaultdict(int)
-        self.broken: list[BaseException] = []
         self.died = False
         self.clients: list[Client] = []
         self.registry = Registry("world")
@@ -379,7 +329,6 @@ class World:
             linger_s=piles.choice([0.0, 0.0, 0.05]),
         )(self._handle_pile)
         self.registry.command(Sum)(self._sum)
-        self.deaths: list[asyncio.Task[None]] = []
         self.successors: set[asyncio.Task[None]] = set()
 
     # -- the application
@@ -478,93 +427,28 @@ class World:
 
     # -- the bus
 
-    def now_ns(self) -> int:
+    def _now_ns(self) -> int:
         return int(self.loop.now * 1e9)
 
-    def table(self) -> bytes:
-        """The routing table, packed; kept, because it is asked for much more often than it changes."""
-        live = tuple(counter if shard is not None else 0 for counter, shard in zip(self.counters, self.shards, strict=True))
-        if self.packed[0] != (self.version, live):
-            shards = [
-                ShardAddress(shard=at, epoch=self.epoch(at) if counter else b"", address=f"{at}/{self.counters[at]}")
-                for at, counter in enumerate(live)
-            ]
-            table = Table(incarnation=b"i" * 16, layout=1, version=self.version, slots=self.slots, shards=shards)
-            self.packed = ((self.version, live), msgspec.msgpack.encode(table))
-        return self.packed[1]
+    def plans(self, at: int) -> dict[str, Plan]:
+        return self.registry.plans()
 
-    def epoch(self, shard: int) -> bytes:
-        return b"%d-%d" % (shard, self.counters[shard])
+    def limits_now(self) -> Limits:
+        return self.limits if self.loop.now < FAULTS_END_S else LIMITS
 
-    def announce(self) -> None:
-        self.version += 1
-        for back in self.control:
-            back.send(encode_frame(TableChanged(self.table())))
+    def new_store(self, at: int) -> WorldStore:
+        return WorldStore(self.rows[at], self.chance)
 
-    def answer(self, frame: bytes, back: _Channel) -> None:
-        ask = decode_to_supervisor(frame)
-        assert ask.what == "table"
-        back.send(encode_frame(Answer(ask.request, "", self.table())))
-
-    def to_shard(self, at: int, counter: int, peer: bytes, frame: bytes) -> None:
-        shard = self.shards[at]
-        if shard is not None and counter == self.counters[at]:
-            shard.receive(peer, frame)
-
-    def from_shard(self, at: int, counter: int) -> Callable[[bytes, bytes], bool]:
-        def send(peer: bytes, frame: bytes) -> bool:
-            if counter == self.counters[at] and self.shards[at] is not None:
-                self.back[peer].send(frame)
-            return True
-
-        return send
-
-    def new_shard(self, at: int) -> Shard:
-        self.counters[at] += 1
-        self.starting.add(at)
-        store = self.stores[at] = WorldStore(self.rows[at], self.chance)
-        return Shard(
-            shard=at,
-            epoch=self.epoch(at),
-            layout=1,
-            plans=self.registry.plans(),
-            store=store,
-            recorder=Recorder(memoryview(self.buffers[at]), full=lambda: self.fold(at), **BOOK),
-            journal=Journal(memoryview(self.journals[at]), **JOURNAL),
-            send=self.from_shard(at, self.counters[at]),
-            now=self.now_ns,
-            limits=self.limits if self.loop.now < FAULTS_END_S else LIMITS,
-            broken=self.broken.append,
-            wall=self.now_ns,
-            chance=self.chance.random,
-            predecessor=self.ends[at],
-        )
-
-    def fold(self, at: int) -> None:
-        self.books[at].fold(self.now_ns())
-
-    async def start_shard(self, at: int) -> None:
-        shard = self.shards[at] = self.new_shard(at)
-        await shard.start()
-        self.starting.discard(at)
-        self.announce()
+    def new_book(self, buffer: bytearray) -> _Book:
+        return _Book(memoryview(buffer), **BOOK)
 
     def kill_shard(self, at: int, ended: Ended) -> None:
-        shard, self.shards[at] = self.shards[at], None
-        if shard is not None:
-            self.died = True
-            store = self.stores[at]
-            assert store is not None
-            store.dead = True
-            shard._journal.pulse(self.now_ns())
-            self.ends[at] = ended
-            self.journals[at] = bytearray(self.journals[at])  # as it is now: the dead write no more
-            if self.folds.random() < 0.5:
-                self.books[at].fold(self.now_ns(), self.folds.randrange(10))
-            self.buffers[at] = bytearray(self.buffers[at])
-            self.books[at] = _Book(memoryview(self.buffers[at]), **BOOK)  # as if the supervisor had died, too
-            self.deaths.append(self.loop.create_task(shard.close()))
-            self.announce()
+        self.died = self.died or self.shards[at] is not None
+        super().kill_shard(at, ended)
+
+    def bury_evidence(self, at: int) -> None:
+        if self.folds.random() < 0.5:
+            self.books[at].fold(self.now_ns(), self.folds.randrange(10))
 
     async def faults(self) -> None:
         for _ in range(self.restarts):
@@ -596,7 +480,7 @@ class World:
 
     async def sender(self, number: int) -> Client:
         client = Client(
-            "world", _Connector(self), "control", limits=LIMITS, now=self.now_ns, publisher=b"%016d" % number
+            "world", ClusterConnector(self), CONTROL, limits=LIMITS, now=self.now_ns, publisher=b"%016d" % number
         )
         await client.start(60.0)
         self.clients.append(client)

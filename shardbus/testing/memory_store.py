@@ -1,10 +1,11 @@
-"""What users test with: the store in memory, the same port as the real one.
+"""The store in memory, the same port as the real one.
 
 `MemoryRows` is what outlives a store, so that a simulated restart can hand it to the next.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Sequence
 
 from msgspec.structs import replace
@@ -14,8 +15,10 @@ from shardbus.store import (
     ANY_SIZE,
     DeadFilter,
     DeadLetter,
+    ScheduledEvent,
     StoreCounts,
     StoredDeadLetter,
+    StoredScheduled,
     StoreError,
     WaitingEvent,
     WaitingLane,
@@ -31,7 +34,9 @@ class MemoryRows:
         self.dead: dict[tuple[bytes, int], DeadLetter] = {}
         self.rows: dict[tuple[bytes, int], int] = {}  # of dead letters
         self.waiting: dict[int, WaitingEvent] = {}
+        self.scheduled: dict[int, ScheduledEvent] = {}  # by row
         self.row_max = 0
+        self.scheduled_row_max = 0
         self.redriven = 0
         self.purged = 0
         self.dropped = 0
@@ -48,6 +53,8 @@ class MemoryStore:
         self.rows = MemoryRows() if rows is None else rows
         self.failing = ""
         """Set it to have every write raise `StoreError` with this text."""
+        self.dead = False
+        """Set it when its process dies: nothing is written any more, and no write returns."""
 
     async def open(self) -> StoreCounts:
         """See `Store.open`."""
@@ -67,9 +74,12 @@ class MemoryStore:
                 droppable += size
         for row in rows.waiting.values():
             waiting += row_bytes(row.envelope)
+        for scheduled in rows.scheduled.values():
+            waiting += row_bytes(scheduled.envelope)
         return StoreCounts(
             dead=len(rows.dead),
-            waiting=len(rows.waiting),
+            waiting=len(rows.waiting) + len(rows.scheduled),
+            scheduled=len(rows.scheduled),
             position_max=max(position_max, max(rows.waiting, default=0)),
             parked=parked,
             redriven=rows.redriven,
@@ -90,10 +100,11 @@ class MemoryStore:
         changed: Sequence[WaitingEvent] = (),
         done: Sequence[int] = (),
         redriven: Sequence[int] = (),
+        scheduled: Sequence[ScheduledEvent] = (),
+        begun: Sequence[int] = (),
     ) -> None:
         """See `Store.write`."""
-        if self.failing:
-            raise StoreError(self.failing)
+        await self._may_write()
         known = self.rows.waiting.keys()
         if len({row.position for row in waiting} - known) != len(waiting):
             raise StoreError("a position is taken")
@@ -114,6 +125,11 @@ class MemoryStore:
         for position in done:
             self.rows.waiting.pop(position, None)
         self.rows.redriven += self._remove_dead(redriven)
+        for event in scheduled:
+            self.rows.scheduled_row_max += 1
+            self.rows.scheduled[self.rows.scheduled_row_max] = event
+        for at in begun:
+            self.rows.scheduled.pop(at, None)
 
     async def waiting_lanes(self) -> list[WaitingLane]:
         """See `Store.waiting_lanes`."""
@@ -139,11 +155,36 @@ class MemoryStore:
         """See `Store.outcomes`."""
         dead = sorted(seq for owner, seq in self.rows.dead if owner == publisher and seq >= first)
         waiting = sorted(
-            row.envelope.seq
-            for row in self.rows.waiting.values()
-            if row.envelope.publisher == publisher and row.envelope.seq >= first
+            envelope.seq
+            for rows in (self.rows.waiting, self.rows.scheduled)
+            for envelope in [row.envelope for row in rows.values()]
+            if envelope.publisher == publisher and envelope.seq >= first
         )
         return dead, waiting
+
+    async def due(
+        self, until_ns: int, after: tuple[int, int], limit: int, bytes_max: int = ANY_SIZE
+    ) -> list[StoredScheduled]:
+        """See `Store.due`."""
+        order = sorted((event.due_ns, row) for row, event in self.rows.scheduled.items() if event.due_ns <= until_ns)
+        found = [StoredScheduled(at[1], self.rows.scheduled[at[1]]) for at in order if at > after][:limit]
+        return found[: fitting((len(one.event.envelope.body) for one in found), bytes_max)]
+
+    async def next_due(self, after_ns: int) -> int:
+        """See `Store.next_due`."""
+        return min((event.due_ns for event in self.rows.scheduled.values() if event.due_ns > after_ns), default=0)
+
+    async def unschedule(self, publisher: bytes, seq: int) -> int:
+        """See `Store.unschedule`."""
+        await self._may_write()
+        found = [
+            row
+            for row, event in self.rows.scheduled.items()
+            if (event.envelope.publisher, event.envelope.seq) == (publisher, seq)
+        ]
+        for row in found:
+            del self.rows.scheduled[row]
+        return len(found)
 
     async def dead_letters(
         self, where: DeadFilter, after: int, limit: int, bytes_max: int = ANY_SIZE
@@ -159,16 +200,14 @@ class MemoryStore:
 
     async def purge(self, rows: Sequence[int]) -> int:
         """See `Store.purge`."""
-        if self.failing:
-            raise StoreError(self.failing)
+        await self._may_write()
         purged = self._remove_dead(rows)
         self.rows.purged += purged
         return purged
 
     async def drop_oldest(self, *, rows: int, size: int, keep: Collection[int] = ()) -> int:
         """See `Store.drop_oldest`."""
-        if self.failing:
-            raise StoreError(self.failing)
+        await self._may_write()
         oldest: list[int] = []
         for identity, row in sorted(self.rows.rows.items(), key=lambda item: item[1]):
             if len(oldest) >= rows and size <= 0:
@@ -179,6 +218,12 @@ class MemoryStore:
         dropped = self._remove_dead(oldest)
         self.rows.dropped += dropped
         return dropped
+
+    async def _may_write(self) -> None:
+        if self.dead:
+            await asyncio.Event().wait()
+        if self.failing:
+            raise StoreError(self.failing)
 
     def _remove_dead(self, rows: Sequence[int]) -> int:
         if not rows:

@@ -1,0 +1,166 @@
+"""Time that a test controls: timers of the running event loop fire when `Clock.advance` comes to them, and not before.
+
+Owns what it puts in the place of the loop's `time`, `call_later` and `call_at`, for as long as its block is open: with them
+`asyncio.sleep` and `asyncio.timeout` stand still, too, the test's own as well. Threads and sockets go on as ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import time
+from collections.abc import Callable
+from heapq import heappop, heappush
+from itertools import count
+from types import TracebackType
+from typing import Any, Final
+
+import msgspec
+
+_ROUNDING_S: Final = 1e-6  # what comes so much behind the end of `advance` was meant to come at it
+_TURNS_MAX: Final = 1_000_000
+_PATCHED: Final = ("time", "call_soon", "call_later", "call_at", "run_in_executor")
+
+
+class Timer(msgspec.Struct, eq=False):
+    """A callback to come."""
+
+    callback: Callable[..., object] | None
+    args: tuple[Any, ...]
+    context: contextvars.Context | None
+    due_s: float = 0.0
+
+    def cancel(self) -> None:
+        """Never call it."""
+        self.callback = None
+
+    def cancelled(self) -> bool:
+        """Whether it will never be called, or was."""
+        return self.callback is None
+
+    def when(self) -> float:
+        """When it is due, by the loop's clock."""
+        return self.due_s
+
+
+class Clock:
+    """The clock of a running event loop. Use it as a block; time passes by `advance`.
+
+    Args:
+        tick: is called whenever time has passed; it returns for how many seconds none may pass without another call.
+    """
+
+    def __init__(self, tick: Callable[[], float]) -> None:
+        self._tick = tick
+        self._loop: Any = None
+        self._now_s = 0.0
+        self._began_s = 0.0
+        self._began_wall_ns = 0
+        self._timers: list[tuple[float, int, Timer]] = []  # a heap; of those for one instant, the first comes first
+        self._numbers = count()
+        self._calls = 0  # of `call_soon`
+        self._threads = 0  # calls that run in threads now
+        self._thread_ended = asyncio.Event()
+
+    def __enter__(self) -> Clock:
+        self._loop = asyncio.get_running_loop()
+        self._now_s = self._began_s = self._loop.time()
+        self._began_wall_ns = time.time_ns()
+        self._real_soon = self._loop.call_soon
+        self._real_executor = self._loop.run_in_executor
+        ours = (lambda: self._now_s, self._call_soon, self._call_later, self._call_at, self._run_in_executor)
+        for name, function in zip(_PATCHED, ours, strict=True):
+            setattr(self._loop, name, function)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, stack: TracebackType | None
+    ) -> None:
+        for name in _PATCHED:
+            delattr(self._loop, name)
+
+    def now_ns(self) -> int:
+        """Nanoseconds of a clock that never goes back."""
+        return int(self._now_s * 1e9)
+
+    def wall_ns(self) -> int:
+        """Nanoseconds since 1970: the real time at which the block was entered, and what has passed in it."""
+        return self._began_wall_ns + int((self._now_s - self._began_s) * 1e9)
+
+    async def settle(self) -> None:
+        """Return when nothing can go on unless time passes."""
+        for _ in range(_TURNS_MAX):
+            self._run_due()
+            calls = self._calls
+            await asyncio.sleep(0)
+            if self._calls - calls > 1:  # besides the end of this very sleep
+                continue
+            if self._threads:
+                self._thread_ended.clear()
+                await self._thread_ended.wait()
+            elif not self._timers or self._timers[0][0] > self._now_s:
+                return
+        raise AssertionError(f"something goes on without time passing: {_TURNS_MAX:,} turns of the event loop")
+
+    async def advance(self, seconds: float) -> None:
+        """Let time pass: whatever comes due meanwhile runs at its instant, and settles before time goes on."""
+        end_s = self._now_s + seconds
+        await self.settle()
+        step_s = self._tick()
+        while True:
+            await self.settle()
+            while self._timers and self._timers[0][2].callback is None:
+                heappop(self._timers)
+            next_s = self._now_s + step_s
+            if self._timers:
+                next_s = min(next_s, self._timers[0][0])
+            if next_s > end_s + _ROUNDING_S:
+                if self._now_s >= end_s:
+                    return
+                next_s = end_s
+            self._now_s = max(self._now_s, next_s)
+            step_s = self._tick()
+
+    def thread_begins(self) -> None:
+        """A call runs in a thread: `settle` waits for its end, in real time."""
+        self._threads += 1
+
+    def thread_ended(self, _: object = None) -> None:
+        """It has ended."""
+        self._threads -= 1
+        self._thread_ended.set()
+
+    # -- in the place of the loop's own
+
+    def _call_soon(
+        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        self._calls += 1
+        handle: asyncio.Handle = self._real_soon(callback, *args, context=context)
+        return handle
+
+    def _call_later(
+        self, delay: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> Timer:
+        return self._call_at(self._now_s + delay, callback, *args, context=context)
+
+    def _call_at(
+        self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> Timer:
+        timer = Timer(callback, args, contextvars.copy_context() if context is None else context, when)
+        heappush(self._timers, (when, next(self._numbers), timer))
+        return timer
+
+    def _run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = self._real_executor(executor, function, *args)
+        self.thread_begins()
+        future.add_done_callback(self.thread_ended)
+        return future
+
+    def _run_due(self) -> None:
+        timers = self._timers
+        while timers and timers[0][0] <= self._now_s:
+            timer = heappop(timers)[2]
+            callback, timer.callback = timer.callback, None
+            if callback is not None:
+                self._call_soon(callback, *timer.args, context=timer.context)
