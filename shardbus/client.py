@@ -263,6 +263,24 @@ class _Call(msgspec.Struct):
     flow: Flow | None = None  # of a stream
 
 
+class _Lines:
+    """The shards, as subscriptions see the client."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def route(self, key: WireKey) -> list[int]:
+        client = self._client
+        assert client._table is not None  # it has started
+        return [outbox.shard for outbox in client._outboxes] if key is None else [client._table.shard_of(key)]
+
+    def line(self, shard: int) -> tuple[bytes, Callable[[bytes], object]] | None:
+        outbox = self._client._outboxes[shard]
+        if outbox.session.state is not State.OPEN:
+            return None
+        return outbox.session.epoch, lambda frame: self._client._send(outbox, frame)
+
+
 class _Caller:
     """A streaming command, as its `Stream` sees the client."""
 
@@ -341,7 +359,7 @@ class Client:
         self._refused = 0
         self._waits = 0
         self._waited_ns = 0
-        self._subscriptions = Subscriptions(self, limits)
+        self._subscriptions = Subscriptions(_Lines(self), limits)
         self._published = 0
         self._commands_finished = 0
         self._dirty: list[_Outbox] = []
@@ -763,18 +781,6 @@ class Client:
             UsageError: the key is no text.
         """
         return Session(self, key)
-
-    def route(self, key: WireKey) -> list[int]:
-        """See `subscriptions.Line`."""
-        assert self._table is not None  # the client has started
-        return [outbox.shard for outbox in self._outboxes] if key is None else [self._table.shard_of(key)]
-
-    def line(self, shard: int) -> tuple[bytes, Callable[[bytes], object]] | None:
-        """See `subscriptions.Line`."""
-        outbox = self._outboxes[shard]
-        if outbox.session.state is not State.OPEN:
-            return None
-        return outbox.session.epoch, lambda frame: self._send(outbox, frame)
 
     # -- scheduled events
 

@@ -1569,6 +1569,8 @@ class _Call:
         if not self.is_cancelled and self._task is not None:
             self.is_cancelled = True
             self.told = told
+            if self.outlet is not None:
+                self.outlet.close()
             self._task.cancel()
 
     def end(self) -> None:

@@ -42,6 +42,7 @@ class Outlet:
         self._unsent: list[bytes] = []
         self._unsent_bytes = 0
         self._room: asyncio.Future[None] | None = None
+        self._closed = False
 
     @property
     def has_room(self) -> bool:
@@ -64,10 +65,16 @@ class Outlet:
         try:
             await self._wait()
             async for item in items:
+                if self._closed:
+                    break  # it has gone on in spite of its cancellation
                 self._put(item)
                 await self._wait()
         finally:
             await items.aclose()
+
+    def close(self) -> None:
+        """Nobody reads any more: take nothing from a generator that goes on all the same."""
+        self._closed = True
 
     def flush(self) -> None:
         """Send what was yielded so far; happens by itself at the end of the loop's turn."""

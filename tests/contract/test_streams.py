@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 from collections.abc import AsyncIterator, Callable
@@ -54,6 +55,9 @@ async def count(command: Count) -> AsyncIterator[Any]:
             told.append(str(n))
             if command.how == "slow":
                 await asyncio.sleep(3600 if n == 3 else 0)
+            if command.how == "stubborn" and n == 3:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(3600)
             yield bytes(1_000_000) if command.how == "large" else "text" if command.how == "wrong" else n
         if command.how == "fails":
             raise ValueError("no more")
@@ -181,6 +185,16 @@ async def test_a_handler_that_waits_for_something_else_is_cancelled_when_its_rea
         assert "CancelledError" in told
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
+
+
+async def test_a_handler_that_goes_on_in_spite_of_its_cancellation_is_closed_at_its_next_item():
+    async with running() as client:
+        stream = client.stream(Count(key="a", upto=1000, how="stubborn"))
+        assert [await anext(stream) for _ in range(3)] == [0, 1, 2]
+        await stream.aclose()
+        await until(lambda: "closed" in told)
+        assert told[-4:] == ["2", "3", "GeneratorExit", "closed"]
+        assert await client.execute(Plain(key="a")) == 1
 
 
 async def test_a_stream_ends_when_its_time_is_over():

@@ -22,6 +22,7 @@ from shardbus import (
     UsageError,
 )
 from shardbus.config import Limits
+from shardbus.feeds import Feeds
 from shardbus.local import run_local
 from shardbus.testing import MemoryStore
 
@@ -174,6 +175,22 @@ async def test_what_the_worker_dropped_is_told_once_there_is_room_again(monkeypa
         assert await taken(events, 1) == [Missed(936)]  # although nothing follows
         await client.publish(Shipped(order="a", n=1000))
         assert await taken(events, 1) == [Shipped(order="a", n=1000)]
+
+
+async def test_a_batch_in_which_nobody_is_interested_is_not_looked_at(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise AssertionError("nobody listens to that")
+
+    async with running() as client:
+        for name in ("add", "concern", "flush"):
+            monkeypatch.setattr(Feeds, name, refuse)
+        await client.publish_many([Shipped(order="a", n=n) for n in range(1000)])
+        assert (await client.flush()).handled == 1000
+        monkeypatch.undo()
+        monkeypatch.setattr(Feeds, "add", refuse)
+        async with client.subscribe(Failed):
+            await client.publish_many([Shipped(order="a") for n in range(1000)])
+            assert (await client.flush()).handled == 2000
 
 
 @pytest.mark.parametrize("leave", ["break", "cancel", "aclose", "forget"])

@@ -299,7 +299,7 @@ UNSOUND: dict[str, list[Any]] = {
     "a negative timeout": [["A"], None, [1, 2], XY, None, None, pack([[0, {}, -1, False]])],
     "an endless timeout": [["A"], None, [1, 2], XY, None, None, pack([[0, {}, 2**63, False]])],
     "a window below zero": [["A"], None, [1, 2], XY, None, None, pack([[0, {}, 1, False, -1]])],
-    "a window beyond its bound": [["A"], None, [1, 2], XY, None, None, pack([[0, {}, 1, False, 1025]])],
+    "a window beyond its bound": [["A"], None, [1, 2], XY, None, None, pack([[0, {}, 1, False, 0, 1025]])],
     "a header that is a number": [["A"], None, [1, 2], XY, None, None, pack([[0, {"h": 1}, 0, False]])],
     "too many headers": [
         ["A"], None, [1, 2], XY, None, None, pack([[0, {str(at): "" for at in range(33)}, 0, False]]),

@@ -82,7 +82,7 @@ def test_a_due_time_that_is_none_makes_a_batch_unsound():
     for due, sound in ((0, True), (2**62 - 1, True), (-1, False), (2**62, False)):
         batch = Batch()
         batch.add("Name", "key", b"\xc0")
-        batch.extras.append(Extra(0, {}, 0, False, due))
+        batch.extras.append(Extra(0, {}, 0, False, due_ns=due))
         if sound:
             assert decode_batch(batch.seal(), 1).extras[0].due_ns == due
         else:
