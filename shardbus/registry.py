@@ -196,8 +196,8 @@ class Registry:
                 both lists, and is the only handler of its type. It gets what is there, of many keys, each key's in order.
                 It returns None, and all are handled; or a list with None or an exception for each event; or raises, and
                 all have failed. Of a key, what stands behind an event that is called again is called again behind it,
-                whatever was said of it. Where it raised, all are called again one by one. `retry`, `breaker` and
-                `timeout_s` count calls; for a breaker one has failed where it raised or handled nothing.
+                whatever was said of it. Where it raised, all are called again one by one. `retry` is for each event,
+                `timeout_s` for the call; a breaker counts calls, of which one has failed where it raised or handled nothing.
             batch_by: `"key"`: all events of a batch have the same key.
             linger_s: wait so long for a batch to fill, from its first event on. Default: never wait.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import shardbus
 from shardbus import Bus, Command, Context, DeadLetterFilter, Event, Retry, UsageError
 
 
@@ -124,6 +125,27 @@ async def test_handlers_see_how_much_time_is_left():
     assert 40 < seen[1] <= 50
     assert left is not None
     assert 20 < left <= 30
+
+
+async def test_a_client_with_middleware_and_a_blocking_client_have_deadlines_too():
+    bus, seen = Bus("late"), list[float | None]()
+
+    @bus.on(Step)
+    async def step(event: Step, context: Context) -> None:
+        seen.append(context.remaining_s)
+
+    async with bus.local(middleware=[lambda message, headers: None]) as client:
+        await client.publish(Step(key="a"), deadline=50.0)
+        await client.flush(10)
+
+    def block() -> None:
+        with shardbus.blocking.local(bus) as client:
+            client.publish(Step(key="a"), deadline=50.0)
+            client.flush(10)
+
+    await asyncio.to_thread(block)
+    assert len(seen) == 2
+    assert all(left is not None and 40 < left <= 50 for left in seen)
 
 
 @pytest.mark.parametrize("deadline", [0, -1.0, float("nan"), float("inf"), 1e12, "soon"])
