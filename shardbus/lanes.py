@@ -1185,7 +1185,7 @@ class Lanes:
     async def _command(self, delivery: Delivery) -> None:
         plan, session = delivery.plan, delivery.session
         if session is not None and (session.left or delivery.seq in session.cancelled):
-            session.cancelled.discard(delivery.seq)
+            session.cancelled.pop(delivery.seq, None)
             return
         if self._is_late(delivery):
             self._host.reply(delivery, REPLY_EXPIRED, b"")

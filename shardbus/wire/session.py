@@ -534,7 +534,7 @@ class WorkerSession:
         self.waiting = 0
         self.heard_ns = 0
         self.left = False  # the publisher has said good-bye: nobody waits for its commands
-        self.cancelled: set[int] = set()  # commands that nobody waits for, and that have not begun
+        self.cancelled: dict[int, None] = {}  # commands that nobody waits for, and that have not begun; the first ones first
         self._epoch = epoch
         self._finished = RangeSet()
         self._delta: list[int] = []  # ranges that the next ack reports
@@ -638,13 +638,11 @@ class WorkerSession:
         self.waiting += self.finish(seq)
 
     def cancel(self, seq: int) -> None:
-        """Nobody waits for this command, which has not begun: it is not to. Of more than credit allows, some may run."""
-        if self.is_finished(seq):
-            return
-        if len(self.cancelled) >= self._credit_events_max:
-            self.cancelled = {one for one in self.cancelled if not self.is_finished(one)}
-        if len(self.cancelled) < self._credit_events_max:
-            self.cancelled.add(seq)
+        """Nobody waits for this command, which has not begun: it is not to. Of more than credit allows, the first may."""
+        if not self.is_finished(seq):
+            self.cancelled[seq] = None
+            if len(self.cancelled) > self._credit_events_max:
+                del self.cancelled[next(iter(self.cancelled))]
 
     def adopt(self, dead: list[int], waiting: list[int]) -> None:
         """Sequences that a predecessor of this worker put into the store: they must not run again when they are resent."""
