@@ -394,6 +394,41 @@ def execute(
 
 
 @cli.command()
+@_connect_option
+@click.option("--app", "application", metavar="MODULE:BUS", help="The application that names the types. [env: SHARDBUS_APP]")
+@click.option("--key", help="Events of this key only, where keys are text.")
+@click.option("--count", type=click.IntRange(min=1), help="End after so many.")
+@click.argument("types", metavar="TYPE…", nargs=-1, required=True)
+def tail(
+    address: str | None, application: str | None, key: str | None, count: int | None, types: tuple[str, ...]
+) -> None:
+    """Follow events as they are handled, one JSON object a line: shardbus tail shop:OrderPlaced --key 42
+
+    TYPE is MODULE:CLASS, or the event's name in the application of --app. Begins now, until Ctrl-C; nothing waits for it:
+    where it was too slow, or a worker was replaced, a line on standard error says what is missing.
+    """
+    kinds = [cast(type[Event], _find_type(one, application or os.environ.get("SHARDBUS_APP"), Event)) for one in types]
+    _run(_tail(address, kinds, key, count))
+
+
+async def _tail(address: str | None, kinds: list[type[Event]], key: str | None, count: int | None) -> None:
+    async with (
+        connecting.connect(address, timeout=_CONNECT_S, close_timeout=0.0) as client,
+        client.subscribe(*kinds, key=key) as events,
+    ):
+        left = count
+        async for event in events:
+            if isinstance(event, Missed):
+                what = "events may be missing here" if event.count is None else _counted(event.count, "event") + " missing here"
+                click.echo(f"shardbus: {what}", err=True)
+                continue
+            click.echo(msgspec.json.encode({"type": wire_name(type(event)), "event": event}))
+            left = None if left is None else left - 1
+            if left == 0:
+                return
+
+
+@cli.command()
 @click.argument("name")
 def init(name: str) -> None:
     """Write an example application into the new directory NAME: handlers, a test, a publisher."""

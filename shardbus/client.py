@@ -837,6 +837,7 @@ class Client:
 
         Raises:
             BusUnreachable: the shard's worker did not answer in time; whether it was cancelled is unknown.
+            BusRejected: the shard's store cannot do that now; it was not cancelled.
             UsageError: it is no scheduled event's.
         """
         self._check_open()

@@ -21,7 +21,7 @@ from shardbus.breaker import Breaker
 from shardbus.client import Client
 from shardbus.config import Limits
 from shardbus.context import Context
-from shardbus.errors import BusUnreachable, CommandLost
+from shardbus.errors import BusRejected, BusUnreachable, CommandLost
 from shardbus.messages import Command, Event, WireKey
 from shardbus.metrics import Book
 from shardbus.quarantine import Ended
@@ -183,6 +183,15 @@ class Pile(Event, key="key"):
     kind: str = "quick"
 
 
+class Late(Event, key="key"):
+    """It is scheduled."""
+
+    key: str
+    n: int
+    sender: int
+    due_s: float
+
+
 class Sum(Command[int], key="key"):
     key: str
 
@@ -301,6 +310,12 @@ class World(Cluster):
         self.carry = Network(self).carry  # type: ignore[method-assign]
         self.folds = random.Random(f"{seed}/folds")
         self.leaving = random.Random(f"{seed}/leaving")
+        self.later = random.Random(f"{seed}/later")
+        self.schedules = self.later.random() < 0.15
+        self.scheduled: dict[tuple[int, int], Late] = {}  # by sender and number
+        self.cancelled: set[tuple[int, int]] = set()
+        self.asked_to_cancel: set[tuple[int, int]] = set()
+        self.lates: list[tuple[int, int, float, int]] = []  # handled: sender, number, when, attempt
         self.crashes = 0
         self.kills = 0  # by somebody outside
         self.handlings: list[Handling] = []
@@ -328,6 +343,7 @@ class World(Cluster):
             batch_by=piles.choice(["type", "type", "key"]),
             linger_s=piles.choice([0.0, 0.0, 0.05]),
         )(self._handle_pile)
+        self.registry.on(Late)(self._handle_late)
         self.registry.command(Sum)(self._sum)
         self.successors: set[asyncio.Task[None]] = set()
 
@@ -422,6 +438,9 @@ class World(Cluster):
         if fails:
             raise ValueError(f"{event.n} is {event.kind}")
 
+    async def _handle_late(self, event: Late, context: Context) -> None:
+        self.lates.append((event.sender, event.n, self.loop.now, context.attempt))
+
     def _sum(self, command: Sum) -> int:
         return self.sums[command.key]
 
@@ -480,7 +499,13 @@ class World(Cluster):
 
     async def sender(self, number: int) -> Client:
         client = Client(
-            "world", ClusterConnector(self), CONTROL, limits=LIMITS, now=self.now_ns, publisher=b"%016d" % number
+            "world",
+            ClusterConnector(self),
+            CONTROL,
+            limits=LIMITS,
+            now=self.now_ns,
+            wall=self.now_ns,
+            publisher=b"%016d" % number,
         )
         await client.start(60.0)
         self.clients.append(client)
@@ -506,8 +531,25 @@ class World(Cluster):
                 assert shard is None or shard.lanes.queued <= bound, "the lanes hold more than their bound"
             if chance.random() < 0.2:
                 await asyncio.sleep(chance.random() * 0.4)
+            if self.schedules and self.later.random() < 0.3:
+                await self.schedule(client, number, key)
         self.ordinals[number] = dict(ordinals)
         return client
+
+    async def schedule(self, client: Client, sender: int, key: str) -> None:
+        due_s = self.loop.now + self.later.choice([-1.0, 0.0, 0.1, 1.0, 5.0]) * self.later.random()
+        late = Late(key=key, n=len(self.scheduled), sender=sender, due_s=due_s)
+        self.scheduled[sender, late.n] = late
+        scheduled = await client.schedule(late, at=due_s)
+        if self.later.random() < 0.2:
+            await asyncio.sleep(self.later.random())
+            self.asked_to_cancel.add((sender, late.n))
+            try:
+                if await client.cancel(scheduled):
+                    assert not any(one[:2] == (sender, late.n) for one in self.lates), "cancelled, and it had been handled"
+                    self.cancelled.add((sender, late.n))
+            except (BusUnreachable, BusRejected):
+                pass  # the network took the answer, or the store is locked or full
 
     async def redrives(self) -> None:
         """Somebody has parked keys go on, now and then and in the middle of faults."""
@@ -559,7 +601,7 @@ class World(Cluster):
                 await client.abort()
         # What the stores took over is handled too, when faults have ended, and what is parked when that is redriven.
         while (
-            any(rows.waiting or (self.parks and rows.dead) for rows in self.rows)
+            any(rows.waiting or rows.scheduled or (self.parks and rows.dead) for rows in self.rows)
             or not all(one and one.lanes.idle() for one in self.shards)
         ):
             await asyncio.sleep(0.5)
@@ -577,8 +619,9 @@ class World(Cluster):
         if self.deaths:
             await asyncio.wait(self.deaths)
         assert not self.broken
-        for ledger in ledgers:
-            assert ledger.published == self.events_each == ledger.handled + ledger.dead + ledger.waiting
+        for sender, ledger in enumerate(ledgers):
+            published = self.events_each + sum(one == sender for one, _ in self.scheduled)
+            assert ledger.published == published == ledger.handled + ledger.dead + ledger.waiting
             assert ledger.in_flight == 0
         self.check()
 
@@ -613,6 +656,7 @@ class World(Cluster):
         for one in seen.values():
             assert one.failed == (not self.parks and one.kind == "bad" and one.handler == "first"), f"{one} had no outcome"
         bad = {(one.sender, one.key, one.n) for one in self.handlings if one.kind == "bad"}
+        self.check_scheduled()
         self.check_evidence()
         for rows in self.rows:
             assert rows.row_max == len(rows.dead) + rows.redriven + rows.purged + rows.dropped, "the store's ledger"
@@ -639,6 +683,20 @@ class World(Cluster):
             assert len(letters) == doomed
             assert convicted | gave_up == self.poison
 
+
+    def check_scheduled(self) -> None:
+        """Each was handled, not before it was due, and not where cancelling it succeeded."""
+        handled = [one[:2] for one in self.lates]
+        lost = self.scheduled.keys() - set(handled) - self.cancelled
+        # Cancelled, and nobody heard of it: the answer was lost, or the question was put again.
+        assert all(one in self.asked_to_cancel for one in lost), f"lost scheduled events: {lost - self.asked_to_cancel}"
+        assert self.cancelled.isdisjoint(handled), "cancelled, and handled"
+        assert all(now_s >= self.scheduled[sender, n].due_s - 1e-6 for sender, n, now_s, _ in self.lates), "too early"
+        assert self.died or len(handled) == len(set(handled)), "handled twice although no worker died"
+        seen: set[tuple[int, int]] = set()
+        for sender, n, _, attempt in self.lates:
+            assert attempt > 1 or (sender, n) not in seen, "came again and did not say so"
+            seen.add((sender, n))
 
     def check_evidence(self) -> None:
         """What the shards can prove is what happened, whatever died."""
