@@ -25,11 +25,12 @@ from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import NotDelivered, ShardbusError, UsageError
 from shardbus.example_application import FILES, write_example
-from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, message_from_json
+from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, key_from_text, message_from_json
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.messages import Command, Event, Message, wire_name
 from shardbus.processes import check_platform
 from shardbus.store import DEAD_REASONS, StoreError
+from shardbus.subscriptions import Missed
 
 ResultT = TypeVar("ResultT")
 
@@ -253,18 +254,21 @@ def _parse_header(text: str) -> tuple[str, str]:
     return name, value
 
 
+_app_option = click.option(
+    "--app",
+    "application",
+    metavar="MODULE:BUS",
+    envvar="SHARDBUS_APP",
+    help="Whose types are meant. Default: the demo's. [env: SHARDBUS_APP]",
+)
+
+
 def _message_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option(
             "--header", "headers", type=_parse_header, metavar="NAME=VALUE", multiple=True, help="May come several times."
         ),
-        click.option(
-            "--app",
-            "application",
-            metavar="MODULE:BUS",
-            envvar="SHARDBUS_APP",
-            help="Whose types are meant. Default: the demo's. [env: SHARDBUS_APP]",
-        ),
+        _app_option,
         _connect_option,
         click.argument("text", metavar="JSON"),
         click.argument("type_", metavar="TYPE"),
@@ -395,8 +399,8 @@ def execute(
 
 @cli.command()
 @_connect_option
-@click.option("--app", "application", metavar="MODULE:BUS", help="The application that names the types. [env: SHARDBUS_APP]")
-@click.option("--key", help="Events of this key only, where keys are text.")
+@_app_option
+@click.option("--key", help="Events of this key only.")
 @click.option("--count", type=click.IntRange(min=1), help="End after so many.")
 @click.argument("types", metavar="TYPE…", nargs=-1, required=True)
 def tail(
@@ -407,20 +411,24 @@ def tail(
     TYPE is MODULE:CLASS, or the event's name in the application of --app. Begins now, until Ctrl-C; nothing waits for it:
     where it was too slow, or a worker was replaced, a line on standard error says what is missing.
     """
-    kinds = [cast(type[Event], _find_type(one, application or os.environ.get("SHARDBUS_APP"), Event)) for one in types]
-    _run(_tail(address, kinds, key, count))
+    kinds = [cast(type[Event], _find_type(one, application, Event)) for one in types]
+    with _telling():
+        keys = set() if key is None else {key_from_text(kind, key) for kind in kinds}
+    if len(keys) > 1:
+        _fail(f"the keys of {', '.join(types)} are of several types; follow them apart", 2)
+    _run(_tail(address, kinds, keys.pop() if keys else None, count))
 
 
-async def _tail(address: str | None, kinds: list[type[Event]], key: str | None, count: int | None) -> None:
+async def _tail(address: str | None, kinds: list[type[Event]], key: Any, count: int | None) -> None:
     async with (
-        connecting.connect(address, timeout=_CONNECT_S, close_timeout=0.0) as client,
+        connect(address, timeout=_CONNECT_S, close_timeout=0.0) as client,
         client.subscribe(*kinds, key=key) as events,
     ):
         left = count
         async for event in events:
             if isinstance(event, Missed):
-                what = "events may be missing here" if event.count is None else _counted(event.count, "event") + " missing here"
-                click.echo(f"shardbus: {what}", err=True)
+                missed = "events may be" if event.count is None else f"{_counted(event.count, 'event')}"
+                click.echo(f"shardbus: {missed} missing here", err=True)
                 continue
             click.echo(msgspec.json.encode({"type": wire_name(type(event)), "event": event}))
             left = None if left is None else left - 1

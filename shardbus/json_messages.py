@@ -75,6 +75,21 @@ def message_from_json(kind: type[MessageT], text: str | bytes) -> MessageT:
         raise UsageError(f"{name}: {told}") from None
 
 
+def key_from_text(kind: type[Message], text: str) -> Any:
+    """A key as people type it, as the message's type has it.
+
+    Raises:
+        UsageError: the type has no key, or it cannot be this.
+    """
+    field = next((one for one in msgspec.structs.fields(kind) if one.name == kind.__shardbus_key__), None)
+    if field is None:
+        raise UsageError(f"{wire_name(kind)} has no key")
+    try:
+        return msgspec.convert(text, field.type, strict=False)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"the key {text!r} of {wire_name(kind)}: {error}") from None
+
+
 def _takes(kind: type[Message]) -> str:
     fields = ", ".join(kind.__struct_encode_fields__)
     return f"{wire_name(kind)} takes an object with {fields}" if fields else f"{wire_name(kind)} takes {{}}"

@@ -1,4 +1,4 @@
-"""`shardbus publish`, `execute` and `init`, against a real bus."""
+"""`shardbus publish`, `execute`, `tail` and `init`, against a real bus."""
 
 from __future__ import annotations
 
@@ -55,6 +55,22 @@ def test_a_type_is_named_as_on_the_wire_where_the_application_is_known(bus: Runn
     assert json.loads(done.stdout) == report(published=1, handled=1)
     done = run(bus, "execute", "GetTotal", "-", text='{"account": "wire"}\n', SHARDBUS_APP="accounts:bus")
     assert (done.returncode, done.stdout) == (0, "1\n")
+
+
+def test_events_are_followed_as_they_are_handled(bus: RunningBus) -> None:
+    command = [sys.executable, "-m", "shardbus", "tail", "accounts:Added", "--key", "followed", "--count", "2"]
+    environment = bus.environment() | {"SHARDBUS_URL": bus.address}
+    with subprocess.Popen(command, cwd=bus.directory, env=environment, stdout=subprocess.PIPE, text=True) as tail:
+        try:
+            while tail.poll() is None:  # it begins some time after it was started, and gets two of these then
+                run(bus, "publish", "accounts:Added", "-", text='{"account": "followed"}\n{"account": "another"}\n')
+            assert tail.stdout is not None
+            lines = [json.loads(line) for line in tail.stdout]
+        finally:
+            tail.kill()
+    assert (tail.returncode, lines) == (0, [{"type": "Added", "event": {"account": "followed", "amount": 1}}] * 2)
+    done = run(bus, "tail", "accounts:GetTotal")
+    assert (done.returncode, done.stderr) == (2, "shardbus: GetTotal is a command; use `shardbus execute`\n")
 
 
 def test_lines_are_published_up_to_the_first_that_is_not_sound(bus: RunningBus) -> None:

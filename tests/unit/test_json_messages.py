@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from shardbus.errors import UsageError
-from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, message_from_json
+from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, key_from_text, message_from_json
 from shardbus.messages import Command, Event
 
 
@@ -87,3 +87,18 @@ def test_events_are_published_and_commands_executed():
         check_kind(Get, Event)
     with pytest.raises(UsageError, match="Placed is an event; use `shardbus publish`"):
         check_kind(Placed, Command)
+
+
+class Numbered(Event, key="number"):
+    number: int
+
+
+def test_a_key_is_read_as_its_type_has_it():
+    identity = "12345678-1234-5678-1234-567812345678"
+    assert key_from_text(Placed, "7") == "7"
+    assert key_from_text(Numbered, "7") == 7
+    assert key_from_text(Timed, identity) == UUID(identity)
+    with pytest.raises(UsageError, match="the key 'seven' of Numbered"):
+        key_from_text(Numbered, "seven")
+    with pytest.raises(UsageError, match="Empty has no key"):
+        key_from_text(Empty, "7")
