@@ -829,7 +829,8 @@ class Client:
         """Cancel a scheduled event; return whether that is done, so that it will never be handled.
 
         False: it was due, and was or will be handled; or it was cancelled before; or the store of its shard has none such:
-        an event of another client must have arrived there, which that one's `flush` waits for.
+        an event of another client must have arrived there, which that one's `flush` waits for. Where a worker dies in the
+        middle, False may also be said of what has just been cancelled; True is always true.
 
         Args:
             which: what `schedule` returned, of this client or another, or the `id` of it.

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from shardbus.clock import NowNs
-from shardbus.store import ScheduledEvent, Store, StoredScheduled
+from shardbus.store import ScheduledEvent, Store, StoredScheduled, StoreError
 from shardbus.store_writer import StoreWriter
 
 _PAGE_ROWS: Final = 256
@@ -89,10 +89,14 @@ class Schedule:
         """Remove an event that is not due; False: it was, or there is none. To be called from a read of the writer's."""
         if (publisher, seq) in self._leaving.values() or not await self._writer.unschedule(publisher, seq):
             return False
+        try:
+            next_ns = await self._store.next_due(0)
+        except StoreError:
+            return True  # it is done; the timer rings for nothing, and looks then
         if not self._looking and not self._stalled:
             self.next_due_ns = 0
             self._cancel_timer()
-            self._expect(await self._store.next_due(0))
+            self._expect(next_ns)
         return True
 
     # -- inside

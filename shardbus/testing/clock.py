@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import time
 from collections.abc import Callable
 from heapq import heappop, heappush
@@ -17,7 +18,8 @@ from typing import Any, Final
 
 import msgspec
 
-_ROUNDING_S: Final = 1e-6  # what comes so much behind the end of `advance` was meant to come at it
+_NS: Final = 1_000_000_000
+_ROUNDING_NS: Final = 1000  # what comes so much behind the end of `advance` was meant to come at it
 _TURNS_MAX: Final = 1_000_000
 _PATCHED: Final = ("time", "call_soon", "call_later", "call_at", "run_in_executor")
 
@@ -47,16 +49,18 @@ class Clock:
     """The clock of a running event loop. Use it as a block; time passes by `advance`.
 
     Args:
-        tick: is called whenever time has passed; it returns for how many seconds none may pass without another call.
+        tick: is called whenever time has passed; it returns after how many seconds at the latest it is to be called
+            again, None: that does not matter.
     """
 
-    def __init__(self, tick: Callable[[], float]) -> None:
+    def __init__(self, tick: Callable[[], float | None]) -> None:
         self._tick = tick
         self._loop: Any = None
-        self._now_s = 0.0
-        self._began_s = 0.0
+        # Whole nanoseconds: to a float of many seconds a nanosecond adds nothing, and whoever waits for that waits for ever.
+        self._now_ns = 0
+        self._began_ns = 0
         self._began_wall_ns = 0
-        self._timers: list[tuple[float, int, Timer]] = []  # a heap; of those for one instant, the first comes first
+        self._timers: list[tuple[int, int, Timer]] = []  # a heap; of those for one instant, the first comes first
         self._numbers = count()
         self._calls = 0  # of `call_soon`
         self._threads = 0  # calls that run in threads now
@@ -64,11 +68,11 @@ class Clock:
 
     def __enter__(self) -> Clock:
         self._loop = asyncio.get_running_loop()
-        self._now_s = self._began_s = self._loop.time()
+        self._now_ns = self._began_ns = int(self._loop.time() * _NS)
         self._began_wall_ns = time.time_ns()
         self._real_soon = self._loop.call_soon
         self._real_executor = self._loop.run_in_executor
-        ours = (lambda: self._now_s, self._call_soon, self._call_later, self._call_at, self._run_in_executor)
+        ours = (lambda: self._now_ns / _NS, self._call_soon, self._call_later, self._call_at, self._run_in_executor)
         for name, function in zip(_PATCHED, ours, strict=True):
             setattr(self._loop, name, function)
         return self
@@ -81,11 +85,11 @@ class Clock:
 
     def now_ns(self) -> int:
         """Nanoseconds of a clock that never goes back."""
-        return int(self._now_s * 1e9)
+        return self._now_ns
 
     def wall_ns(self) -> int:
         """Nanoseconds since 1970: the real time at which the block was entered, and what has passed in it."""
-        return self._began_wall_ns + int((self._now_s - self._began_s) * 1e9)
+        return self._began_wall_ns + self._now_ns - self._began_ns
 
     async def settle(self) -> None:
         """Return when nothing can go on unless time passes."""
@@ -98,27 +102,28 @@ class Clock:
             if self._threads:
                 self._thread_ended.clear()
                 await self._thread_ended.wait()
-            elif not self._timers or self._timers[0][0] > self._now_s:
+            elif not self._timers or self._timers[0][0] > self._now_ns:
                 return
         raise AssertionError(f"something goes on without time passing: {_TURNS_MAX:,} turns of the event loop")
 
     async def advance(self, seconds: float) -> None:
         """Let time pass: whatever comes due meanwhile runs at its instant, and settles before time goes on."""
-        end_s = self._now_s + seconds
+        end_ns = self._now_ns + round(seconds * _NS)
         await self.settle()
         step_s = self._tick()
         while True:
             await self.settle()
             while self._timers and self._timers[0][2].callback is None:
                 heappop(self._timers)
-            next_s = self._now_s + step_s
-            if self._timers:
-                next_s = min(next_s, self._timers[0][0])
-            if next_s > end_s + _ROUNDING_S:
-                if self._now_s >= end_s:
+            steps = [self._timers[0][0]] if self._timers else []
+            if step_s is not None:
+                steps.append(self._now_ns + round(step_s * _NS))
+            next_ns = min(steps, default=end_ns + 2 * _ROUNDING_NS)
+            if next_ns > end_ns + _ROUNDING_NS:
+                if self._now_ns >= end_ns:
                     return
-                next_s = end_s
-            self._now_s = max(self._now_s, next_s)
+                next_ns = end_ns
+            self._now_ns = max(self._now_ns, next_ns)
             step_s = self._tick()
 
     def thread_begins(self) -> None:
@@ -142,13 +147,23 @@ class Clock:
     def _call_later(
         self, delay: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> Timer:
-        return self._call_at(self._now_s + delay, callback, *args, context=context)
+        due_ns = self._now_ns + max(0, math.ceil(delay * _NS))
+        return self._add(due_ns, callback, args, context)
 
     def _call_at(
         self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> Timer:
-        timer = Timer(callback, args, contextvars.copy_context() if context is None else context, when)
-        heappush(self._timers, (when, next(self._numbers), timer))
+        return self._add(math.ceil(when * _NS), callback, args, context)
+
+    def _add(
+        self,
+        due_ns: int,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        context: contextvars.Context | None,
+    ) -> Timer:
+        timer = Timer(callback, args, contextvars.copy_context() if context is None else context, due_ns / _NS)
+        heappush(self._timers, (due_ns, next(self._numbers), timer))
         return timer
 
     def _run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
@@ -159,7 +174,7 @@ class Clock:
 
     def _run_due(self) -> None:
         timers = self._timers
-        while timers and timers[0][0] <= self._now_s:
+        while timers and timers[0][0] <= self._now_ns:
             timer = heappop(timers)[2]
             callback, timer.callback = timer.callback, None
             if callback is not None:

@@ -43,7 +43,6 @@ _BOOK: Final = {"keys": 4096, "publishers": 4, "log_bytes": 256 * 1024}
 _JOURNAL: Final = {"suspended": 256, "suspects": 256}
 _LIMITS: Final = replace(DEFAULT_LIMITS, ack_delay_s=0.0)  # acks come without time passing
 _BUSY_TICK_S: Final = 0.1  # a client's, while something of it is unfinished
-_IDLE_TICK_S: Final = float("inf")
 
 When = Literal["before", "after"]
 
@@ -136,14 +135,14 @@ class Kit(Cluster):
             raise UsageError(f"advance({seconds!r}): time passes by seconds from 0 on")
         await self.clock.advance(seconds)
 
-    def _tick(self) -> float:
+    def _tick(self) -> float | None:
         for shard in self.shards:
             if shard is not None:
                 shard.tick()
         for client in self._clients:
             client.tick()
         busy = any(client.ledger().in_flight for client in self._clients)
-        return _BUSY_TICK_S if busy else _IDLE_TICK_S
+        return _BUSY_TICK_S if busy else None
 
     # -- the bus
 

@@ -174,6 +174,23 @@ async def test_time_goes_on_by_itself_again_behind_the_block(shop):
         await asyncio.sleep(0.001)
 
 
+async def test_nothing_spins_whatever_fraction_of_a_nanosecond_time_stands_at(shop):
+    async with testing.run(shop.bus) as kit:
+        await kit.advance(3.0e8)  # where a float has no nanoseconds any more
+        for n in range(200):
+            await kit.client.publish(Ordered(order="a", n=n), delay=n / 7)
+            await kit.advance(n / 7)
+            assert len(kit.handled) == n + 1
+
+
+async def test_a_publisher_that_was_silent_for_long_publishes_as_before(shop):
+    async with testing.run(shop.bus) as kit:
+        for n in range(3):
+            await kit.client.publish(Ordered(order="a", n=n))
+            await kit.advance(3600.0)
+        assert [n for _, n, _ in shop.seen] == [0, 1, 2]
+
+
 async def test_time_does_not_go_back(shop):
     async with testing.run(shop.bus) as kit:
         with pytest.raises(UsageError, match="from 0 on"):

@@ -77,11 +77,11 @@ async def test_what_a_full_store_drops_is_counted_in_status(make_bus: MakeBus) -
     assert bus.shardbus("dead-letters", "purge", first["id"]).stdout == "1 purged\n"
     wait_until(lambda: bus.status()["purged"] == 1)
     status = json.loads(bus.shardbus("status", "--json").stdout)
-    ledger = ("dead_letters", "redriven", "purged", "dropped", "waiting", "parked")
-    assert [status[name] for name in ledger] == [9, 0, 1, 20, 0, 0]
-    assert [status["workers"][0][name] for name in ledger] == [9, 0, 1, 20, 0, 0]
+    ledger = ("dead_letters", "redriven", "purged", "dropped", "waiting", "scheduled", "parked")
+    assert [status[name] for name in ledger] == [9, 0, 1, 20, 0, 0, 0]
+    assert [status["workers"][0][name] for name in ledger] == [9, 0, 1, 20, 0, 0, 0]
     table = [line.split() for line in bus.shardbus("status").stdout.splitlines()[-2:]]
-    assert table == [["0", "9", "0", "1", "20", "0", "0"], ["total", "9", "0", "1", "20", "0", "0"]]
+    assert table == [["0", "9", "0", "1", "20", "0", "0", "0"], ["total", "9", "0", "1", "20", "0", "0", "0"]]
 
 
 async def test_parked_keys_are_marked_counted_and_survive_the_bus(make_bus: MakeBus) -> None:
