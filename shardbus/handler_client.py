@@ -96,6 +96,7 @@ class HandlerClient:
         control_address: where its supervisor, or what stands in its place, is asked.
         publisher: the worker's identity; see `outgoing.worker_publisher`.
         broken: called where the bus refuses it for good: what waits for its events would wait for ever.
+        ticks: as for `Client`; whoever says False calls `tick`.
     """
 
     def __init__(
@@ -108,9 +109,17 @@ class HandlerClient:
         broken: Callable[[BaseException], None],
         limits: Limits = DEFAULT_LIMITS,
         now: NowNs = monotonic_ns,
+        ticks: bool = True,
     ) -> None:
         self._make: Callable[[], _ChildClient] = lambda: _ChildClient(
-            address, make_connector(), control_address, limits=limits, now=now, publisher=publisher, on_end=broken
+            address,
+            make_connector(),
+            control_address,
+            limits=limits,
+            now=now,
+            publisher=publisher,
+            on_end=broken,
+            ticks=ticks,
         )
         self._limits = limits
         self._loop = asyncio.get_running_loop()
@@ -140,6 +149,16 @@ class HandlerClient:
     def has_room(self) -> bool:
         """See `Outgoing.has_room`."""
         return self._client is None or self._client.has_room()
+
+    def tick(self) -> None:
+        """See `Client.tick`."""
+        if self._client is not None:
+            self._client.tick()
+
+    @property
+    def in_flight(self) -> int:
+        """How many events are not finished."""
+        return 0 if self._client is None else self._client.ledger().in_flight
 
     async def close(self) -> None:
         """See `Outgoing.close`."""

@@ -14,8 +14,10 @@ import msgspec
 
 from shardbus.client import Channel
 from shardbus.config import Limits
+from shardbus.handler_client import HandlerClient
 from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Book, Recorder, book_bytes
+from shardbus.outgoing import worker_publisher
 from shardbus.quarantine import Ended
 from shardbus.registry import Plan
 from shardbus.routing import ShardAddress, Table, even_slots
@@ -72,11 +74,46 @@ class ClusterConnector:
         """See `Connector.close`."""
 
 
+class _MortalConnector(ClusterConnector):
+    """A shard's own: nothing leaves a process that has been killed."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(cluster)
+        self._dead = False
+
+    def open(self, address: str, on_frame: Callable[[bytes], None]) -> Channel:
+        """See `Connector.open`."""
+        return _MortalChannel(self, super().open(address, lambda frame: None if self._dead else on_frame(frame)))
+
+    def die(self) -> None:
+        """Its process is killed."""
+        self._dead = True
+
+    def send(self, channel: Channel, frame: bytes) -> bool:
+        """Send what a process that lives may send."""
+        return self._dead or channel.send(frame)
+
+
+class _MortalChannel:
+    def __init__(self, connector: _MortalConnector, channel: Channel) -> None:
+        self._connector = connector
+        self._channel = channel
+
+    def send(self, frame: bytes) -> bool:
+        return self._connector.send(self._channel, frame)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
 class Cluster:
     """Shards by number, None where one is dead; their rows, journals and evidence, which outlive them.
 
     Subclasses say the rest: `carry`, `plans`, `limits_now` and, where they differ, `new_store` and `new_book`.
     """
+
+    ticks = True
+    """Whether the clients of its handlers tick by themselves."""
 
     def __init__(
         self,
@@ -104,6 +141,8 @@ class Cluster:
         self._journal = journal
         self._chance = chance
         self.books = [self.new_book(buffer) for buffer in self.buffers]
+        self.outgoing: dict[int, HandlerClient] = {}  # of each shard's handlers
+        self._connectors: dict[int, _MortalConnector] = {}
         self.ends = [Ended() for _ in range(shards_count)]
         self.starting: set[int] = set()
         self.counters = [0] * shards_count  # incarnations
@@ -151,7 +190,7 @@ class Cluster:
 
     def epoch(self, shard: int) -> bytes:
         """The epoch of a shard's present incarnation."""
-        return b"%d-%d" % (shard, self.counters[shard])
+        return b"i" * 16 + shard.to_bytes(2, "big") + self.counters[shard].to_bytes(6, "big")
 
     def announce(self) -> None:
         """Tell all clients that the table has changed."""
@@ -191,9 +230,21 @@ class Cluster:
         self.starting.add(at)
         store = self.stores[at] = self.new_store(at)
         journal = self.live_journals[at] = Journal(memoryview(self.journals[at]), **self._journal)
+        connector = self._connectors[at] = _MortalConnector(self)
+        epoch = self.epoch(at)
+        outgoing = self.outgoing[at] = HandlerClient(
+            "cluster",
+            lambda: connector,
+            CONTROL,
+            publisher=worker_publisher(epoch),
+            broken=self.broken.append,
+            limits=self.limits_now(),
+            now=self.now_ns,
+            ticks=self.ticks,
+        )
         return Shard(
             shard=at,
-            epoch=self.epoch(at),
+            epoch=epoch,
             layout=1,
             plans=self.plans(at),
             store=store,
@@ -206,6 +257,7 @@ class Cluster:
             wall=self.wall_ns,
             chance=self._chance,
             predecessor=self.ends[at],
+            outgoing=outgoing,
         )
 
     def fold(self, at: int) -> None:
@@ -233,7 +285,9 @@ class Cluster:
         self.bury_evidence(at)
         self.buffers[at] = bytearray(self.buffers[at])
         self.books[at] = self.new_book(self.buffers[at])  # as if the supervisor had died, too
-        self.deaths.append(asyncio.get_running_loop().create_task(shard.close()))
+        self._connectors[at].die()
+        for life in (shard.close(), self.outgoing[at].close()):
+            self.deaths.append(asyncio.get_running_loop().create_task(life))
         self.announce()
 
     def bury_evidence(self, at: int) -> None:

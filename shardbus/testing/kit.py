@@ -83,6 +83,8 @@ class _Fault(msgspec.Struct, frozen=True):
 class Kit(Cluster):
     """What a test holds in its hands; see `run`."""
 
+    ticks = False
+
     def __init__(self, registry: Registry, shards: int, seed: int, limits: Limits) -> None:
         self.clock = Clock(self._tick)
         super().__init__(
@@ -141,7 +143,10 @@ class Kit(Cluster):
                 shard.tick()
         for client in self._clients:
             client.tick()
+        for outgoing in self.outgoing.values():
+            outgoing.tick()
         busy = any(client.ledger().in_flight for client in self._clients)
+        busy = busy or any(outgoing.in_flight for outgoing in self.outgoing.values())
         return _BUSY_TICK_S if busy else None
 
     # -- the bus
@@ -219,6 +224,8 @@ class Kit(Cluster):
         """End everything at once. Called by `run`."""
         for client in self._clients:
             await client.abort()
+        for outgoing in self.outgoing.values():
+            await outgoing.close()
         for coming in self._comings:
             coming.cancel()
         for end in self._ends:

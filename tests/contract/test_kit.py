@@ -352,3 +352,24 @@ async def test_more(run_bus, bus):
         timeout=120,
     )
     assert "2 passed" in ran.stdout, ran.stdout + ran.stderr
+
+
+async def test_what_a_handler_publishes_is_handled_in_the_same_settling_and_recorded():
+    bus = Bus("chains")
+
+    @bus.on(Ordered)
+    async def take(event: Ordered, context: Context) -> None:
+        await context.publish(Reminder(order=event.order))
+
+    @bus.on(Reminder)
+    async def remind(event: Reminder) -> None:
+        pass
+
+    async with testing.run(bus, shards=2) as kit:
+        await kit.client.publish(Ordered(order="a"))
+        await kit.settle()
+        assert [one.type for one in kit.published] == ["Ordered", "Reminder"]
+        assert [one.event for one in kit.handled] == [Ordered(order="a"), Reminder(order="a")]
+        assert (await kit.client.flush()).handled == 1
+        await kit.advance(3600.0)
+        assert len(kit.handled) == 2

@@ -8,20 +8,18 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import msgspec
-from world import LIMITS, VirtualLoop, World, _Channel, _Connector
+from world import LIMITS, VirtualLoop, World
 
 from shardbus.client import Client
 from shardbus.context import Context
-from shardbus.handler_client import HandlerClient
 from shardbus.messages import Event
-from shardbus.outgoing import worker_publisher
-from shardbus.quarantine import Ended
 from shardbus.registry import OnDeadLetter, Registry
 from shardbus.retry import Retry
 from shardbus.shard import Shard
+from shardbus.testing.cluster import CONTROL, ClusterConnector
 
 
 class Ball(Event, key="key"):
@@ -42,25 +40,6 @@ class Call(msgspec.Struct, frozen=True):
     failed: bool
 
 
-class _MortalConnector(_Connector):
-    """A worker's own: nothing leaves a process that has been killed."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(world)
-        self._opened: list[_Channel] = []
-        self._dead = False
-
-    def open(self, address: str, on_frame: Callable[[bytes], None]) -> _Channel:
-        channel = super().open(address, lambda frame: None if self._dead else on_frame(frame))
-        self._opened.append(channel)
-        return channel
-
-    def die(self) -> None:
-        self._dead = True
-        for channel in self._opened:
-            channel.send = lambda _frame: True  # type: ignore[method-assign]
-
-
 class PublishingWorld(World):
     """As its base, with an application of its own."""
 
@@ -73,7 +52,6 @@ class PublishingWorld(World):
         self.fails = shape.choice([0.0, 0.1, 0.3])
         self.played: list[Call] = []
         self.tries: Counter[tuple[str, int, int, str]] = Counter()
-        self.connectors: dict[int, _MortalConnector] = {}
         self.registry = Registry("publishing")
         retry = Retry(attempts=3, base_s=shape.choice([0.01, 0.5, 2.0]))
         on_dead_letter: OnDeadLetter = "park" if self.parks else "continue"
@@ -119,35 +97,11 @@ class PublishingWorld(World):
 
     # -- the bus
 
-    def epoch(self, shard: int) -> bytes:
-        return b"i" * 16 + shard.to_bytes(2, "big") + self.counters[shard].to_bytes(6, "big")
-
-    def new_shard(self, at: int) -> Shard:
-        shard = super().new_shard(at)
-        connector = self.connectors[at] = _MortalConnector(self)
-        shard.outgoing = HandlerClient(
-            "world",
-            lambda: connector,
-            "control",
-            publisher=worker_publisher(shard.epoch),
-            broken=self.broken.append,
-            limits=LIMITS,
-            now=self.now_ns,
-        )
-        return shard
-
-    def kill_shard(self, at: int, ended: Ended) -> None:
-        shard = self.shards[at]
-        if shard is not None and shard.outgoing is not None:
-            self.connectors[at].die()
-            self.deaths.append(self.loop.create_task(shard.outgoing.close()))
-        super().kill_shard(at, ended)
-
     # -- a life
 
     async def sender(self, number: int) -> Client:
         client = Client(
-            "world", _Connector(self), "control", limits=LIMITS, now=self.now_ns, publisher=b"%016d" % number
+            "world", ClusterConnector(self), CONTROL, limits=LIMITS, now=self.now_ns, publisher=b"%016d" % number
         )
         await client.start(60.0)
         self.clients.append(client)
@@ -184,9 +138,8 @@ class PublishingWorld(World):
             await client.abort()
         for shard in self.shards:
             assert shard is not None
-            assert shard.outgoing is not None
             await shard.close()
-            await shard.outgoing.close()
+            await self.outgoing[shard.shard].close()
         if self.deaths:
             await asyncio.wait(self.deaths)
         assert not self.broken
