@@ -236,7 +236,12 @@ class _Outbox:
         if not left:
             return True
         self.unfinished_commands()
-        return left == sum(seq < goal and seq not in self.commands for seq in self.command_seqs)
+        return left == sum(seq < goal and not self._is_awaited(seq) for seq in self.command_seqs)
+
+    def _is_awaited(self, seq: int) -> bool:
+        """Whether somebody waits for the end of a command; that of a stream is its reader's own affair."""
+        call = self.commands.get(seq)
+        return call is not None and call.flow is None
 
 
 class _Part:
@@ -308,7 +313,8 @@ class _Caller:
         self._outbox = outbox
 
     def more(self, allowed: int) -> None:
-        if self._outbox is not None and self._outbox.session.state is State.OPEN:
+        # A worker that drains takes nothing new, and goes on with what it has.
+        if self._outbox is not None and self._outbox.session.state is not State.GREETING:
             self._client._send(self._outbox, encode_frame(More(self._outbox.session.epoch, self._seq, allowed)))
 
     def leave(self) -> None:
@@ -349,6 +355,7 @@ class Client:
         self._outboxes: list[_Outbox] = []
         self._outbox_of: dict[WireKey, _Outbox] = {}  # by key, as far as remembered; bounded by route_cache_max
         self._keyless = 0
+        self._more_told_ns = 0
         self._routes: dict[type, _Route] = {}  # of events
         self._command_routes: dict[type, _Route] = {}
         self._replies: dict[type, Callable[[bytes], Any]] = {}
@@ -415,6 +422,7 @@ class Client:
                 self._closing = True
                 for outbox in self._outboxes:
                     outbox.paused = True
+                    self._end_streams(outbox)
                 await self._flush(timeout_s)
         finally:
             await self.abort()
@@ -440,6 +448,26 @@ class Client:
             self._control.close()
         self._connector.close()
         self._made_progress()
+
+    def _end_streams(self, outbox: _Outbox) -> None:
+        for seq, call in list(outbox.commands.items()):
+            if call.flow is not None:
+                if not call.reply.done():
+                    call.reply.set_exception(ClientClosed("the client was closed while the stream was under way"))
+                self._leave_command(outbox, seq)
+        self._pump(outbox)
+
+    def _repeat_more(self, now_ns: int) -> None:
+        """Say once a second again how far waiting streams may go on: what said it may be lost."""
+        if now_ns - self._more_told_ns < _NS:
+            return
+        self._more_told_ns = now_ns
+        for outbox in self._outboxes:
+            session = outbox.session
+            if session.state is not State.GREETING:
+                for seq, call in outbox.commands.items():
+                    if call.flow is not None and call.flow.waits:
+                        self._send(outbox, encode_frame(More(session.epoch, seq, call.flow.allow_more())))
 
     def _fail_commands(self, error: Exception) -> None:
         for outbox in self._outboxes:
@@ -1479,6 +1507,7 @@ class Client:
             outbox.session.tick(now_ns)
             self._pump(outbox)
         self._subscriptions.pump(now_ns)
+        self._repeat_more(now_ns)
         self._note_silence()
 
     def _heard(self) -> None:

@@ -130,7 +130,10 @@ class HandlerClient:
 
     async def publish(self, events: Sequence[Event], headers: dict[str, str], origin: Origin) -> None:
         """See `Outgoing.publish`."""
+        runs = origin.runs
         client = await self._opened()
+        if origin.runs != runs:  # nobody would wait for what it publishes now
+            raise UsageError("the handler has returned meanwhile; await what it publishes in the handler itself")
         if len(events) == 1:
             client.put(events[0], headers, origin)
             return

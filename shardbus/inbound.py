@@ -353,7 +353,7 @@ class Inbound:
             stamp_at(columns.intended_ns, at),
             self.attempt,
             extra,
-            self.asked_ns + left_ns if left_ns else 0,
+            max(1, self.asked_ns + left_ns) if left_ns else 0,  # a host may be younger than the wait
             message=None if self._messages is None else self._messages[at],
         )
         delivery.began_ns = self.began_ns  # the rows before it are noted: it began when they had ended

@@ -141,6 +141,9 @@ class LaneHost(Protocol):
     def amend(self, delivery: Delivery) -> None:
         """A waiting event goes on waiting, with another attempt, due time or handlers: write that."""
 
+    def begun(self, position: int) -> None:
+        """The handlers of a waiting event begin."""
+
     def forget(self, position: int) -> None:
         """A waiting event reached its outcome; its row may go."""
 
@@ -703,6 +706,8 @@ class Lanes:
         lane.running = head
         if head.key is None:
             self._loose.discard(lane)
+        if head.position:
+            self._host.begun(head.position)
         began_ns = 0
         if self._quarantine.suspects:  # it matters for them only
             began_ns = self._journal.running[ALIVE] = self._now()

@@ -51,12 +51,10 @@ class _LocalChannel:
         self._loop = asyncio.get_running_loop()
 
     def send(self, frame: bytes) -> bool:
-        self._loop.call_soon(self._arrive, frame)
+        if self._deliver is None:
+            return False
+        self._loop.call_soon(self._deliver, frame)  # it arrives, also where this is closed next
         return True
-
-    def _arrive(self, frame: bytes) -> None:
-        if self._deliver is not None:
-            self._deliver(frame)
 
     def close(self) -> None:
         self._deliver = None

@@ -487,7 +487,7 @@ class Book(_Mapped):
             self._inherited.pop((owner, self._hashes[at]), None)
         else:
             book, key = seen
-            book.write_ordinals()
+            self.last[at] = book.known[key]
             book.positions.pop(key, None)
             book.known.pop(key, None)
             self._seen[at] = None

@@ -18,7 +18,8 @@ from shardbus.store_writer import StoreWriter
 
 _PAGE_ROWS: Final = 256
 _PAGE_BYTES: Final = 1024 * 1024  # of their bodies
-_WINDOW: Final = 1024  # lanes that due events have made and that have not run; when full, what is due stays scheduled
+_WINDOW: Final = 1024  # lanes that due events have made and that have not begun; when full, what is due stays scheduled
+_RUNNING_MAX: Final = 16_384  # that have begun and wait for something; above it, they count among the others
 _AGAIN_S: Final = 1.0  # what cannot join its lane, because the store has no room for that, tries again
 _TIMER_S_MAX: Final = 86_400.0  # event loops take no timer of years
 _NEVER_NS: Final = 2**63 - 1
@@ -50,7 +51,8 @@ class Schedule:
         self._left_behind = False  # something could not join its lane
         self._after = (0, 0)  # how far this look has come
         self._leaving: dict[int, Identity] = {}  # rows that were read and are not committed as waiting yet
-        self._begun: set[int] = set()  # positions of those that have made lanes; up to the window
+        self._made: set[int] = set()  # positions of those that have made lanes and have not begun; up to the window
+        self._running: set[int] = set()
         self._closed = False
         self._clean = contextvars.copy_context()
 
@@ -72,11 +74,21 @@ class Schedule:
 
         self._writer.add_scheduled(event, committed)
 
+    def begun(self, position: int) -> None:
+        """The handlers of a waiting event begin: where it had made its lane, there is room for another."""
+        if position in self._made and len(self._running) < _RUNNING_MAX:
+            self._running.add(position)
+            self._make_room(position)
+
     def ended(self, position: int) -> None:
-        """A waiting event was handled, is dead, or waits again: where it had made its lane, there is room for another."""
-        if position in self._begun:
-            self._begun.remove(position)
-            if self._stalled and len(self._begun) <= _WINDOW // 2:
+        """A waiting event was handled, is dead, or waits again."""
+        self._running.discard(position)
+        self._make_room(position)
+
+    def _make_room(self, position: int) -> None:
+        if position in self._made:
+            self._made.remove(position)
+            if self._stalled and len(self._made) <= _WINDOW // 2:
                 self._stalled = False
                 self._look()
 
@@ -143,19 +155,19 @@ class Schedule:
         if self._closed:
             return
         now_ns = self._wall()
-        limit = min(_PAGE_ROWS, _WINDOW - len(self._begun))
+        limit = min(_PAGE_ROWS, _WINDOW - len(self._made))
         page = await self._store.due(now_ns, self._after, limit, _PAGE_BYTES) if limit > 0 else []
         for found in page:
             self._after = (found.event.due_ns, found.row)
             if found.row not in self._leaving:
                 self._begin(found)
-        if page and len(self._begun) < _WINDOW:
+        if page and len(self._made) < _WINDOW:
             self._writer.add_read(self._read)
             return
         next_ns = await self._store.next_due(now_ns)
         self._looking = False
         self.next_due_ns = next_ns
-        if len(self._begun) >= _WINDOW:
+        if len(self._made) >= _WINDOW:
             self._stalled = True
             self.next_due_ns = now_ns
         elif self._again:
@@ -179,4 +191,4 @@ class Schedule:
             return
         position, made_lane = joined
         if made_lane:
-            self._begun.add(position)
+            self._made.add(position)

@@ -812,6 +812,10 @@ class Shard:
 
         return committed
 
+    def begun(self, position: int) -> None:
+        """A waiting event is no longer on its way to its handlers."""
+        self._schedule.begun(position)
+
     def forget(self, position: int) -> None:
         """Remove a waiting event that reached its outcome."""
         self._schedule.ended(position)
@@ -827,6 +831,8 @@ class Shard:
         """
         children, session = delivery.children, delivery.session
         assert children is not None  # else it were not tied
+        self._schedule.ended(delivery.position)
+        delivery.deadline_ns = 0
         self._position += 1
         of_worker = session is not None and is_worker(session.publisher, self.epoch)
         one = Deferred(delivery, failure, parks, self._position, of_worker, self._now())

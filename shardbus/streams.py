@@ -10,11 +10,15 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
+from shardbus.config import DEFAULT_LIMITS
 from shardbus.errors import CommandFailed, RemoteProtocolError
 
 ReplyT = TypeVar("ReplyT")
+
+# Read, and not told yet: what a handler may yield is bounded by bytes, too, so it is not to wait for the half of a window.
+_UNTOLD_BYTES_MAX: Final = DEFAULT_LIMITS.stream_bytes_max // 4
 
 BROKEN = "StreamBroken"
 """The `error_type` where items were lost with a connection."""
@@ -45,6 +49,7 @@ class Flow:
         self._allowed = window
         self._expected = 0
         self._taken = 0
+        self._untold_bytes = 0
         self._changed = asyncio.Event()
         self.reply.add_done_callback(self._ended)
 
@@ -66,11 +71,22 @@ class Flow:
     def take(self) -> tuple[bytes, int]:
         """The next item, and how many may come in all: more than before, or 0 where there is nothing to say."""
         self._taken += 1
-        allowed = self._taken + self._window
-        if allowed - self._allowed < (self._window + 1) // 2:
+        self._untold_bytes += len(self.items[0])
+        untold = self._taken + self._window - self._allowed
+        if untold < (self._window + 1) // 2 and self._untold_bytes < _UNTOLD_BYTES_MAX:
             return self.items.popleft(), 0
-        self._allowed = allowed
-        return self.items.popleft(), allowed
+        return self.items.popleft(), self.allow_more()
+
+    @property
+    def waits(self) -> bool:
+        """Whether its reader may go on only when something arrives."""
+        return not self.items and not self.reply.done()
+
+    def allow_more(self) -> int:
+        """How many items may come in all, as is told now."""
+        self._allowed = self._taken + self._window
+        self._untold_bytes = 0
+        return self._allowed
 
     async def change(self) -> None:
         """Wait until there is an item, or nothing more comes."""

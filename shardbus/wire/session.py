@@ -200,7 +200,7 @@ class PublisherSession:
             self._finish(seq, seq + 1)
             return
         self._abandoned.add(seq)
-        if self.state is State.OPEN and seq < self.next_seq:
+        if self.state is not State.GREETING and self._session is not None and seq < self.next_seq:
             self._control.append(encode_frame(Cancel(self.epoch, seq)))
 
     def _forget_abandoned(self) -> None:

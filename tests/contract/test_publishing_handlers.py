@@ -576,6 +576,65 @@ async def test_a_uuid_key_is_held_like_any_other():
             await client.execute(Slow(id=UUID(int=5)))
 
 
+@pytest.mark.parametrize("how", ["publish", "sleep"])
+async def test_scheduled_events_that_wait_for_others_hold_up_no_further_ones(how: str):
+    bus = Bus("schedules")
+    gate = asyncio.Event()
+    begun: list[int] = []
+    loose: list[int] = []
+
+    @bus.on(Order)
+    async def order(event: Order, context: Context) -> None:
+        begun.append(event.n)
+        if how == "publish":
+            await context.publish(Shipped(parcel=f"p{event.n}"))
+        else:
+            await gate.wait()
+
+    @bus.on(Shipped)
+    async def shipped(event: Shipped) -> None:
+        await gate.wait()
+
+    @bus.on(Loose)
+    async def take(event: Loose) -> None:
+        loose.append(event.n)
+
+    async with bus.local() as client:
+        for n in range(1200):
+            await client.schedule(Order(order=f"o{n}", n=n), delay=1.0)
+        await client.flush(30)
+        await client.schedule(Loose(n=1), delay=1.5)
+        await until(lambda: loose and len(begun) == 1200)
+        gate.set()
+        await client.flush(30)
+
+
+async def test_a_handled_event_whose_children_take_long_does_not_expire():
+    bus = Bus("patient")
+    gate = asyncio.Event()
+    rows = MemoryRows()
+    runs: list[int] = []
+
+    @bus.on(Order)
+    async def order(event: Order, context: Context) -> None:
+        runs.append(context.attempt)
+        await context.publish(Shipped(parcel="p"))
+
+    @bus.on(Shipped)
+    async def shipped(event: Shipped) -> None:
+        await gate.wait()
+
+    async with run_local(bus, stores=[MemoryStore(rows)], limits=SMALL, close_timeout_s=0.1) as client:
+        await client.publish(Order(order="o"), deadline=1.0)
+        await until(lambda: client.ledger().waiting == 1)
+        await asyncio.sleep(1.0)
+    gate.set()
+    async with run_local(bus, stores=[MemoryStore(rows)], limits=SMALL) as client:
+        await until(lambda: len(runs) == 2)
+    assert runs == [1, 2]
+    assert not rows.dead
+
+
 async def test_a_batch_handler_publishes_through_the_context_of_each_of_its_events():
     bus = Bus("in batches")
     gate = asyncio.Event()

@@ -142,6 +142,44 @@ async def test_large_items_are_bounded_by_their_bytes():
         assert len([one for one in told if one.isdigit()]) <= 6
 
 
+class Read(Command[bytes], key="key"):
+    key: str
+    size: int
+
+
+@bus.command(Read)
+async def read_bytes(command: Read) -> AsyncIterator[bytes]:
+    for _ in range(50):
+        yield bytes(command.size)
+
+
+@pytest.mark.parametrize("size", [100_000, 200_000, 900_000])
+async def test_items_of_any_size_arrive_whatever_the_window(size: int):
+    async with running() as client:
+        items = [item async for item in client.stream(Read(key="a", size=size), window=1000, timeout=30.0)]
+    assert [len(item) for item in items] == [size] * 50
+
+
+async def test_a_stream_goes_on_where_what_its_reader_said_was_lost():
+    async with running() as client:
+        stream = client.stream(Count(key="a", upto=50), window=4, timeout=30.0)
+        items = [await anext(stream)]
+        await until(lambda: len(told) == 4)
+        client._outboxes[0].session.greet_again()
+        items += [await anext(stream) for _ in range(3)]  # meanwhile nothing more can be said
+        assert items + await rest(stream) == list(range(50))
+
+
+async def test_a_client_that_leaves_ends_what_nobody_reads_on_and_waits_for_nothing():
+    async with asyncio.timeout(20), running() as client:
+        stream = client.stream(Count(key="a", upto=1000), window=4)
+        assert await anext(stream) == 0
+        assert (await client.flush()).published == 0
+    with pytest.raises(ClientClosed):
+        await rest(stream)
+    assert "closed" in told
+
+
 @pytest.mark.parametrize("leave", ["break", "cancel", "aclose", "block"])
 async def test_a_handler_that_waits_for_its_reader_is_closed_when_that_leaves(leave: str):
     async with running() as client:

@@ -231,6 +231,17 @@ def test_more_keys_than_there_is_room_for_leave_the_count_right():
     assert (found.distinct, found.repeats, found.missing) == (6 * SIZES["keys"], 0, 0)
 
 
+@pytest.mark.parametrize(("keys", "batch"), [(8, 4), (8, 8), (8, 20)])
+def test_keys_that_leave_the_ring_are_counted_as_they_were(keys: int, batch: int):
+    both = Both()
+    assert SIZES["keys"] == keys
+    for first in range(0, 10 * batch, batch):
+        names: list[WireKey] = [f"k{first + at}" for at in range(batch)]
+        both.recorder.note_all(PUBLISHER, 1, pack_keys(names), batch, column(*[1] * batch), None, 0, [])
+    found = both.evidence()
+    assert (found.distinct, found.missing, found.repeats) == (10 * batch, 0, 0)
+
+
 def test_the_row_that_was_used_least_recently_is_given_away():
     both = Both()
     for publisher in (PUBLISHER, OTHER, b"r" * 16):
