@@ -92,12 +92,30 @@ async def started_bus(
         assert process.stdout is not None  # it is a pipe
         try:
             async with asyncio.timeout(_READY_S):
-                ready = await process.stdout.readline()
+                # An application may print, too: that is not ours to read.
+                while not (line := await process.stdout.readline()).startswith(b"ready:"):
+                    if not line:
+                        raise LoadError("the bus did not start")
+                    _pass_on(line)
         except TimeoutError:
             raise LoadError(f"the bus was not ready after {_READY_S:g} s") from None
-        if not ready.startswith(b"ready"):
-            raise LoadError("the bus did not start")
-        yield process
+        passing = asyncio.get_running_loop().create_task(_pass_on_all(process.stdout))
+        try:
+            yield process
+        finally:
+            passing.cancel()
+            await asyncio.wait([passing])
+
+
+def _pass_on(line: bytes) -> None:
+    sys.stderr.buffer.write(line)
+    sys.stderr.buffer.flush()
+
+
+async def _pass_on_all(stream: asyncio.StreamReader) -> None:
+    """Keep a pipe from filling up with what an application prints."""
+    while line := await stream.readline():
+        _pass_on(line)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -446,7 +447,7 @@ def init(name: str) -> None:
         f"""{name}/ has {", ".join(FILES)}. Next:
 
   cd {name}
-  pytest                        # the application in one process
+  pip install pytest && pytest  # the application in one process
   shardbus serve app:bus        # on all cores, until Ctrl-C
   python publish.py             # in another terminal
   shardbus execute app:GetTotal '{{"order_id": "7"}}'"""
@@ -484,13 +485,23 @@ def _parse_key(text: str) -> Any:
         raise click.BadParameter(f"{rest!r} is no {kind}") from None
 
 
+def _once(_context: click.Context, parameter: click.Parameter, values: tuple[Any, ...]) -> Any:
+    """Refuse an option that came twice: of two filters one would be left out without a word, also from a purge."""
+    if len(values) > 1:
+        raise click.BadParameter(f"it may come once, and came {len(values)} times", param=parameter)
+    return values[0] if values else None
+
+
+_filter_option = functools.partial(click.option, multiple=True, callback=_once)
+
+
 def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.option("--since", type=_parse_since, metavar="TIME", help="Died since: 10m, 2h, 3d ago, or an ISO 8601 time."),
-        click.option("--handler", help="A handler that gave up, by its full name."),
-        click.option("--reason", type=click.Choice(DEAD_REASONS), help="Why it is dead."),
-        click.option("--key", type=_parse_key, metavar="KEY", help="Text, or int:42, bytes:0a0b, uuid:…, text:int:42."),
-        click.option("--type", "type_", help="The event's name on the wire."),
+        _filter_option("--since", type=_parse_since, metavar="TIME", help="Died since: 10m, 2h or 3d ago, or ISO 8601."),
+        _filter_option("--handler", help="A handler that gave up, by its full name."),
+        _filter_option("--reason", type=click.Choice(DEAD_REASONS), help="Why it is dead."),
+        _filter_option("--key", type=_parse_key, metavar="KEY", help="Text, or int:42, bytes:0a0b, uuid:…, text:int:42."),
+        _filter_option("--type", "type_", help="The event's name on the wire."),
         _connect_option,
     ):
         command = option(command)

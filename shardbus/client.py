@@ -127,7 +127,8 @@ class Connector(Protocol):
 class Ledger(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a client's events: `published = handled + dead + waiting + dropped + in_flight`.
 
-    Counted from acks. `waiting` events were taken over by a shard's store; `dropped` is 0 unless the client may drop.
+    Counted from acks. `waiting` events were taken over by a shard's store, and are counted so for ever: what becomes of them
+    then, `status` and the dead letters tell. `dropped` is 0 unless the client may drop.
     """
 
     published: int
@@ -508,7 +509,7 @@ class Client:
             intended_ns: for load generators: the `time.monotonic_ns()` at which it should have been published; the shard
                 measures the latency from there.
             at: not before then: a datetime with its zone, or seconds since 1970. See `schedule`, which can be cancelled.
-            delay: likewise, seconds from now.
+            delay: likewise, seconds from now. Neither goes with a `deadline`.
 
         Raises:
             InvalidKey: the key's value cannot be one.

@@ -198,9 +198,10 @@ class RateLimit:
     """Calls handlers no more often than this; what comes earlier waits, in its key's lane, and holds up no other key.
 
     `RateLimit(100)` is a hundred calls a second, evenly in the long run; `RateLimit(per_key=5, per_s=60)` five a minute for
-    each key, exactly, because a key lives in one process. Both may be given. `limit` is this worker's: N workers together do
-    N times as much. Each call of a handler counts, so a retry, too, and each handler of an event; `bus.use(…, on=…)` names
-    the types that matter. Messages without a key have no rate of a key. A wait counts for the handler's `timeout_s`.
+    each key, wherever it lives, because it lives in one process; after a pause up to `burst` follow each other at once, so
+    that a period which begins so has up to twice its calls. Both may be given. `limit` is this worker's: N workers together
+    do N times as much. Each call of a handler counts, so a retry, too, and each handler of an event; `bus.use(…, on=…)`
+    names the types that matter. Messages without a key have no rate of a key. A wait counts for the handler's `timeout_s`.
 
     Args:
         limit: calls in `per_s` seconds, in this worker.

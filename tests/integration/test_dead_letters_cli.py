@@ -120,6 +120,7 @@ async def test_parked_keys_are_marked_counted_and_survive_the_bus(make_bus: Make
         (("purge", "--reason", "bogus"), "'bogus' is not one of 'failed', 'timeout', 'circuit-open'"),
         (("list", "--key", "int:x"), "'x' is no int"),
         (("purge", "--key", "uuid:1"), "'1' is no uuid"),
+        (("purge", "--type", "Added", "--type", "Slept"), "it may come once, and came 2 times"),
         (("redrive",), "or else say --all"),
         (("list", "--key", "x" * 2000), "more than 1,024 bytes"),
     ],

@@ -90,6 +90,18 @@ def test_a_bus_that_was_started_for_a_run_ends_with_it_also_where_that_is_killed
     wait_until(lambda: not (short_path / "bus" / "control").exists() and not os.path.exists(state_of(address)), 60)
 
 
+def test_an_application_may_print_as_much_as_it_likes(short_path: Path) -> None:
+    (short_path / "talks.py").write_text(
+        "from shardbus import Bus, Event\n\nprint('hello from', __name__)\n\nclass Said(Event, key='key'):\n    key: str\n\n"
+        "bus = Bus('talks')\n\n@bus.on(Said)\nasync def said(event: Said) -> None:\n    print('x' * 1000, flush=True)\n"
+    )
+    arguments = ["--app", "talks:bus", "--type", "Said", "--key", "key", "--rate", "200", "--duration", "1", "--warmup", "0"]
+    done = loadgen(short_path, *arguments)
+    assert done.returncode in QUOTED_OR_REFUSED, done.stdout + done.stderr
+    assert "hello from talks" in done.stderr
+    assert done.stderr.count("x" * 1000) == 200
+
+
 def test_a_bus_that_was_named_is_not_started(short_path: Path) -> None:
     done = loadgen(short_path, "--rate", "5", "--connect", f"ipc://{short_path}/bus")
     assert (done.returncode, done.stdout) == (2, "")
