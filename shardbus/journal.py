@@ -33,7 +33,7 @@ _DEATHS: Final = 6
 _RUNNING_AT: Final = 8
 _SUSPENDED_ROW: Final = 5  # words: publisher, since when, how many, sequence + 1 (0: free)
 _SEQ_AT: Final = 4
-_SUSPECT_ROW: Final = 10  # words: publisher, sequence, alone, free, verdict, deaths (0: the row is vacant)
+_SUSPECT_ROW: Final = 10  # words: publisher, sequence, alone, free (2: explained), verdict, deaths (0: the row is vacant)
 _VERDICT_AT: Final = 5
 _VERDICT_CHARS: Final = 32
 _DIED_AT: Final = 9
@@ -155,7 +155,8 @@ class Journal:
                 found[identity] = Suspect(
                     died=words[at + _DIED_AT],
                     alone=words[at + 3],
-                    free=bool(words[at + 4]),
+                    free=words[at + 4] > 0,
+                    explained=words[at + 4] > 1,
                     verdict=text.rstrip(b"\0").decode("ascii", "replace"),
                 )
         return found
@@ -191,7 +192,7 @@ class Journal:
                 words[at + 2] = identity[1]
             words[at + _DIED_AT] = 0  # a row that is half written counts for nothing
             words[at + 3] = suspect.alone
-            words[at + 4] = suspect.free
+            words[at + 4] = suspect.free + suspect.explained
             text = suspect.verdict.encode("ascii", "replace")[:_VERDICT_CHARS].ljust(_VERDICT_CHARS, b"\0")
             for step in range(_VERDICT_CHARS // 8):
                 words[at + _VERDICT_AT + step] = int.from_bytes(text[8 * step : 8 * step + 8], "little")

@@ -65,12 +65,14 @@ class Suspect(msgspec.Struct, frozen=True, kw_only=True):
 
     It was under way in some deaths (`died`: a bit for each of the last 64, by their number), and in `alone` of them it was
     the only suspect that was. `free`: it need not wait for others, nor others for it, because another one was convicted of
-    all of them, or because it has run for long since the last. `verdict` says how it ended its worker, once it is convicted.
+    all of them (`explained`), or because it has run for long since the last. `verdict` says how it ended its worker, once it
+    is convicted.
     """
 
     died: int = 0
     alone: int = 0
     free: bool = False
+    explained: bool = False
     verdict: str = ""
 
     @property
@@ -115,8 +117,8 @@ def judge(scene: Scene, ended: Ended) -> dict[Identity, Suspect]:
     if len(accused) > 1:
         known = [one for one in known if not suspects[one].free]
     only = known[0] if len(known) == 1 else None
-    # What nobody has suspected before may have done it as well.
-    certain = all(one == only or (one in suspects and suspects[one].free) for one in accused)
+    # What nobody has suspected before may have done it as well; so may one whose deaths another explains, but not this one.
+    certain = all(one == only or (one in suspects and _ran_long(suspects[one])) for one in accused)
     if ended.how == "killed":
         # It happens without them, too: what was alone before was so by chance.
         for identity, one in suspects.items():
@@ -132,12 +134,16 @@ def judge(scene: Scene, ended: Ended) -> dict[Identity, Suspect]:
             suspects[identity] = Suspect(died=died, alone=alone, verdict=ended.told if convicted else "")
     if only is not None and (culprit := suspects[only]).verdict:
         for identity, one in suspects.items():
-            if not (one.verdict or one.died & ~culprit.died):
-                suspects[identity] = msgspec.structs.replace(one, free=True)
+            if not (one.verdict or one.free or one.died & ~culprit.died):
+                suspects[identity] = msgspec.structs.replace(one, free=True, explained=True)
     if len(suspects) > SUSPECTS_MAX:
         by_weight = sorted(suspects.items(), key=lambda item: (bool(item[1].verdict), item[1].deaths), reverse=True)
         suspects = dict(by_weight[:SUSPECTS_MAX])
     return suspects
+
+
+def _ran_long(suspect: Suspect) -> bool:
+    return suspect.free and not suspect.explained
 
 
 def _accused(scene: Scene, ended: Ended) -> list[Identity]:

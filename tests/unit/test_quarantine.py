@@ -71,6 +71,10 @@ ROWS: dict[str, tuple[Scene, str, dict[int, tuple[int, int, bool, bool]]]] = {
         scene(None, (3, 4), {3: Suspect(died=3, alone=1), 4: Suspect(died=1, free=True)}),
         "crashed", {3: (3, 2, False, True), 4: (2, 0, True, False)},
     ),
+    "beside one whose deaths another explains, never: this death is not explained": (
+        scene(None, (3, 4), {3: Suspect(died=3, alone=1), 4: Suspect(died=1, free=True, explained=True)}),
+        "crashed", {3: (3, 2, False, False), 4: (2, 0, False, False)},
+    ),
     "two suspects under way are both only suspected more": (
         scene(None, (3, 4), {3: ONCE, 4: ONCE}), "crashed", {3: (2, 0, False, False), 4: (2, 0, False, False)},
     ),
@@ -333,6 +337,7 @@ def test_suspects_outlive_incarnations_and_what_was_under_way_does_not():
     journal.lead(P, 1, 2)
     journal.suspend(P, 3, 9)
     suspects = {(P, 1): Suspect(died=5, alone=1, verdict="exit code 3"), (P, 2**61): Suspect(died=1 << 63, free=True)}
+    suspects[P, 7] = Suspect(died=2, free=True, explained=True)
     journal.start_over(suspects)
     found = journal_over(buffer).scene()
     assert found == Scene(death=1, running=None, suspended=[], suspects=suspects)
