@@ -207,7 +207,7 @@ def test_the_example_is_written_tested_served_and_used(make_bus: MakeBus, short_
     bus.close()  # only its environment, for now
     done = bus.shardbus("init", "shop")
     assert done.returncode == 0, done.stderr
-    assert "  cd shop\n  pytest " in done.stdout
+    assert "  cd shop\n  pip install pytest && pytest " in done.stdout
     directory = short_path / "shop"
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
     assert before.keys() == {"app.py", "publish.py", "test_app.py", "pyproject.toml", "README.md"}
