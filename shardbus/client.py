@@ -562,6 +562,7 @@ class Client:
             left_ns = max(1, deadline_ns - self._now()) if deadline_ns else 0
             batch.extras.append(Extra(len(batch) - 1, {} if headers is None else headers.copy(), 0, False, left_ns))
         self._published += 1
+        # As `_appended` does: this is the hot path of a publisher.
         if len(batch) >= self._limits.batch_events_max:
             self._seal(outbox)
         elif not outbox.dirty:
@@ -638,10 +639,7 @@ class Client:
             if headers is not None:
                 batch.extras.append(Extra(len(batch) - 1, headers, 0, False))
             self._published += 1
-            if len(batch) >= self._limits.batch_events_max:
-                self._seal(outbox)
-            elif not outbox.dirty:
-                self._mark(outbox)
+            self._appended(outbox)
 
     def has_room(self) -> bool:
         """Whether no outbox is full."""
@@ -703,10 +701,7 @@ class Client:
         batch.add_many(part.name, part.keys, part.bodies)
         batch.stamp_many(_picked(ordinals, part.places), _picked(instants, part.places), count)
         self._published += count
-        if len(batch) >= self._limits.batch_events_max:
-            self._seal(outbox)
-        elif not outbox.dirty:
-            self._mark(outbox)
+        self._appended(outbox)
 
     async def flush(self, timeout: float | None = None) -> Ledger:
         """Wait until every event published so far is handled, dead or waiting; return the counts.
@@ -848,10 +843,7 @@ class Client:
         batch.extras.append(Extra(len(batch) - 1, headers or {}, 0, False, due_ns=due))
         seq = outbox.session.next_seq + len(batch) - 1
         self._published += 1
-        if len(batch) >= self._limits.batch_events_max:
-            self._seal(outbox)
-        elif not outbox.dirty:
-            self._mark(outbox)
+        self._appended(outbox)
         return scheduled(self.publisher, outbox.shard, seq, due)
 
     async def cancel(self, which: Scheduled | str, *, timeout: float = 30.0) -> bool:
@@ -997,10 +989,7 @@ class Client:
         outbox.commands[seq] = call
         (outbox.open_idempotent if extra.idempotent else outbox.open_commands).append(seq)
         outbox.command_seqs.add(seq)
-        if len(batch) >= self._limits.batch_events_max:
-            self._seal(outbox)
-        elif not outbox.dirty:
-            self._mark(outbox)
+        self._appended(outbox)
         return seq
 
     def _leave_command(self, outbox: _Outbox, seq: int) -> None:
@@ -1203,6 +1192,13 @@ class Client:
         if outbox.big_bytes > self._limits.batch_bytes_target and len(outbox.batch):
             self._seal(outbox)
             outbox.big_bytes = size
+
+    def _appended(self, outbox: _Outbox) -> None:
+        """Something was appended to the open batch: it leaves now where it is full, else at the end of the turn."""
+        if len(outbox.batch) >= self._limits.batch_events_max:
+            self._seal(outbox)
+        elif not outbox.dirty:
+            self._mark(outbox)
 
     def _mark(self, outbox: _Outbox) -> None:
         """Have this outbox sealed and sent at the end of the loop's turn."""

@@ -172,3 +172,11 @@ class SubscriptionLost(ShardbusError):
 
 class BootError(ShardbusError):
     """The bus cannot start: its application does not import, its lifespan raised, or another bus runs at the address."""
+
+
+def text_of(error: BaseException) -> str:
+    """An error's text, also where its own `__str__` raises: that must not take down whoever tells of it."""
+    try:
+        return str(error)
+    except Exception as broken:
+        return f"<its text cannot be shown: {type(broken).__name__}>"

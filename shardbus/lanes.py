@@ -61,7 +61,7 @@ from shardbus.breaker import Admitted, Blocked, Circuit
 from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.context import Context
-from shardbus.errors import RemoteProtocolError
+from shardbus.errors import RemoteProtocolError, text_of
 from shardbus.feeds import Feeds
 from shardbus.inbound import UNKNOWN, Delivery, Inbound, Inbox, Later
 from shardbus.journal import ALIVE, END, FIRST, Journal
@@ -1662,11 +1662,7 @@ def _told_from_the_handler(error: BaseException) -> traceback.TracebackException
 
 
 def _text_of(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception as broken:  # an exception whose own __str__ raises must not take the worker down
-        text = f"<its text cannot be shown: {type(broken).__name__}>"
-    return _sound(text[:_ERROR_CHARS_MAX])
+    return _sound(text_of(error)[:_ERROR_CHARS_MAX])
 
 
 def _sound(text: str) -> str:

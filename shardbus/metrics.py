@@ -471,8 +471,6 @@ class Book(_Mapped):
             if book is not None:
                 del self._books[book.publisher]
             inherited = [at for (owner, _), at in self._inherited.items() if owner == row + 1]
-            if book is not None:
-                book.write_ordinals()
             for at in [*inherited, *(() if book is None else book.positions.values())]:
                 self._forget(at)
             self._rows[row * _ROW : (row + 1) * _ROW] = memoryview(bytes(_ROW * 8)).cast("Q")

@@ -20,7 +20,7 @@ import msgspec
 
 from shardbus.clock import NowNs, monotonic_ns
 from shardbus.context import Context
-from shardbus.errors import InvalidMessage, RegistrationError
+from shardbus.errors import InvalidMessage, RegistrationError, text_of
 from shardbus.messages import Message, wire_name
 from shardbus.pipeline import CallNext
 
@@ -373,8 +373,5 @@ class Validation:
 
 
 def _text_of(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception as broken:  # an exception whose own __str__ raises
-        text = f"<its text cannot be shown: {type(broken).__name__}>"
+    text = text_of(error)
     return text if len(text) <= _ERROR_CHARS_MAX else f"{text[:_ERROR_CHARS_MAX]}…"

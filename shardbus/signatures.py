@@ -11,14 +11,18 @@ from shardbus.errors import RegistrationError
 
 def is_coroutine_function(function: Callable[..., Any]) -> bool:
     """Whether calling it, function or object, makes a coroutine."""
-    target = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004 - the method itself is inspected
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(target)
+    return any(map(inspect.iscoroutinefunction, _callables(function)))
 
 
 def is_stream_function(function: Callable[..., Any]) -> bool:
     """Whether calling it, function or object, makes an async generator."""
-    target = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004 - the method itself is inspected
-    return inspect.isasyncgenfunction(function) or inspect.isasyncgenfunction(target)
+    return any(map(inspect.isasyncgenfunction, _callables(function)))
+
+
+def _callables(function: Callable[..., Any]) -> tuple[Any, Any]:
+    """What may say so: itself, and of an object the method that a call calls."""
+    method = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004 - the method itself is inspected
+    return function, method
 
 
 def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:

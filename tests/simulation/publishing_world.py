@@ -192,16 +192,3 @@ class PublishingWorld(World):
                 first[call.ball.sender, call.ball.key].append(call.ball.n)
         for numbers in first.values():
             assert numbers == sorted(numbers)
-
-
-def live_publishing(seed: int) -> PublishingWorld:
-    """One life of such a world."""
-    loop = VirtualLoop()
-    asyncio.set_event_loop(loop)
-    try:
-        world = PublishingWorld(seed, loop)
-        loop.run_until_complete(asyncio.wait_for(world.run(), 7200))
-        return world
-    finally:
-        asyncio.set_event_loop(None)
-        loop.close()

@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 
 import pytest
-from world import JOURNAL, VirtualLoop, World, live
+from world import JOURNAL, VirtualLoop, World, live, live_all
 
 from shardbus.journal import Journal
 from shardbus.quarantine import Ended
@@ -23,20 +22,11 @@ _CHUNK = max(1, (int(_LAST) - int(_FIRST)) // 10)
 @pytest.mark.timeout(0 if "SHARDBUS_SEEDS" in os.environ else 240)
 @pytest.mark.parametrize("start", range(int(_FIRST), int(_LAST), _CHUNK))
 def test_every_promise_holds_in_every_seed(start: int) -> None:
-    logging.disable(logging.CRITICAL)
-    try:
-        for seed in range(start, min(start + _CHUNK, int(_LAST))):
-            try:
-                live(seed)
-            except BaseException as error:
-                error.add_note(f"seed {seed}: SHARDBUS_SEEDS={seed}:{seed + 1} reproduces it")
-                raise
-    finally:
-        logging.disable(logging.NOTSET)
+    live_all(range(start, min(start + _CHUNK, int(_LAST))), World)
 
 
 def test_a_seed_lives_the_same_life_twice() -> None:
-    assert live(7).handlings == live(7).handlings
+    assert live(7, World).handlings == live(7, World).handlings
 
 
 def test_a_death_is_judged_once_though_the_store_cannot_be_opened_at_first(
