@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
@@ -38,21 +38,6 @@ class Ask(Command[int], key="key"):
 
 
 Run = Callable[[Bus], AbstractAsyncContextManager[Client]]
-
-
-@pytest.fixture
-def rows() -> MemoryRows:
-    return MemoryRows()
-
-
-@pytest.fixture
-def run(rows: MemoryRows) -> Run:
-    @asynccontextmanager
-    async def running(bus: Bus) -> AsyncIterator[Client]:
-        async with run_local(bus, stores=[MemoryStore(rows)]) as client:
-            yield client
-
-    return running
 
 
 @pytest.fixture

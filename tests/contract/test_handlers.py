@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
 
 from shardbus import Breaker, Bus, Client, Command, CommandFailed, Context, Event, RegistrationError, Retry
-from shardbus.local import run_local
-from shardbus.testing import MemoryRows, MemoryStore
+from shardbus.testing import MemoryRows
 
 FAST = Retry(base_s=0.001)
 
@@ -32,23 +31,6 @@ class Ask(Command[int], key="key"):
 
 
 Run = Callable[[Bus], AbstractAsyncContextManager[Client]]
-
-
-@pytest.fixture
-def rows() -> MemoryRows:
-    return MemoryRows()
-
-
-@pytest.fixture
-def run(rows: MemoryRows) -> Run:
-    """Runs a bus in this process, over rows that the test can look at."""
-
-    @asynccontextmanager
-    async def running(bus: Bus) -> AsyncIterator[Client]:
-        async with run_local(bus, stores=[MemoryStore(rows)]) as client:
-            yield client
-
-    return running
 
 
 @pytest.fixture

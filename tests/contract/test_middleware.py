@@ -7,7 +7,7 @@ import contextvars
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
@@ -36,9 +36,8 @@ from shardbus import (
     key_matches,
     where,
 )
-from shardbus.local import run_local
-from shardbus.publishing import PublishMiddleware, client_class
-from shardbus.testing import MemoryRows, MemoryStore
+from shardbus.publishing import client_class
+from shardbus.testing import MemoryRows
 
 FAST = Retry(base_s=0.001)
 ONCE = Retry(attempts=1)
@@ -59,23 +58,6 @@ class Ask(Command[int], key="key"):
 
 
 Run = Callable[..., AbstractAsyncContextManager[Client]]
-
-
-@pytest.fixture
-def rows() -> MemoryRows:
-    return MemoryRows()
-
-
-@pytest.fixture
-def run(rows: MemoryRows) -> Run:
-    """Runs a bus in this process, over rows that the test can look at."""
-
-    @asynccontextmanager
-    async def running(bus: Bus, *middleware: PublishMiddleware) -> AsyncIterator[Client]:
-        async with run_local(bus, stores=[MemoryStore(rows)], make_client=client_class(middleware)) as client:
-            yield client
-
-    return running
 
 
 @pytest.fixture
