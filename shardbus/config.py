@@ -16,7 +16,7 @@ SLOTS: Final = 1024
 STORE_BYTES_LEAST: Final = 2 * 1024 * 1024
 """The least that `store_bytes_max` may be set to: a row of the largest event fits."""
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 """Version of the wire protocol; a peer with another one is rejected with both numbers."""
 
 

@@ -45,6 +45,7 @@ class Delivery:
         "began_ns",
         "body",
         "children",
+        "cursor",
         "deadline_ns",
         "due_ns",
         "extra",
@@ -100,6 +101,7 @@ class Delivery:
         self.todo: dict[str, int] | None = None  # handlers still to run → how often each has failed; None: all, never
         self.gave_up: tuple[Failure, ...] = ()
         self.journalled = -1  # its row in the journal, while its handler is suspended
+        self.cursor: Inbound | None = None  # the batch that will finish its row, where that is still in it
         self.runs = ""  # the handler that runs and may publish
         self.children: Children | None = None  # what its handlers have published
 
@@ -250,6 +252,13 @@ class Inbound:
     def next_seq(self) -> int:
         """The sequence of the row that comes next; the present one's is one less."""
         return self.end - length_hint(self._items)
+
+    @property
+    def is_command(self) -> bool:
+        """Whether the present row is one; none is where no message has extras."""
+        extras = self.columns.extras
+        extra = extras.get(self.next_seq - 1 - self.first) if extras else None
+        return extra is not None and extra.timeout_ns > 0
 
     def stretch(self, first: int, length: int) -> tuple[int, int]:
         """Where the next `length` rows lie, from sequence `first` on: the first of them, and the one behind the last."""

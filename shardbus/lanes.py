@@ -236,6 +236,7 @@ class Lanes:
         self._busy: dict[WireKey, _Lane] = {}
         self._ready: deque[_Lane] = deque()
         self._leader: object | None = None
+        self._leading: asyncio.Task[None] | None = None  # the leader's task, or the last one's
         self._armed = False
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -451,7 +452,7 @@ class Lanes:
         loop = asyncio.get_running_loop()
         token = self._leader = object()
         context = self._clean.copy()
-        task = loop.create_task(self._lead(token, context), context=context)
+        task = self._leading = loop.create_task(self._lead(token, context), context=context)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         # Behind the task's first step in the loop's queue: when it runs, that step has ended or is suspended in a handler.
@@ -493,6 +494,7 @@ class Lanes:
         if not isinstance(running, Delivery):
             self._suspend_batch(self._take_apart(running) if isinstance(running, Together) else running, token)
             return
+        self._take_out(running)
         running.journalled = self._journal.suspend(running.publisher, running.seq, self._now())
         self._journal.rest()
         if running.key is not None:
@@ -579,6 +581,7 @@ class Lanes:
         """
         busy, now, clean, rows = self._busy, self._now, self._clean, cursor.rows
         timed, ended = cursor.timed, cursor.ended_ns.append
+        takes_out = timed or cursor.careful  # also of a command, which else stays in its batch
         journal, limit = self._journal, cursor.end
         first = cursor.next_seq
         journal.lead(cursor.session.publisher, first, first)
@@ -593,7 +596,11 @@ class Lanes:
             running[FIRST], running[END] = first, end
             # The tuples are not kept, so `zip` uses one again and again.
             for message, simple, key in islice(rows, stride):
-                if simple is None or (busy and key in busy):
+                if simple is None and not takes_out and cursor.is_command and key not in busy:
+                    await self._run_command(cursor, token)
+                    if self._leader is not token:
+                        return
+                elif simple is None or (busy and key in busy):
                     self._host.handled(cursor.hold())
                     delivery = cursor.delivery()
                     if delivery.extra is not None and self._put_off(delivery):
@@ -648,6 +655,26 @@ class Lanes:
         if after == limit:
             self._cursor = None
         self._host.touched(cursor.session)
+
+    async def _run_command(self, cursor: Inbound, token: object) -> None:
+        """Run a command in its place; where it ends there, its row is finished with those around it."""
+        delivery = self._running = cursor.delivery()
+        delivery.cursor = cursor
+        await self._command(delivery)
+        if self._leader is token:
+            self._running = None
+            if delivery.children is None:
+                delivery.runs = ""
+                return
+            self._take_out(delivery)
+        self._settle(delivery, None)
+
+    def _take_out(self, delivery: Delivery) -> None:
+        """Its row is no longer the batch's to finish."""
+        cursor, delivery.cursor = delivery.cursor, None
+        if cursor is not None:
+            self._host.handled(cursor.hold())
+            self._host.touched(cursor.session)
 
     def _put_off(self, delivery: Delivery) -> bool:
         """Leave an event to the store that is not due yet. It does not run now, so it is no suspect either."""
@@ -1146,12 +1173,13 @@ class Lanes:
             _HandlerTimeout: it took longer than it may; else whatever it raises.
         """
         limit: asyncio.Timeout | None = None
+        call = partial(handler.call, message, context) if handler.wants_context else partial(handler.call, message)
         try:
-            async with asyncio.timeout(handler.timeout_s) as limit:
-                outcome = handler.call(message, context) if handler.wants_context else handler.call(message)
-                if handler.is_async or hasattr(outcome, "__await__"):
-                    outcome = await outcome
-                return outcome
+            if handler.timeout_s is None:  # `asyncio.timeout` of none costs as much as any other
+                outcome = call()
+                return await outcome if handler.is_async or hasattr(outcome, "__await__") else outcome
+            async with asyncio.timeout(handler.timeout_s) as limit:  # only of what is `async`
+                return await call()
         except TimeoutError as error:
             if limit is not None and limit.expired():
                 raise _HandlerTimeout(f"not finished within {handler.timeout_s:g} s") from error
@@ -1210,7 +1238,7 @@ class Lanes:
             send = partial(self._host.items, delivery)
             outlet = Outlet(plan.encode_reply, window, self._limits, send)
             token = OUTLET.set(outlet)
-        call = self._calls[delivery.identity] = _Call(asyncio.current_task(), delivery.deadline_ns, outlet)
+        call = self._calls[delivery.identity] = _Call(self._leading, delivery.deadline_ns, outlet)
         try:
             message = plan.decode(delivery.body) if delivery.message is None else delivery.message
             delivery.runs = plan.handlers[0].name

@@ -60,7 +60,7 @@ from shardbus.wire.frames import (
     Items,
     Ping,
     Reject,
-    Reply,
+    Replies,
     Subscribe,
     decode_to_worker,
     encode_frame,
@@ -87,12 +87,14 @@ _PAGE_BYTES_MAX: Final = 1024 * 1024  # of their bodies, so that a page of large
 class _Publisher:
     """A live session, and whom to answer."""
 
-    __slots__ = ("peer", "session", "touched")
+    __slots__ = ("peer", "replies", "reply_bytes", "session", "touched")
 
     def __init__(self, session: WorkerSession, peer: bytes) -> None:
         self.session = session
         self.peer = peer
         self.touched = False
+        self.replies: list[tuple[int, str, bytes]] = []  # to be sent at the end of the turn
+        self.reply_bytes = 0
 
 
 class Shard:
@@ -152,6 +154,7 @@ class Shard:
         self._resting: OrderedDict[bytes, WorkerSession] = OrderedDict()
         self._blocked: OrderedDict[bytes, None] = OrderedDict()
         self._touched: list[_Publisher] = []
+        self._replying: list[_Publisher] = []
         self._acks_due = False
         self._ack_timer: asyncio.TimerHandle | None = None
         self._asked: dict[tuple[bytes, int], int] = {}  # questions that wait for their answer, and when they were asked last
@@ -240,6 +243,7 @@ class Shard:
         """Stop at once. What is unfinished stays with its publishers and in the store."""
         self._schedule.close()
         await self.lanes.close()
+        self._flush_replies()
         await self._writer.close()
         self.recorder.flush()
         if self._ack_timer is not None:
@@ -635,14 +639,39 @@ class Shard:
             self._ack(one)
 
     def _ack(self, one: _Publisher, *, full: bool = False) -> None:
+        if one.replies:
+            self._send_replies(one)  # what an ack calls finished has its reply
         self.recorder.flush()  # evidence comes before the ack
         self._send(one.peer, one.session.ack(self._credit(), full=full))
 
     def reply(self, delivery: Delivery, status: str, body: bytes) -> None:
-        """Send a command's outcome to whoever holds its session now."""
+        """Send a command's outcome to whoever holds its session now, with the others of this turn."""
         one = self._publishers.get(delivery.publisher)
-        if one is not None:
-            self._send(one.peer, encode_frame(Reply(self.epoch, delivery.seq, status, body)))
+        if one is None:
+            return
+        replies = one.replies
+        if not replies:
+            if not self._replying:
+                asyncio.get_running_loop().call_soon(self._flush_replies)
+            self._replying.append(one)
+        elif (
+            len(replies) == self._limits.batch_events_max
+            or one.reply_bytes + len(body) > self._limits.batch_bytes_target
+        ):
+            self._send_replies(one)
+        replies.append((delivery.seq, status, body))
+        one.reply_bytes += len(body)
+
+    def _send_replies(self, one: _Publisher) -> None:
+        self._send(one.peer, encode_frame(Replies(self.epoch, tuple(one.replies))))
+        one.replies.clear()
+        one.reply_bytes = 0
+
+    def _flush_replies(self) -> None:
+        replying, self._replying = self._replying, []
+        for one in replying:
+            if one.replies:
+                self._send_replies(one)
 
     def items(self, delivery: Delivery, first: int, items: tuple[bytes, ...]) -> None:
         """Send items of a stream to whoever holds its command's session now."""

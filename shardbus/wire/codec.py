@@ -31,6 +31,9 @@ _KEY_TYPES: Final = frozenset({str, int, bytes, tuple, type(None)})
 _BYTES_ONLY: Final = frozenset({bytes})
 
 
+_Nanoseconds = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+
+
 class Extra(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What few messages carry: their place in the batch, headers, and how long they have left: a command until its caller
     waits no more, an event with a deadline until that.
@@ -39,13 +42,13 @@ class Extra(msgspec.Struct, frozen=True, array_like=True, gc=False):
     `due_ns`: an event is not to be handled before.
     """
 
-    at: int
+    at: Annotated[int, msgspec.Meta(ge=0)]
     headers: Annotated[Headers, msgspec.Meta(max_length=DEFAULT_LIMITS.headers_max)]
-    timeout_ns: int  # 0: an event
+    timeout_ns: _Nanoseconds  # 0: an event
     idempotent: bool
-    left_ns: int = 0  # of an event; 0: it has no deadline
-    window: int = 0
-    due_ns: int = 0  # since 1970; 0: at once
+    left_ns: _Nanoseconds = 0  # of an event; 0: it has no deadline
+    window: Annotated[int, msgspec.Meta(ge=0, le=DEFAULT_LIMITS.stream_items_max)] = 0
+    due_ns: _Nanoseconds = 0  # since 1970; 0: at once
 
 
 _EXTRA_BYTES_MAX: Final = DEFAULT_LIMITS.batch_bytes_target
@@ -338,13 +341,6 @@ def _extras_in(packed: bytes, count: int) -> dict[int, Extra]:
     if len(packed) > _EXTRA_BYTES_MAX * 2:
         raise RemoteProtocolError("a batch with too many bytes of extras")
     extras = {extra.at: extra for extra in _decode_extras(packed)}
-    if any(
-        not (0 <= at < count and 0 <= extra.timeout_ns < 2**63 and 0 <= extra.left_ns < 2**63)
-        for at, extra in extras.items()
-    ):
+    if max(extras, default=0) >= count:
         raise RemoteProtocolError("a batch with an extra that belongs to none of its messages")
-    if any(not 0 <= extra.window <= DEFAULT_LIMITS.stream_items_max for extra in extras.values()):
-        raise RemoteProtocolError("a batch with a window that is none")
-    if any(not 0 <= extra.due_ns < 2**62 for extra in extras.values()):
-        raise RemoteProtocolError("a batch with a due time that is none")
     return extras

@@ -31,6 +31,9 @@ _Names = Annotated[
 ]
 _Key = Annotated[bytes, msgspec.Meta(max_length=DEFAULT_LIMITS.key_bytes_max + 16)]
 _Some = Annotated[int, msgspec.Meta(ge=0, le=DEFAULT_LIMITS.batch_events_max)]
+_Replies = Annotated[
+    tuple[tuple[_Sequence, str, bytes], ...], msgspec.Meta(min_length=1, max_length=DEFAULT_LIMITS.batch_events_max)
+]
 _Items = Annotated[
     tuple[bytes, ...], msgspec.Meta(min_length=1, max_length=DEFAULT_LIMITS.batch_events_max)
 ]
@@ -177,17 +180,15 @@ class Nack(_Frame, frozen=True, tag=20):
     expected: int
 
 
-class Reply(_Frame, frozen=True, tag=21):
-    """The outcome of the command with this sequence; `body` is packed as `status` says."""
+class Replies(_Frame, frozen=True, tag=21):
+    """Outcomes of commands: the sequence of each, its status, and a body that is packed as that says."""
 
     epoch: bytes
-    seq: int
-    status: str
-    body: bytes
+    replies: _Replies
 
 
 class Items(_Frame, frozen=True, tag=25):
-    """What a streaming command yielded, from its item `first` on. Its `Reply` says how many there were."""
+    """What a streaming command yielded, from its item `first` on. Its reply says how many there were."""
 
     epoch: bytes
     seq: _Sequence
@@ -272,7 +273,7 @@ FromListener = Subscribe | Unsubscribe | Taken
 FromCaller = Cancel | More
 ToListener = Subscribed | Unsubscribed | Feed
 ToWorker = Hello | Data | Ping | Bye | Ask | FromListener | FromCaller
-ToPublisher = Welcome | Reject | Ack | Nack | Reply
+ToPublisher = Welcome | Reject | Ack | Nack | Replies
 ToClient = Answer | TableChanged
 Frame = ToWorker | ToPublisher | Items | ToListener | Ask | ToClient
 

@@ -30,7 +30,7 @@ from shardbus.wire.frames import (
     Nack,
     Ping,
     Reject,
-    Reply,
+    Replies,
     ToPublisher,
     Welcome,
     encode_frame,
@@ -49,11 +49,9 @@ class State(enum.Enum):
 
 
 class Replied(msgspec.Struct, frozen=True):
-    """A command's outcome arrived."""
+    """Outcomes of commands arrived: of each its sequence, status and body."""
 
-    seq: int
-    status: str
-    body: bytes
+    replies: tuple[tuple[int, str, bytes], ...]
 
 
 class Rejected(msgspec.Struct, frozen=True):
@@ -335,8 +333,8 @@ class PublisherSession:
         self._go_back(frame.expected)
         return []
 
-    def _on_reply(self, frame: Reply) -> list[Happened]:
-        return [Replied(frame.seq, frame.status, frame.body)]
+    def _on_replies(self, frame: Replies) -> list[Happened]:
+        return [Replied(frame.replies)]
 
     def _on_reject(self, frame: Reject) -> list[Happened]:
         if frame.reason == "unknown-session":
@@ -481,7 +479,7 @@ _PUBLISHER_MOVES: Final[dict[State, dict[type, _Move]]] = {
     State.CLOSED: {
         # A worker that drains takes nothing new, and still says what became of what it has.
         Ack: PublisherSession._on_ack,  # type: ignore[dict-item]  # each move takes the frame of its row
-        Reply: PublisherSession._on_reply,  # type: ignore[dict-item]
+        Replies: PublisherSession._on_replies,  # type: ignore[dict-item]
     },
     State.GREETING: {
         Welcome: PublisherSession._on_welcome,  # type: ignore[dict-item]
@@ -490,7 +488,7 @@ _PUBLISHER_MOVES: Final[dict[State, dict[type, _Move]]] = {
     State.OPEN: {
         Ack: PublisherSession._on_ack,  # type: ignore[dict-item]
         Nack: PublisherSession._on_nack,  # type: ignore[dict-item]
-        Reply: PublisherSession._on_reply,  # type: ignore[dict-item]
+        Replies: PublisherSession._on_replies,  # type: ignore[dict-item]
         Reject: PublisherSession._on_reject,  # type: ignore[dict-item]
     },
 }

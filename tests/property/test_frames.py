@@ -29,7 +29,7 @@ from shardbus.wire.frames import (
     Nack,
     Ping,
     Reject,
-    Reply,
+    Replies,
     Subscribe,
     Subscribed,
     TableChanged,
@@ -128,12 +128,13 @@ to_worker: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Cancel, epochs, sequences),
     st.builds(More, epochs, sequences, sequences),
 )
+replies = st.tuples(sequences, st.sampled_from(["ok", "failed", "expired"]), blobs)
 to_publisher: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Welcome, epochs, sequences, small, small, small),
     st.builds(Reject, epochs, st.sampled_from(sorted(REASONS))),
     acks(),
     st.builds(Nack, epochs, sequences),
-    st.builds(Reply, epochs, sequences, st.sampled_from(["ok", "failed", "expired"]), blobs),
+    st.builds(Replies, epochs, st.lists(replies, min_size=1, max_size=5).map(tuple)),
     st.builds(Items, epochs, sequences, sequences, st.lists(blobs, min_size=1, max_size=20).map(tuple)),
     st.builds(Subscribed, epochs, sequences),
     st.builds(Unsubscribed, epochs, sequences, st.text(max_size=30)),

@@ -86,5 +86,5 @@ def test_a_due_time_that_is_none_makes_a_batch_unsound():
         if sound:
             assert decode_batch(batch.seal(), 1).extras[0].due_ns == due
         else:
-            with pytest.raises(RemoteProtocolError, match="due time"):
+            with pytest.raises(RemoteProtocolError, match="not a batch"):
                 decode_batch(batch.seal(), 1)

@@ -24,7 +24,7 @@ from shardbus.wire.frames import (
     Nack,
     Ping,
     Reject,
-    Reply,
+    Replies,
     ToPublisher,
     Welcome,
     decode_to_publisher,
@@ -235,7 +235,7 @@ def test_frames_of_another_epoch_are_ignored(opened: Pair):
         Ack(b"epoch-0", 2, 2, (), True, 0, 0, 1, 1),
         Nack(b"epoch-0", 0),
         Reject(b"epoch-0", "protocol"),
-        Reply(b"epoch-0", 0, "ok", b""),
+        Replies(b"epoch-0", ((0, "ok", b""),)),
         Welcome(b"epoch-0", 0, 1, 1, 1),
     ):
         assert opened.publisher.receive(frame) == []
@@ -246,7 +246,7 @@ def test_frames_of_another_epoch_are_ignored(opened: Pair):
 EARLY: list[ToPublisher] = [
     Ack(b"epoch-1", 2, 2, (), True, 0, 0, 1, 1),
     Nack(b"epoch-1", 0),
-    Reply(b"epoch-1", 0, "ok", b""),
+    Replies(b"epoch-1", ((0, "ok", b""),)),
 ]
 
 
@@ -689,8 +689,8 @@ def test_a_batch_that_the_worker_had_taken_is_announced_as_repeated_even_after_g
 
 def test_a_reply_reaches_the_caller(opened: Pair):
     opened.publish("a", commands=(0,))
-    opened.answer(encode_frame(Reply(b"epoch-1", 0, "ok", b"\x2a")))
-    assert opened.happened == [Replied(0, "ok", b"\x2a")]
+    opened.answer(encode_frame(Replies(b"epoch-1", ((0, "ok", b"\x2a"),))))
+    assert opened.happened == [Replied(((0, "ok", b"\x2a"),))]
 
 
 def test_a_command_that_was_sent_is_lost_with_its_worker_and_not_sent_again(opened: Pair):
