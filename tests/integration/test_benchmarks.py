@@ -25,6 +25,11 @@ UNREACHED = [
         ],
         "FAIL: memory of worker 0, 1,000 keys",
     ),
+    (
+        "features",
+        [*SHORT, "--turns", "1", "--turn", "0.5", "--scheduled", "500", "--commands", "1e12"],
+        "FAIL: execute, 1,000 in flight",
+    ),
 ]
 
 
@@ -59,3 +64,5 @@ def test_a_target_out_of_reach_fails_in_the_benchmarks_own_words_and_the_result_
             "lost",
         ):
             assert counted[caption]["passed"], counted[caption]
+    if name == "features":
+        assert all(check["passed"] for check in result["checks"] if check["target"] in ("500", "0", "ok")), result["checks"]
