@@ -39,6 +39,7 @@ from shardbus.errors import (
     ClientClosed,
     CommandFailed,
     CommandLost,
+    ConfigError,
     MessageTooLarge,
     NotDelivered,
     OutboxFull,
@@ -209,6 +210,7 @@ class _Outbox:
         "paused",
         "session",
         "shard",
+        "told",
     )
 
     def __init__(self, shard: int, session: PublisherSession) -> None:
@@ -224,7 +226,7 @@ class _Outbox:
         self.dirty = False
         self.paused = False  # publishers must look before they append
         self.malformed = 0
-
+        self.told = False  # that it has no connection, or no place at its worker
 
     def unfinished_commands(self) -> int:
         """Commands that the worker has not finished."""
@@ -346,7 +348,7 @@ class Client:
         check_on_full(on_full)
         self.address = address
         self.publisher = os.urandom(16) if publisher is None else publisher
-        """The identity of this client as a publisher; 16 bytes."""
+        """The identity of this client as a publisher; 16 bytes. Another one when the bus comes back with other shards."""
         self._connector = connector
         self._control_address = control_address
         self._limits = limits
@@ -364,6 +366,8 @@ class Client:
         self._on_pressure = on_pressure
         self._under_pressure = False
         self._dropped = 0
+        self._dead_before = 0  # of sessions with shards that are gone
+        self._waiting_before = 0
         self._refused = 0
         self._waits = 0
         self._waited_ns = 0
@@ -435,7 +439,6 @@ class Client:
         self._closed = True
         if self._ticker is not None:
             self._ticker.cancel()
-            await asyncio.wait([self._ticker])
         for outbox in self._outboxes:
             for frame in outbox.session.leave():
                 self._send(outbox, frame)
@@ -449,6 +452,8 @@ class Client:
             self._control.close()
         self._connector.close()
         self._made_progress()
+        if self._ticker is not None:  # last: whoever waits here may be cancelled
+            await asyncio.wait([self._ticker])
 
     def _end_streams(self, outbox: _Outbox) -> None:
         for seq, call in list(outbox.commands.items()):
@@ -734,8 +739,8 @@ class Client:
 
     def ledger(self) -> Ledger:
         """What became of this client's events so far, as far as it has heard."""
-        dead = sum(outbox.session.dead for outbox in self._outboxes)
-        waiting = sum(outbox.session.waiting for outbox in self._outboxes)
+        dead = self._dead_before + sum(outbox.session.dead for outbox in self._outboxes)
+        waiting = self._waiting_before + sum(outbox.session.waiting for outbox in self._outboxes)
         held = sum(
             outbox.session.held_events + len(outbox.batch) - outbox.unfinished_commands() for outbox in self._outboxes
         )
@@ -1226,7 +1231,19 @@ class Client:
         self._seals = 0
         for outbox in dirty:
             outbox.paused = self._is_full(outbox)
-        self._keyless = (self._keyless + 1) % max(1, len(self._outboxes))
+        self._keyless = self._next_keyless()
+
+    def _next_keyless(self) -> int:
+        """The shard for what has no key and comes in the next turn: the next with room, or else the next that is up."""
+        count = len(self._outboxes)
+        if not count:
+            return 0
+        following = (self._keyless + 1) % count
+        if self._outboxes[following].session.state is State.OPEN and not self._outboxes[following].paused:
+            return following
+        after = [(self._keyless + step) % count for step in range(1, count + 1)]
+        up = [at for at in after if self._outboxes[at].session.state is State.OPEN] or after
+        return next((at for at in up if not self._outboxes[at].paused), up[0])
 
     def _seal(self, outbox: _Outbox) -> None:
         batch = outbox.batch
@@ -1262,6 +1279,7 @@ class Client:
         self._check_open()
         if not self._is_full(outbox):
             await asyncio.sleep(0)
+        outbox.session.thin_out()
         if self._is_full(outbox):
             self._feel_pressure()
             if self._on_full != "wait":
@@ -1270,6 +1288,7 @@ class Client:
             while self._is_full(outbox):
                 self._check_open()
                 await self._wait_for_progress()
+                outbox.session.thin_out()
             self._waits += waits
             self._waited_ns += self._now() - began_ns
         self._check_open()
@@ -1403,7 +1422,11 @@ class Client:
             # The worker ignores this connection from now on; a new one takes the session up again.
             outbox.malformed += 1
             self._reopen(outbox)
-        elif what.reason != "too-many-publishers":
+        elif what.reason == "too-many-publishers":
+            if not outbox.told:
+                outbox.told = True
+                log.warning("shard %d serves as many publishers as it can; this one waits for a place", outbox.shard)
+        else:
             self.end(BusRejected(f"shard {outbox.shard}: {REASONS.get(what.reason, what.reason)}"))
 
     def end(self, error: BusRejected) -> None:
@@ -1457,6 +1480,11 @@ class Client:
             for outbox in self._outboxes:
                 if outbox.channel is not None:
                     outbox.channel.close()
+                for seq in list(outbox.commands):
+                    self._lost(outbox, Lost(seq))
+                self._dead_before += outbox.session.dead
+                self._waiting_before += outbox.session.waiting
+            self.publisher = os.urandom(16)  # sequences begin anew
             self._outboxes = []
             self._outbox_of.clear()
             self._keyless = 0
@@ -1479,7 +1507,7 @@ class Client:
         if not address.epoch:
             session.close()
             return
-        if session.epoch == address.epoch and outbox.channel is not None:
+        if session.epoch == address.epoch:
             return
         for lost in session.open(address.epoch, layout):
             self._lost(outbox, lost)
@@ -1493,8 +1521,15 @@ class Client:
     def _connect(self, outbox: _Outbox, address: str) -> None:
         if outbox.channel is not None:
             outbox.channel.close()
-        # A new socket for every incarnation: what is queued in the old one must not reach the new worker out of order.
-        outbox.channel = self._connector.open(address, lambda data: self._on_worker(outbox, data))
+            outbox.channel = None
+        try:
+            # A new socket for every incarnation: what is queued in the old one must not reach the new worker out of order.
+            outbox.channel = self._connector.open(address, lambda data: self._on_worker(outbox, data))
+        except ConfigError as error:
+            if not outbox.told:
+                outbox.told = True
+                log.warning("no connection to shard %d, which is tried again: %s", outbox.shard, error)
+            return
         outbox.session.tick(self._now())
         self._pump(outbox)
 
@@ -1512,6 +1547,8 @@ class Client:
             self._table_asked_ns = now_ns
             self._control.send(encode_frame(Ask(0, "table", b"")))
         for outbox in self._outboxes:
+            if outbox.channel is None and outbox.session.state is State.GREETING and self._table is not None:
+                self._connect(outbox, self._table.shards[outbox.shard].address)
             outbox.session.tick(now_ns)
             self._pump(outbox)
         self._subscriptions.pump(now_ns)

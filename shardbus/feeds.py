@@ -178,6 +178,10 @@ class Feeds:
             case Unsubscribe():
                 self._forget(self._windows.get((peer, frame.subscription)))
 
+    def listens(self, peer: bytes) -> bool:
+        """Whether a peer has a subscription."""
+        return bool(self._peers.get(peer))
+
     def leave(self, peer: bytes) -> None:
         """Forget all that a peer listens to: it is gone."""
         for number in list(self._peers.get(peer, ())):

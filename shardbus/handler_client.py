@@ -39,6 +39,8 @@ class _ChildClient(Client):
         key = packed[1]
         outbox = self._outboxes[self._keyless] if key is None else self._outbox_of.get(key) or self._remember(key)
         if self._is_full(outbox):
+            outbox.session.thin_out()
+        if self._is_full(outbox):
             self._check_open()
             raise OutboxFull(outbox.shard, outbox.session.held_events)
         self.publish_packed((packed,))

@@ -204,8 +204,9 @@ class Inbound:
             RemoteProtocolError: it is not a batch of as many messages as its frame said.
         """
         self.careful = careful
-        columns = self.columns = decode_batch(self._blob, self.end - self.first)
-        self._blob = b""
+        blob, self._blob = self._blob, b""
+        self.session.unopened_bytes -= len(blob)
+        columns = self.columns = decode_batch(blob, self.end - self.first)
         if columns.ordinals is not None or columns.intended_ns is not None:
             self.recorder = self._of_shard  # else nobody stamped its events
             self.timed = columns.intended_ns is not None

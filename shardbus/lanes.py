@@ -233,6 +233,8 @@ class Lanes:
         self._cursor: Inbound | None = None
         self._served: WorkerSession | None = None  # whose turn it is, and until when
         self._share_ends_ns = 0
+        self._batches_turn = False  # or that of lanes, and until when
+        self._side_ends_ns = 0
         self._busy: dict[WireKey, _Lane] = {}
         self._ready: deque[_Lane] = deque()
         self._leader: object | None = None
@@ -517,7 +519,7 @@ class Lanes:
             if departing and (overdue > 0 or not (ready or self._inbox or self._cursor is not None)):
                 overdue -= 1
                 await self._run_gathered(next(iter(departing)), token)
-            elif ready:
+            elif ready and not self._is_turn_of_batches():
                 lane = ready.popleft()
                 await self._run_head(lane, token)
             elif self._cursor is not None or self._inbox:
@@ -533,6 +535,17 @@ class Lanes:
         if self._leader is token:
             self._leader = None
             self._journal.rest()
+
+    def _is_turn_of_batches(self) -> bool:
+        """Whether what has just come goes before the heads of lanes: where there is both, a share each by turns, so that a
+        key which catches up holds up no other."""
+        if self._cursor is None and not self._inbox:
+            return False
+        now_ns = self._now()
+        if now_ns >= self._side_ends_ns:
+            self._batches_turn = not self._batches_turn
+            self._side_ends_ns = now_ns + _SHARE_NS
+        return self._batches_turn
 
     def _next_batch(self) -> Inbound | None:
         """The batch to go on with: of the publisher whose turn it is, as long as that is, and then of the next."""

@@ -72,6 +72,7 @@ log = logging.getLogger("shardbus.shard")
 Send = Callable[[bytes, bytes], bool]
 """Send a frame to a peer; False where it could not be taken, and the protocol has to mend it."""
 
+_IDLE_NS: Final = 1_000_000_000  # a publisher that has nothing unfinished for so long makes room for one that comes
 _RESTING_MAX: Final = 4096  # sessions of silent publishers that are remembered
 _NS: Final = 1_000_000_000
 _TELL_NS: Final = 60 * _NS
@@ -329,7 +330,7 @@ class Shard:
             return
         now_ns = self._now()
         session = one.session
-        session.heard_ns = now_ns
+        session.heard_ns = session.used_ns = now_ns
         skip = session.accept(frame)
         if skip is None:
             answer = session.answer_to_refused(frame)
@@ -355,10 +356,10 @@ class Shard:
                 self._feeds.leave(one.peer)
             one.peer = peer
             self._welcome(one)
-        elif frame.publisher in self._resting:
-            self._admit(peer, self._resting.pop(frame.publisher))
         elif self._is_crowded():
             self._reject(peer, frame.epoch, "too-many-publishers")
+        elif frame.publisher in self._resting:
+            self._admit(peer, self._resting.pop(frame.publisher))
         elif self._adopts:
             if frame.publisher not in self._greeting:
                 self._writer.add_read(lambda: self._admit_after_look(frame.publisher))
@@ -388,17 +389,23 @@ class Shard:
         return WorkerSession(frame.publisher, self.epoch, frame.first, self._limits, self._sessions_made)
 
     def _is_crowded(self) -> bool:
-        """Whether there is no room for one more session, even if the one that was silent longest made way."""
+        """Whether there is no room for one more session, even if the one that was idle longest made way: it keeps its place
+        where it has something unfinished, or listens, and else comes back by itself when it publishes."""
         if len(self._publishers) + len(self._greeting) < self._limits.sessions_max:
             return False
-        idle = [one.session for one in self._publishers.values() if not one.session.unfinished]
-        oldest = min(idle, key=lambda session: session.heard_ns, default=None)
-        if oldest is None or self._now() - oldest.heard_ns < self._limits.session_silence_s / 3 * _NS:
+        idle = [
+            one.session
+            for one in self._publishers.values()
+            if not one.session.unfinished and not self._feeds.listens(one.peer)
+        ]
+        oldest = min(idle, key=lambda session: session.used_ns, default=None)
+        if oldest is None or self._now() - oldest.used_ns < _IDLE_NS:
             return True
         self._rest(oldest.publisher)
         return False
 
     def _admit(self, peer: bytes, session: WorkerSession) -> None:
+        session.used_ns = self._now()
         one = self._publishers[session.publisher] = _Publisher(session, peer)
         session.left = False
         self._welcome(one)
@@ -419,7 +426,7 @@ class Shard:
             return
         one.session.heard_ns = self._now()
         one.session.hurry(frame.awaited)
-        self._ack(one, full=True)
+        self._ack(one, full=True, ping=frame.number)
 
     def _on_bye(self, peer: bytes) -> None:
         one = self._peers.get(peer)
@@ -638,11 +645,11 @@ class Shard:
             one.touched = False
             self._ack(one)
 
-    def _ack(self, one: _Publisher, *, full: bool = False) -> None:
+    def _ack(self, one: _Publisher, *, full: bool = False, ping: int = 0) -> None:
         if one.replies:
             self._send_replies(one)  # what an ack calls finished has its reply
         self.recorder.flush()  # evidence comes before the ack
-        self._send(one.peer, one.session.ack(self._credit(), full=full))
+        self._send(one.peer, one.session.ack(self._credit(), full=full, ping=ping))
 
     def reply(self, delivery: Delivery, status: str, body: bytes) -> None:
         """Send a command's outcome to whoever holds its session now, with the others of this turn."""

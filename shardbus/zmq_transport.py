@@ -32,7 +32,10 @@ class _Socket:
     """What dealer and router share: a socket, drained from the event loop."""
 
     def __init__(self, context: zmq.Context[Any], kind: int) -> None:
-        self._socket: zmq.Socket[bytes] = context.socket(kind)
+        try:
+            self._socket: zmq.Socket[bytes] = context.socket(kind)
+        except zmq.ZMQError as error:  # no descriptor is left
+            raise ConfigError(f"no socket can be opened: {error}") from error
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.MAXMSGSIZE, DEFAULT_LIMITS.frame_bytes_max)
         self._socket.set(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)

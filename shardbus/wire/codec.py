@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from typing import Annotated, Any, Final
@@ -28,7 +28,7 @@ _encode: Final = msgspec.msgpack.Encoder().encode
 _SWAP: Final = sys.byteorder != "little"
 _SIGN_AT: Final = 0 if _SWAP else 7  # the byte of a 64-bit number that has its sign
 _KEY_TYPES: Final = frozenset({str, int, bytes, tuple, type(None)})
-_BYTES_ONLY: Final = frozenset({bytes})
+_NIL: Final = b"\xc0"
 
 
 _Nanoseconds = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
@@ -250,6 +250,23 @@ def decode_batch(blob: bytes, count: int) -> Columns:
         )
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise RemoteProtocolError(f"not a batch: {brief(error)}") from None
+
+
+def thinned(blob: bytes, count: int, kept: Collection[int]) -> bytes:
+    """A batch of as many messages, of which only those at these places are whole: of the others, which are never to run
+    again, body, key and extra are gone."""
+    packed = _decode_packed(blob)
+    keys, bodies = unpack_keys(memoryview(packed.keys)), _taken_apart(packed.bodies, count)
+    thin_keys: list[WireKey] = [None] * count
+    thin_bodies = [_NIL] * count
+    for at in kept:
+        thin_keys[at], thin_bodies[at] = keys[at], bodies[at]
+    extras = None
+    if packed.extras is not None:
+        known = _extras_in(packed.extras, count)
+        extras = _encode([known[at] for at in kept if at in known]) or None
+    whole = b"".join((_array_of(count), *thin_bodies))
+    return _encode((packed.names, packed.places, thin_keys, whole, packed.ordinals, packed.intended_ns, extras))
 
 
 def _taken_apart(bodies: bytes | memoryview, count: int) -> list[bytes]:

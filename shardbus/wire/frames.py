@@ -77,10 +77,11 @@ class Data(_Frame, frozen=True, tag=2):
 
 
 class Ping(_Frame, frozen=True, tag=3):
-    """Asks for a full `Ack`. Somebody waits for all below `awaited` to be finished."""
+    """Asks for a full `Ack`, which repeats its `number`. Somebody waits for all below `awaited` to be finished."""
 
     epoch: bytes
     awaited: int
+    number: int = 0
 
 
 class Bye(_Frame, frozen=True, tag=4):
@@ -159,7 +160,8 @@ class Ack(_Frame, frozen=True, tag=19):
 
     `full` says whether `finished` is all of it or only what is new since the last ack. Everything else is absolute, so
     an ack may be lost, repeated or overtaken. `received` is the next sequence that the worker takes; `dead` and `waiting`
-    count this session's events that ended so; credit bounds the unfinished events and bytes of this session.
+    count this session's events that ended so; credit bounds the unfinished events and bytes of this session. `ping` is the
+    number of the ping that it answers, 0 where it answers none.
     """
 
     epoch: bytes
@@ -171,6 +173,7 @@ class Ack(_Frame, frozen=True, tag=19):
     waiting: int
     credit_events: int
     credit_bytes: int
+    ping: int = 0
 
 
 class Nack(_Frame, frozen=True, tag=20):

@@ -21,6 +21,7 @@ import msgspec
 
 from shardbus.config import PROTOCOL, Limits
 from shardbus.errors import RemoteProtocolError
+from shardbus.wire.codec import thinned
 from shardbus.wire.frames import (
     Ack,
     Bye,
@@ -72,7 +73,7 @@ Happened = Replied | Rejected | Lost
 class _Packed:
     """A sealed batch, kept until every message in it is finished."""
 
-    __slots__ = ("attempt", "blob", "commands", "count", "first", "idempotent", "offered_ns", "sent", "unfinished")
+    __slots__ = ("attempt", "blob", "commands", "count", "first", "idempotent", "offered_ns", "sent", "unfinished", "whole")
 
     def __init__(
         self,
@@ -92,9 +93,19 @@ class _Packed:
         self.commands = commands  # sequences of commands that must not be sent twice
         self.idempotent = idempotent  # and of those that may
         self.unfinished = count
+        self.whole = count  # messages whose bodies are in the blob
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether a worker may have it, or one that has died may have had it."""
+        return self.sent or self.attempt > 1
 
 
 _DATA_BYTES_MAX: Final = 16 * 1024  # of a data frame besides its batch: ranges to skip, and numbers
+
+_THIN: Final = 4  # a batch is thinned out when only one in so many of its bodies is still wanted …
+_THIN_BYTES_MIN: Final = 4096  # … and it holds so many bytes
+_MARKS_MAX: Final = 8  # pings whose answers are waited for; the oldest is forgotten
 
 _first_of: Final = attrgetter("first")
 
@@ -119,6 +130,7 @@ class PublisherSession:
         self.held_events = 0  # offered and not finished
         self.held_bytes = 0
         self._limits = limits
+        self._finished_since = 0  # messages, since it was looked at what can be let go of
         self._unsent: deque[_Packed] = deque()
         self._sent: list[_Packed] = []  # sent in this epoch and not finished, by first sequence
         self._sent_next = 0  # the sequence after the last one sent in this epoch
@@ -135,7 +147,8 @@ class PublisherSession:
         self._session: int | None = None  # the worker's number for it; None: no welcome of this epoch yet
         self._greeted_ns = -(2**63)
         self._pinged_ns = 0
-        self._pinged_seq = 0
+        self._pings = 0
+        self._marks: dict[int, int] = {}  # by ping: what was sent before it, so that less in its answer means a loss
         self._awaited = 0  # somebody waits for everything below to be finished
         self._abandoned: set[int] = set()  # commands that nobody waits for, and that may not be finished
         self._control: list[bytes] = []  # greetings and pings to send before data
@@ -188,13 +201,22 @@ class PublisherSession:
         """Somebody waits for all that was offered: its acks are not to be delayed."""
         self._awaited = self.next_seq
         if self.state is State.OPEN and self._in_flight_events:
-            self._control.append(encode_frame(Ping(self.epoch, self._awaited)))
+            self._ping()
+
+    def _ping(self) -> None:
+        self._pings += 1
+        self._marks[self._pings] = self._sent_next
+        if len(self._marks) > _MARKS_MAX:
+            del self._marks[next(iter(self._marks))]
+        self._control.append(encode_frame(Ping(self.epoch, self._awaited, self._pings)))
 
     def abandon(self, seq: int) -> None:
         """Nobody waits for this command any more: where it has not been sent, it never is; else its worker is told."""
         if self.is_finished(seq):
             return
-        if seq < self.next_seq and not self.was_sent(seq):
+        if seq < self.next_seq and any(
+            packed.first <= seq < packed.first + packed.count and not packed.sent for packed in self._unsent
+        ):
             self._finish(seq, seq + 1)
             return
         self._abandoned.add(seq)
@@ -207,16 +229,42 @@ class PublisherSession:
     def drop_oldest(self) -> int:
         """Forget the oldest batch that no worker has seen and that holds no command; return how many messages that were."""
         for packed in self._unsent:
-            if not packed.sent and not packed.commands and not packed.idempotent:
+            if not packed.may_have_run and not packed.commands and not packed.idempotent:
                 dropped = packed.unfinished
                 self._finish(packed.first, packed.first + packed.count)
                 return dropped
         return 0
 
+    def thin_out(self) -> None:
+        """Let go of what is finished in batches of which little is left, so that few slow messages do not hold the bytes of
+        all that were packed with them. To be called where room is wanted; it looks only after enough was finished."""
+        if self._finished_since < self.held_events // 4 + 1:
+            return
+        self._finished_since = 0
+        for packed in self._sent:
+            self._in_flight_bytes -= self._thin(packed)
+        for packed in self._unsent:
+            self._thin(packed)
+
+    def _thin(self, packed: _Packed) -> int:
+        """Thin a batch out where that is worth it; return how many bytes that saved."""
+        if packed.unfinished > packed.whole // _THIN or len(packed.blob) < _THIN_BYTES_MIN:
+            return 0
+        done = self._finished_in(packed)
+        kept = set(range(packed.first, packed.first + packed.count))
+        for at in range(0, len(done), 2):
+            kept.difference_update(range(done[at], done[at + 1]))
+        before = len(packed.blob)
+        packed.blob = thinned(packed.blob, packed.count, [seq - packed.first for seq in sorted(kept)])
+        packed.whole = packed.unfinished
+        saved = before - len(packed.blob)
+        self.held_bytes -= saved
+        return saved
+
     def was_sent(self, seq: int) -> bool:
         """Whether some worker may have seen the message with this sequence."""
-        return not any(
-            packed.first <= seq < packed.first + packed.count and not packed.sent for packed in self._unsent
+        return seq < self.next_seq and not any(
+            packed.first <= seq < packed.first + packed.count and not packed.may_have_run for packed in self._unsent
         )
 
     def open(self, epoch: bytes, layout: int) -> list[Lost]:
@@ -260,8 +308,7 @@ class PublisherSession:
             interval_s = self._limits.ping_interval_s if self._in_flight_events else self._limits.session_silence_s / 10
             if now_ns - self._pinged_ns >= interval_s * _NS:
                 self._pinged_ns = now_ns
-                self._pinged_seq = self._sent_next
-                self._control.append(encode_frame(Ping(self.epoch, self._awaited)))
+                self._ping()
 
     def frames_to_send(self, now_ns: int = 0) -> Iterable[bytes]:
         """Everything that may be sent now, within the credit; each frame is considered sent when it is yielded."""
@@ -269,11 +316,12 @@ class PublisherSession:
             yield self._control.pop(0)
         while self._unsent and self.state is State.OPEN:
             packed = self._unsent[0]
-            if self._in_flight_events and (
-                self._in_flight_events + packed.unfinished > self._credit_events
-                or self._in_flight_bytes + len(packed.blob) > self._credit_bytes
-            ):
+            if self._in_flight_events and self._in_flight_events + packed.unfinished > self._credit_events:
                 return
+            if self._in_flight_events and self._in_flight_bytes + len(packed.blob) > self._credit_bytes:
+                self.thin_out()
+                if self._in_flight_bytes + len(packed.blob) > self._credit_bytes:
+                    return
             if packed.first > self._sent_next:
                 # What lies between is finished and forgotten here; the worker must know that it need not wait for it.
                 stretch = (self._sent_next, packed.first)
@@ -309,7 +357,7 @@ class PublisherSession:
             self._go_back(frame.expected)
         self._session = frame.session
         self._sent_next = frame.expected
-        self._pinged_seq = frame.expected
+        self._marks.clear()
         self._forget_abandoned()
         # What is sent again must not run; what runs since before the connection was lost must end.
         self._control += [encode_frame(Cancel(self.epoch, seq)) for seq in self._abandoned if seq < self.next_seq]
@@ -324,8 +372,7 @@ class PublisherSession:
         flat = frame.finished
         for at in range(0, len(flat), 2):
             self._finish(flat[at], flat[at + 1])
-        if frame.full and frame.received < self._pinged_seq:
-            self._pinged_seq = frame.received
+        if frame.ping and frame.received < self._marks.pop(frame.ping, 0):
             self._go_back(frame.received)
         return []
 
@@ -376,6 +423,7 @@ class PublisherSession:
 
     def _go_back(self, expected: int) -> None:
         """Move what was sent from `expected` on back to the front of what is unsent."""
+        self._marks.clear()  # of pings that went before what is sent again
         sent = self._sent
         at = len(sent)
         while at and sent[at - 1].first + sent[at - 1].count > expected:
@@ -430,6 +478,7 @@ class PublisherSession:
 
     def _release(self, low: int, high: int) -> None:
         self.held_events -= high - low
+        self._finished_since += high - low
         sent = self._sent
         if sent and low <= sent[-1].first + sent[-1].count:
             begin = at = max(0, bisect_right(sent, low, key=_first_of) - 1)
@@ -498,12 +547,13 @@ class WorkerSession:
     """The worker's end towards one publisher.
 
     Takes batches strictly in order; what is finished may come in any order. `unfinished` counts accepted messages that
-    are not finished, and is what credit bounds. Reading `heard_ns` is the owner's business.
+    are not finished, and is what credit bounds. Reading `heard_ns` and `used_ns` is the owner's business.
     """
 
     __slots__ = (
         "_adopted",
         "_awaited",
+        "_credit_bytes_max",
         "_credit_events_max",
         "_delta",
         "_epoch",
@@ -519,6 +569,8 @@ class WorkerSession:
         "publisher",
         "received",
         "unfinished",
+        "unopened_bytes",
+        "used_ns",
         "waiting",
     )
 
@@ -530,7 +582,9 @@ class WorkerSession:
         self.unfinished = 0
         self.dead = 0
         self.waiting = 0
+        self.unopened_bytes = 0  # of batches that it took and whose turn has not come; the owner takes them off
         self.heard_ns = 0
+        self.used_ns = 0  # when it sent data last
         self.left = False  # the publisher has said good-bye: nobody waits for its commands
         self.cancelled: dict[int, None] = {}  # commands that nobody waits for, and that have not begun; the first ones first
         self._epoch = epoch
@@ -541,6 +595,7 @@ class WorkerSession:
         self._awaited = 0
         self._told = first  # below it, the publisher knows that all is finished
         # A publisher within its credit cannot exceed this: one more batch may start while anything is unfinished.
+        self._credit_bytes_max = limits.credit_bytes_max
         self._credit_events_max = limits.session_credit_events_max + limits.batch_events_max
 
     def accept(self, frame: Data) -> tuple[int, ...] | None:
@@ -565,6 +620,9 @@ class WorkerSession:
         fresh = end - self.received
         if self.unfinished + (fresh if frame.blob else 0) > self._credit_events_max:
             raise RemoteProtocolError(f"{self.unfinished + fresh} unfinished messages, more than any credit")
+        if self.unopened_bytes > self._credit_bytes_max:
+            raise RemoteProtocolError(f"{self.unopened_bytes:,} bytes that nobody has looked at, more than any credit")
+        self.unopened_bytes += len(frame.blob)
         if frame.awaited:
             self.hurry(end)
         before = self.received
@@ -650,8 +708,9 @@ class WorkerSession:
         """Whether the message with this sequence is finished."""
         return seq < self.cumulative or seq in self._finished
 
-    def ack(self, credit: tuple[int, int], *, full: bool = False) -> bytes:
-        """The frame that says what is finished; `full` lists all of it, else only what is new since the last."""
+    def ack(self, credit: tuple[int, int], *, full: bool = False, ping: int = 0) -> bytes:
+        """The frame that says what is finished; `full` lists all of it, else only what is new since the last. `ping` is the
+        number of the ping that it answers."""
         if full:
             finished: tuple[int, ...] = tuple(self._finished.flat())
         elif self._delta:
@@ -666,7 +725,7 @@ class WorkerSession:
         self._delta = []
         self._told = self.cumulative
         return encode_frame(
-            Ack(self._epoch, self.received, self.cumulative, finished, full, self.dead, self.waiting, *credit)
+            Ack(self._epoch, self.received, self.cumulative, finished, full, self.dead, self.waiting, *credit, ping)
         )
 
     def welcome(self, credit: tuple[int, int]) -> bytes:

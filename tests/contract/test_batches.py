@@ -11,13 +11,13 @@ import pytest
 
 from shardbus import Bus, Event
 from shardbus.clock import monotonic_ns
-from shardbus.config import DEFAULT_LIMITS, PROTOCOL
+from shardbus.config import DEFAULT_LIMITS, PROTOCOL, Limits
 from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Recorder, book_bytes
 from shardbus.shard import Shard
 from shardbus.testing import MemoryStore
-from shardbus.wire.codec import Batch, encode_bodies
-from shardbus.wire.frames import Ack, Data, Hello, Reject, Welcome, decode_to_publisher, encode_frame
+from shardbus.wire.codec import Batch, encode_bodies, pack_keys
+from shardbus.wire.frames import Ack, Data, Hello, Ping, Reject, Subscribe, Welcome, decode_to_publisher, encode_frame
 
 EPOCH = b"e"
 BOOK = {"keys": 8, "publishers": 2, "log_bytes": 4096}
@@ -51,7 +51,9 @@ def shard_that_notes(handled: list[str]) -> tuple[Shard, dict[bytes, list[Any]]]
     return shard_of(bus, monotonic_ns)
 
 
-def shard_of(bus: Bus, now: Callable[[], int]) -> tuple[Shard, dict[bytes, list[Any]]]:
+def shard_of(
+    bus: Bus, now: Callable[[], int], limits: Limits = DEFAULT_LIMITS
+) -> tuple[Shard, dict[bytes, list[Any]]]:
     """A shard of an application, and what it sends to each peer."""
     sent: dict[bytes, list[Any]] = defaultdict(list)
     shard = Shard(
@@ -64,7 +66,7 @@ def shard_of(bus: Bus, now: Callable[[], int]) -> tuple[Shard, dict[bytes, list[
         journal=Journal(memoryview(bytearray(journal_bytes(**JOURNAL))), **JOURNAL),
         send=lambda peer, frame: sent[peer].append(decode_to_publisher(frame)) or True,
         now=now,
-        limits=DEFAULT_LIMITS,
+        limits=limits,
         broken=lambda error: pytest.fail(f"the lanes are broken: {error!r}"),
     )
     return shard, sent
@@ -138,4 +140,99 @@ async def test_a_publisher_whose_events_take_long_leaves_others_their_turn(suspe
     await until(lambda: len(handled) == 1124)
     assert handled[:40].count("slow") < 5  # 100 of the others were there when it began
     assert handled[:110].count("quick") == handled[:110].count("quick too") == 50
+    await shard.close()
+
+
+async def test_a_key_that_catches_up_leaves_others_their_turn():
+    clock, handled, gate = 1, list[str](), asyncio.Event()
+    bus = Bus("turns")
+
+    @bus.on(Step)
+    async def step(event: Step) -> None:
+        nonlocal clock
+        if event.key == "slow":
+            await gate.wait()
+            clock += 1_000_000
+        handled.append(event.key)
+
+    shard, _ = shard_of(bus, lambda: clock)
+    await shard.start()
+    for peer in (b"1", b"2"):
+        shard.receive(peer, encode_frame(Hello(PROTOCOL, peer * 16, 1, EPOCH, 0)))
+    shard.receive(b"1", data(0, 512, blob(512, "slow")))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    gate.set()
+    for seq in range(50):
+        shard.receive(b"2", data(seq, 1, blob(1, "quick")))
+    await until(lambda: len(handled) == 562)
+    assert handled.index("quick") < 20
+    assert handled[:130].count("quick") == 50
+    await shard.close()
+
+
+def few_publishers() -> tuple[Shard, dict[bytes, list[Any]], list[int]]:
+    """A shard with room for three publishers, and its clock."""
+    clock = [1]
+    bus = Bus("crowded")
+
+    @bus.on(Step)
+    async def step(event: Step) -> None:
+        if event.key == "long":
+            await asyncio.Event().wait()
+
+    return *shard_of(bus, lambda: clock[0], Limits(sessions_max=3)), clock
+
+
+def greet(shard: Shard, sent: dict[bytes, list[Any]], peer: bytes, publisher: bytes, first: int = 0) -> bool:
+    """Whether there was a place."""
+    shard.receive(peer, encode_frame(Hello(PROTOCOL, publisher * 16, 1, EPOCH, first)))
+    frame = next(frame for frame in reversed(sent[peer]) if isinstance(frame, Welcome | Reject))
+    return isinstance(frame, Welcome)
+
+
+async def test_who_comes_takes_the_place_of_who_was_idle_longest_and_that_one_comes_back():
+    shard, sent, clock = few_publishers()
+    await shard.start()
+    for peer in (b"1", b"2", b"3"):
+        assert greet(shard, sent, peer, peer)
+    assert not greet(shard, sent, b"4", b"4")  # all have only just come
+    clock[0] += 2_000_000_000
+    shard.receive(b"1", data(0, 1, blob(1)))
+    for peer in (b"2", b"3"):  # to be there is not to do something
+        shard.receive(peer, encode_frame(Ping(EPOCH, 0, 1)))
+    assert greet(shard, sent, b"4", b"4")
+    shard.receive(b"2", data(0, 1, blob(1)))
+    assert sent[b"2"][-1] == Reject(EPOCH, "unknown-session")
+    assert greet(shard, sent, b"2", b"2")  # in the place of the third
+    shard.receive(b"3", encode_frame(Ping(EPOCH, 0, 2)))
+    assert sent[b"3"][-1] == Reject(EPOCH, "unknown-session")
+    assert shard.publishers == 3
+    await shard.close()
+
+
+async def test_who_has_something_unfinished_or_listens_keeps_its_place():
+    shard, sent, clock = few_publishers()
+    await shard.start()
+    for peer in (b"1", b"2", b"3"):
+        assert greet(shard, sent, peer, peer)
+    shard.receive(b"1", data(0, 1, blob(1, "long")))
+    for peer in (b"2", b"3"):
+        shard.receive(peer, encode_frame(Subscribe(EPOCH, 1, ("Step",), pack_keys(["a"]))))
+    clock[0] += 5_000_000_000
+    assert not greet(shard, sent, b"4", b"4")
+    await shard.close()
+
+
+async def test_those_who_were_silent_and_come_back_all_at_once_are_no_more_than_there_is_room_for():
+    shard, sent, clock = few_publishers()
+    await shard.start()
+    for number in range(12):
+        peer = bytes([65 + number])
+        greet(shard, sent, peer, peer)
+        clock[0] += 31_000_000_000
+        shard.tick()
+    assert shard.publishers == 0
+    came_back = [greet(shard, sent, bytes([97 + number]), bytes([65 + number])) for number in range(12)]
+    assert (sum(came_back), shard.publishers) == (3, 3)
     await shard.close()

@@ -120,7 +120,7 @@ to_worker: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Hello, small, st.binary(min_size=16, max_size=16), small, epochs, sequences),
     batches(),
     stretches(),
-    st.builds(Ping, epochs, sequences),
+    st.builds(Ping, epochs, sequences, sequences),
     st.builds(Bye, epochs),
     st.builds(Subscribe, epochs, sequences, names, st.binary(max_size=DEFAULT_LIMITS.key_bytes_max + 5)),
     st.builds(Unsubscribe, epochs, sequences),

@@ -32,7 +32,7 @@ class Cursor:
         buffer = memoryview(bytearray(book_bytes(**SIZES)))
         self.book = Book(buffer, **SIZES)
         self.recorder = Recorder(buffer, full=lambda: None, **SIZES)
-        session: Any = SimpleNamespace(publisher=PUBLISHER, finish_range=lambda first, end: end - first)
+        session: Any = SimpleNamespace(publisher=PUBLISHER, unopened_bytes=0, finish_range=lambda first, end: end - first)
         batch = Batch()
         batch.add_many("Step", ["k"] * 5, encode_bodies([None] * 5))
         batch.stamp_many([1, 2, 3, 4, 5], intended_ns, 5)

@@ -10,10 +10,12 @@ import random
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from shardbus.config import PROTOCOL, Limits
 from shardbus.errors import RemoteProtocolError
+from shardbus.wire.codec import Batch, Extra, decode_batch, stamp_at
 from shardbus.wire.frames import (
     Ack,
     Bye,
@@ -79,8 +81,8 @@ class Worker:
         match frame:
             case Data():
                 return self._take(frame)
-            case Ping():
-                return [self.session.ack(self.credit, full=True)]
+            case Ping(number=number):
+                return [self.session.ack(self.credit, full=True, ping=number)]
             case Bye():
                 del self.sessions[PUBLISHER]
         return []
@@ -682,6 +684,100 @@ def test_a_batch_that_the_worker_had_taken_is_announced_as_repeated_even_after_g
     # Credit or the socket holds back the resend, and then the worker dies.
     opened.replace_worker()
     assert opened.worker.ran == [("a", 2), ("b", 2), ("c", 2), ("d", 2)]
+
+
+def test_the_answer_to_an_earlier_ping_does_not_send_again_what_left_after_it(opened: Pair):
+    opened.publish("ab")
+    opened.publisher.hurry()
+    (ping,) = opened.publisher.frames_to_send()
+    (answer,) = opened.worker.receive(ping)
+    opened.publish("cd", lose=everything)  # still on its way
+    opened.tick(LIMITS.ping_interval_s, lose=everything)
+    opened.answer(answer)
+    assert list(opened.publisher.frames_to_send()) == []
+
+
+def test_answers_to_pings_of_before_it_went_back_do_not_make_it_go_back_again(opened: Pair):
+    opened.publish("ab", lose=everything)
+    opened.publisher.hurry()
+    opened.publisher.hurry()
+    first, second = (opened.worker.receive(ping)[0] for ping in opened.publisher.frames_to_send())
+    opened.answer(first)
+    assert len(list(opened.publisher.frames_to_send())) == 1  # the batch, on its way again
+    opened.answer(second)
+    assert list(opened.publisher.frames_to_send()) == []
+
+
+def test_what_a_worker_that_has_died_may_have_run_is_not_dropped_and_was_sent(pair: Pair):
+    pair.open()
+    pair.publish("ab")
+    pair.replace_worker(lose=only(Welcome))
+    assert pair.publisher.drop_oldest() == 0
+    assert pair.publisher.was_sent(0)
+    pair.publisher.offer(b"cd", 2)
+    assert not pair.publisher.was_sent(2)
+    assert not pair.publisher.was_sent(4)  # of a batch that is still open
+    assert pair.publisher.drop_oldest() == 2
+
+
+def test_a_peer_that_sends_more_bytes_than_any_credit_ends_its_session():
+    session = WorkerSession(PUBLISHER, b"e", 0, LIMITS)
+    blob = bytes(LIMITS.frame_bytes_max // 2)
+    fits = LIMITS.credit_bytes_max // len(blob) + 1
+    for seq in range(fits):
+        assert session.accept(Data(b"e", 1, seq, 1, 1, (), blob)) == ()
+    with pytest.raises(RemoteProtocolError, match="more than any credit"):
+        session.accept(Data(b"e", 1, fits, 1, 1, (), blob))
+
+
+def packed(count: int) -> bytes:
+    batch = Batch()
+    for at in range(count):
+        batch.add("Step", f"k{at}", msgspec.msgpack.encode(f"{at:4}" * 100))
+    batch.extras.append(Extra(count - 1, {"a": "b"}, 0, False))
+    batch.stamp(7, 9)
+    return batch.seal()
+
+
+def test_a_batch_of_which_little_is_left_lets_go_of_the_rest_and_is_sent_again_without_it(opened: Pair):
+    session = opened.publisher
+    session.offer(packed(16), 16)
+    (frame,) = session.frames_to_send()
+    whole = session.held_bytes
+    opened.worker.session.accept(decode_to_worker(frame))
+    opened.finish(*range(3), *range(4, 15))
+    opened.ack()
+    session.thin_out()
+    assert session.held_events == 2
+    assert session.held_bytes < whole / 4
+    opened.worker = Worker(b"epoch-2")
+    session.open(b"epoch-2", 1)
+    session.tick(opened.now_ns)
+    sent = [decode_to_worker(data) for data in session.frames_to_send()]
+    opened.answer(opened.worker.receive(encode_frame(sent[0]))[0])
+    (again,) = (decode_to_worker(data) for data in session.frames_to_send())
+    assert isinstance(again, Data)
+    assert again.skip == (0, 3, 4, 15)
+    columns = decode_batch(again.blob, 16)
+    bodies = columns.apart()
+    assert [msgspec.msgpack.decode(bodies[at]) for at in (3, 15)] == ["   3" * 100, "  15" * 100]
+    assert (columns.keys[3], columns.keys[15], columns.extras[15].headers) == ("k3", "k15", {"a": "b"})
+    assert stamp_at(columns.ordinals, 15) == 7
+    assert {bodies[at] for at in range(16) if at not in (3, 15)} == {b"\xc0"}
+    for seq in (3, 15):
+        session.receive(Ack(b"epoch-2", 16, 3, (3, 4, 4, 15) if seq == 3 else (3, 16), False, 0, 0, *opened.worker.credit))
+    assert (session.held_events, session.held_bytes) == (0, 0)
+
+
+def test_a_batch_that_is_mostly_unfinished_stays_as_it_is(opened: Pair):
+    session = opened.publisher
+    session.offer(packed(16), 16)
+    opened.worker.session.accept(decode_to_worker(next(iter(session.frames_to_send()))))
+    whole = session.held_bytes
+    opened.finish(*range(5))
+    opened.ack()
+    session.thin_out()
+    assert session.held_bytes == whole
 
 
 # -- commands
