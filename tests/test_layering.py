@@ -110,7 +110,7 @@ OWNERS: tuple[Owner, ...] = (
     # The bare loop is what the bus is compared with, so it has none of the bus.
     Owner("sockets", ("zmq",), ("shardbus/zmq_transport.py", "benchmarks/bare_loop.py")),
     # Chaos locks a store as a stranger would.
-    Owner("stores", ("sqlalchemy", "aiosqlite", "sqlite3"), ("shardbus/sql_store.py", "benchmarks/chaos.py")),
+    Owner("stores", ("sqlalchemy", "aiosqlite", "sqlite3"), ("shardbus/sql_store.py", "benchmarks/chaos.py", "benchmarks/features.py")),
     Owner(
         "processes",
         ("signal", "subprocess", "multiprocessing"),
@@ -358,7 +358,7 @@ BROKEN = {
     ),
     "an owner's effect taken": (
         {"shardbus/client.py": "import sqlalchemy.orm\n"},
-        "shardbus/client.py:1: imports sqlalchemy.orm, but stores belong to shardbus/sql_store.py and benchmarks/chaos.py",
+        "shardbus/client.py:1: imports sqlalchemy.orm, but stores belong to shardbus/sql_store.py and benchmarks/chaos.py and benchmarks/features.py",
     ),
     "an effect that a neighbour of its owner takes": (
         {"loadgen/driver.py": "import zmq\n"},
