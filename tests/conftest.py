@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -25,6 +28,21 @@ settings.register_profile(
 )
 settings.register_profile("search", settings.get_profile("repeatable"), derandomize=False, max_examples=5_000)
 settings.load_profile("repeatable")
+
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the processes that tests start find their modules compiled: hundreds do, and compiling takes half their start.
+
+    Where nobody is to leave compiled modules beside the sources (PYTHONDONTWRITEBYTECODE), they go with the run.
+    """
+    if hasattr(config, "workerinput") or not sys.dont_write_bytecode:
+        return
+    if "PYTHONPYCACHEPREFIX" not in os.environ:
+        cache = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="shardbus-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 _PROCESSES_MAX: Final = 4  # each may have buses of several processes
 
