@@ -26,10 +26,12 @@ from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import NotDelivered, ShardbusError, UsageError
 from shardbus.example_application import FILES, write_example
+from shardbus.fork_server import ForkServer
 from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, key_from_text, message_from_json
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.messages import Command, Event, Message, wire_name
 from shardbus.processes import check_platform
+from shardbus.reports import WORKER
 from shardbus.store import DEAD_REASONS, StoreError
 from shardbus.subscriptions import Missed
 
@@ -155,6 +157,8 @@ def serve(
     Prints one line on standard output when every worker is ready; logs to standard error. A first signal drains, a
     second one ends at once. Exit code 0: everything was drained.
     """
+    forks = ForkServer(WORKER)  # first, because it imports what workers need while this process does other things
+    click.get_current_context().call_on_close(forks.close)
     # With SQLAlchemy, which takes longer than everything else here: no other command is to wait for it.
     from shardbus.sql_store import shard_url
     from shardbus.supervisor import ServeOptions, Supervisor
@@ -182,7 +186,7 @@ def serve(
         )
     except ShardbusError as error:
         _fail(str(error), 2)
-    left = _run(Supervisor(options).run(click.echo))
+    left = _run(Supervisor(options, forks).run(click.echo))
     for line in left:
         click.echo(line, err=True)
     sys.exit(1 if left else 0)
