@@ -159,8 +159,7 @@ def serve(
     """
     forks = ForkServer(WORKER)  # first, because it imports what workers need while this process does other things
     click.get_current_context().call_on_close(forks.close)
-    # With SQLAlchemy, which takes longer than everything else here: no other command is to wait for it.
-    from shardbus.sql_store import shard_url
+    # No other command is to wait for what only this one needs.
     from shardbus.supervisor import ServeOptions, Supervisor
 
     configure_logging(log_level, log_format, None)
@@ -168,6 +167,8 @@ def serve(
         check_platform()
         load_application(application)  # a mistake shows here, once, instead of in every worker
         if dead_letters is not None:
+            from shardbus.sql_store import shard_url
+
             shard_url(dead_letters, 0)
         where = parse_address(bind or default_address(os.environ))
         check_ports(where, workers)

@@ -53,8 +53,7 @@ from shardbus.reports import (
 from shardbus.restart import GiveUp, RestartIn, RestartPolicy
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.rundir import RunDir
-from shardbus.sql_store import MEMORY_URL, SqlStore, files_there, shard_url, sqlite_file_url
-from shardbus.store import NOTHING_STORED, first_due, store_ledger, total_ledger
+from shardbus.store import FILE_URL, MEMORY_URL, NOTHING_STORED, first_due, store_ledger, total_ledger
 from shardbus.wire.frames import Answer, TableChanged, decode_to_supervisor, encode_frame
 from shardbus.zmq_transport import Router, ZmqListener
 
@@ -305,8 +304,12 @@ class Supervisor:
         """A bus of another number of shards may have left rows here; they belong to slots that are elsewhere now."""
         served_before = before = rundir.shards_before()
         if self._options.dead_letters is not None:
+            from shardbus.sql_store import files_there
+
             before = max(before, files_there(self._options.dead_letters))
         if before and before != self._options.workers:
+            from shardbus.sql_store import SqlStore
+
             for shard in range(before):
                 url = self._store_url(rundir, shard)
                 if url == MEMORY_URL:
@@ -326,8 +329,11 @@ class Supervisor:
 
     def _store_url(self, rundir: RunDir, shard: int) -> str:
         if self._options.dead_letters is not None:
+            # SQLAlchemy takes longer to import than all else here, and 25 MB: only who names a store has it in this process.
+            from shardbus.sql_store import shard_url
+
             return shard_url(self._options.dead_letters, shard)
-        return sqlite_file_url(rundir.store_path(shard)) if rundir.on_ram else MEMORY_URL
+        return f"{FILE_URL}{rundir.store_path(shard)}" if rundir.on_ram else MEMORY_URL
 
     # -- workers
 
