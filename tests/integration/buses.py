@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from click.testing import CliRunner, Result
 
+from shardbus.cli import cli
 from shardbus.connecting import ask_bus
 
 APPLICATION = """
@@ -178,6 +180,12 @@ class RunningBus:
             timeout=timeout,
             check=False,
         )
+
+    def told(self, *arguments: str) -> Result:
+        """What a `shardbus` command does, without a process for it; may be called beside a running event loop."""
+        runner = CliRunner(env={"SHARDBUS_URL": self.address}, catch_exceptions=False)
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(runner.invoke, cli, arguments).result()
 
     def status(self) -> dict[str, Any]:
         """What `shardbus status --json` says, without a process for it; may be called beside a running event loop."""
