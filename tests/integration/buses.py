@@ -25,7 +25,7 @@ import hashlib
 import os
 import time
 
-from shardbus import Bus, Command, Context, Event
+from shardbus import Bus, Command, Context, Event, Retry
 
 
 class Added(Event, key="account"):
@@ -64,7 +64,7 @@ async def add(event: Added) -> None:
     totals[event.account] = totals.get(event.account, 0) + event.amount
 
 
-@bus.on(Stumbled)
+@bus.on(Stumbled, retry=Retry(base_s=0.01))  # three attempts, as by default
 async def stumble(event: Stumbled, context: Context) -> None:
     raise ValueError(f"{event.account} stumbled on attempt {context.attempt}")
 
