@@ -86,13 +86,12 @@ class Child:
         self._on_exit = on_exit
         self._process: Forked | subprocess.Popen[bytes]
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        pid = forks.fork(argument, theirs.fileno())
+        with theirs:
+            pid = forks.fork(argument, theirs.fileno())
         if pid is not None:
-            theirs.close()
             self._process = Forked(pid)
         else:
-            theirs.close()  # a fork that comes too late may have it
-            ours.close()
+            ours.close()  # a copy that comes too late may have the other end, and ends with this one
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             with theirs:
                 self._process = subprocess.Popen(

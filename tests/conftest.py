@@ -30,9 +30,8 @@ settings.register_profile("search", settings.get_profile("repeatable"), derandom
 settings.load_profile("repeatable")
 
 
-
 def pytest_configure(config: pytest.Config) -> None:
-    """Let the processes that tests start find their modules compiled: hundreds do, and compiling takes half their start.
+    """Let the processes that tests start find their modules compiled: of hundreds, that is up to half of their start.
 
     Where nobody is to leave compiled modules beside the sources (PYTHONDONTWRITEBYTECODE), they go with the run.
     """
