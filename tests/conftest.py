@@ -57,8 +57,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that mostly wait first. They are one process's; the others take what needs a core, and then their rest."""
-    items.sort(key=lambda item: "integration" not in item.path.parts)
+    """Tests that mostly wait first. They are one process's; the others take what needs a core, and then their rest.
+
+    Before them those that must be alone: later, they would have a process wait for what others have begun, up to a minute.
+    """
+    items.sort(key=lambda item: (item.get_closest_marker("alone") is None, "integration" not in item.path.parts))
 
 
 _GATE: Final = Path(__file__)
