@@ -26,10 +26,12 @@ from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import NotDelivered, ShardbusError, UsageError
 from shardbus.example_application import FILES, write_example
+from shardbus.fork_server import ForkServer
 from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, key_from_text, message_from_json
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.messages import Command, Event, Message, wire_name
 from shardbus.processes import check_platform
+from shardbus.reports import WORKER
 from shardbus.store import DEAD_REASONS, StoreError
 from shardbus.subscriptions import Missed
 
@@ -155,8 +157,9 @@ def serve(
     Prints one line on standard output when every worker is ready; logs to standard error. A first signal drains, a
     second one ends at once. Exit code 0: everything was drained.
     """
-    # With SQLAlchemy, which takes longer than everything else here: no other command is to wait for it.
-    from shardbus.sql_store import shard_url
+    forks = ForkServer(WORKER)  # first, because it imports what workers need while this process does other things
+    click.get_current_context().call_on_close(forks.close)
+    # No other command is to wait for what only this one needs.
     from shardbus.supervisor import ServeOptions, Supervisor
 
     configure_logging(log_level, log_format, None)
@@ -164,6 +167,8 @@ def serve(
         check_platform()
         load_application(application)  # a mistake shows here, once, instead of in every worker
         if dead_letters is not None:
+            from shardbus.sql_store import shard_url
+
             shard_url(dead_letters, 0)
         where = parse_address(bind or default_address(os.environ))
         check_ports(where, workers)
@@ -182,7 +187,7 @@ def serve(
         )
     except ShardbusError as error:
         _fail(str(error), 2)
-    left = _run(Supervisor(options).run(click.echo))
+    left = _run(Supervisor(options, forks).run(click.echo))
     for line in left:
         click.echo(line, err=True)
     sys.exit(1 if left else 0)

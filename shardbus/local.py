@@ -27,7 +27,7 @@ from shardbus.outgoing import worker_publisher
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.shard import Shard
-from shardbus.store import Store, first_due, store_ledger, total_ledger
+from shardbus.store import MEMORY_URL, Store, first_due, store_ledger, total_ledger
 from shardbus.wire.frames import Answer, decode_to_supervisor, encode_frame
 
 log = logging.getLogger("shardbus.local")
@@ -298,6 +298,6 @@ async def _tick(shards: list[Shard]) -> None:
 
 def _sql_store(dead_letters: str | None, shard: int) -> Store:
     # SQLAlchemy is more than half of what a program would wait for at its start, and who talks to a bus needs none of it.
-    from shardbus.sql_store import MEMORY_URL, SqlStore, shard_url
+    from shardbus.sql_store import SqlStore, shard_url
 
     return SqlStore(MEMORY_URL if dead_letters is None else shard_url(dead_letters, shard))

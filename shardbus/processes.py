@@ -1,8 +1,8 @@
-"""Processes and signals: start, watch, kill, pin. The only file that imports subprocess, signal or psutil.
+"""Processes and signals: start, watch, kill, pin. The only file that imports signal or psutil.
 
-Children are new interpreters, never forks. A pipe joins each to its supervisor: the child writes reports into it, and reads
-its end as the supervisor's death. Linux ends a child with its parent besides (PR_SET_PDEATHSIG); start children from the
-main thread.
+Children are a fork server's copies or new interpreters, never forks of this process. A pipe joins each to its supervisor:
+the child writes reports into it, and reads its end as the supervisor's death. Linux ends a child with its parent besides
+(PR_SET_PDEATHSIG); start children from the main thread.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Final
 import psutil
 
 from shardbus.errors import ConfigError
+from shardbus.fork_server import Forked, ForkServer
 
 _PR_SET_PDEATHSIG: Final = 1
 _REPORT_BYTES_MAX: Final = 65_536
@@ -65,23 +66,40 @@ class Child:
     """A started worker process.
 
     Args:
-        argv: arguments behind `python -m`.
+        module: what is run as `python -m`.
+        argument: its first argument; its second is the descriptor of the pipe.
+        forks: a server of the same module, which has it ready.
         on_report: called with each report that the child sends.
         on_exit: called once, when it is dead and reaped, with its exit code (negative: the signal).
     """
 
-    def __init__(self, argv: list[str], on_report: Callable[[bytes], None], on_exit: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        module: str,
+        argument: str,
+        forks: ForkServer,
+        on_report: Callable[[bytes], None],
+        on_exit: Callable[[int], None],
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_report = on_report
         self._on_exit = on_exit
+        self._process: Forked | subprocess.Popen[bytes]
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", *argv, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,  # Ctrl-C is the supervisor's to interpret
-            )
+            pid = forks.fork(argument, theirs.fileno())
+        if pid is not None:
+            self._process = Forked(pid)
+        else:
+            ours.close()  # a copy that comes too late may have the other end, and ends with this one
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", module, argument, str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,  # Ctrl-C is the supervisor's to interpret
+                )
         self._reports = ours
         ours.setblocking(False)
         self._frames = _Frames()

@@ -10,6 +10,9 @@ from shardbus.config import StoreFull
 from shardbus.quarantine import Ended
 from shardbus.store import StoreCounts
 
+WORKER: Final = "shardbus.worker_process"
+"""The module that is run as a worker."""
+
 
 class Boot(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker process is told when it starts, before it is known which shard it will serve."""

@@ -49,6 +49,7 @@ from shardbus.errors import ConfigError
 from shardbus.messages import WireKey
 from shardbus.store import (
     ANY_SIZE,
+    MEMORY_URL,
     ROW_OVERHEAD_BYTES,
     DeadFilter,
     DeadLetter,
@@ -65,7 +66,6 @@ from shardbus.store import (
     row_bytes,
 )
 
-MEMORY_URL: Final = "sqlite+aiosqlite:///:memory:"
 SCHEMA_VERSION: Final = 6
 """Raise it with every change of the tables below; a store of another version is refused unless it is empty."""
 

@@ -18,6 +18,12 @@ DEAD_REASONS: Final = ("failed", "timeout", "circuit-open", "undecodable", "unkn
 ROW_OVERHEAD_BYTES: Final = 512
 """What a row is taken to need beside its event's body: key, headers, error, indices."""
 
+FILE_URL: Final = "sqlite+aiosqlite:///"
+"""Before the path of an SQLite file, the URL of a store in it."""
+
+MEMORY_URL: Final = f"{FILE_URL}:memory:"
+"""The URL of a store in its process's memory."""
+
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An event as a store keeps it: whose it is, what it is, and how often it may have run."""

@@ -20,6 +20,7 @@ from shardbus.addresses import Address
 from shardbus.config import StoreFull
 from shardbus.errors import BootError, ConfigError, RemoteProtocolError
 from shardbus.evidence import EVIDENCE_BYTES, SharedBook, SharedJournal
+from shardbus.fork_server import ForkServer
 from shardbus.processes import (
     EXIT_BOOT,
     EXIT_BROKEN,
@@ -36,6 +37,7 @@ from shardbus.processes import (
 from shardbus.quarantine import UNKNOWN_END, Ended
 from shardbus.reports import (
     END,
+    WORKER,
     Assignment,
     AtRest,
     Beat,
@@ -51,8 +53,7 @@ from shardbus.reports import (
 from shardbus.restart import GiveUp, RestartIn, RestartPolicy
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.rundir import RunDir
-from shardbus.sql_store import MEMORY_URL, SqlStore, files_there, shard_url, sqlite_file_url
-from shardbus.store import NOTHING_STORED, first_due, store_ledger, total_ledger
+from shardbus.store import FILE_URL, MEMORY_URL, NOTHING_STORED, first_due, store_ledger, total_ledger
 from shardbus.wire.frames import Answer, TableChanged, decode_to_supervisor, encode_frame
 from shardbus.zmq_transport import Router, ZmqListener
 
@@ -133,10 +134,15 @@ class _Process:
 
 
 class Supervisor:
-    """Runs a bus until it is told to stop. Make one, then await `run`."""
+    """Runs a bus until it is told to stop. Make one, then await `run`.
 
-    def __init__(self, options: ServeOptions, *, policy: RestartPolicy | None = None) -> None:
+    Args:
+        forks: of `WORKER`, started early, because it takes as long as all else until the bus is ready.
+    """
+
+    def __init__(self, options: ServeOptions, forks: ForkServer, *, policy: RestartPolicy | None = None) -> None:
         self._options = options
+        self._forks = forks
         self._policy = policy or RestartPolicy()
         self._incarnation = os.urandom(16)
         self._version = 0
@@ -175,7 +181,9 @@ class Supervisor:
                 self._workers.append(_Worker(shard, *self._mappings(rundir, shard)))
             self._router = listener.bind(self._options.address.control, self._on_frame)
             self._fold_timer = asyncio.get_running_loop().call_later(_FOLD_S, self._fold_evidence)
-            for worker in self._workers:
+            self._forks.watch(self._changed.set)
+            await self._until(lambda: self._stopping or not self._forks.is_starting)
+            for worker in self._workers if not self._stopping else ():
                 self._start(worker, rundir)
             await self._until(lambda: self._failure or self._stopping or all(one.ready for one in self._workers))
             if not self._failure and not self._stopping:
@@ -187,6 +195,7 @@ class Supervisor:
             return self._not_drained()
         finally:
             await self._end_all()
+            self._forks.close()
             listener.close()
             if self._fold_timer is not None:
                 self._fold_timer.cancel()
@@ -295,8 +304,12 @@ class Supervisor:
         """A bus of another number of shards may have left rows here; they belong to slots that are elsewhere now."""
         served_before = before = rundir.shards_before()
         if self._options.dead_letters is not None:
+            from shardbus.sql_store import files_there
+
             before = max(before, files_there(self._options.dead_letters))
         if before and before != self._options.workers:
+            from shardbus.sql_store import SqlStore
+
             for shard in range(before):
                 url = self._store_url(rundir, shard)
                 if url == MEMORY_URL:
@@ -316,8 +329,11 @@ class Supervisor:
 
     def _store_url(self, rundir: RunDir, shard: int) -> str:
         if self._options.dead_letters is not None:
+            # SQLAlchemy takes longer to import than all else here, and 25 MB: only who names a store has it in this process.
+            from shardbus.sql_store import shard_url
+
             return shard_url(self._options.dead_letters, shard)
-        return sqlite_file_url(rundir.store_path(shard)) if rundir.on_ram else MEMORY_URL
+        return f"{FILE_URL}{rundir.store_path(shard)}" if rundir.on_ram else MEMORY_URL
 
     # -- workers
 
@@ -383,7 +399,7 @@ class Supervisor:
                 self._spare = None  # the next one is started when it is needed
                 self._changed.set()
 
-        process.child = Child(["shardbus.worker_process", encode_boot(boot).decode()], on_report, on_exit)
+        process.child = Child(WORKER, encode_boot(boot).decode(), self._forks, on_report, on_exit)
         return process
 
     def _on_report(self, worker: _Worker, rundir: RunDir, data: bytes) -> None:

@@ -1,9 +1,10 @@
 """A worker process: one shard, its application, a socket, and the way to the supervisor.
 
-Started as `python -m shardbus.worker_process BOOT DESCRIPTOR` by the supervisor. It imports everything, the application too,
-and then waits for the shard that it is to serve: so a spare one stands by, and a dead worker's successor is there at once.
-Reports that it is ready, then beats once a second from the very event loop that runs the handlers, so that a loop that hangs
-is silent. SIGTERM drains it: it comes to rest, and ends when all workers have, because handlers of others may publish to it.
+Started by the supervisor as `python -m shardbus.worker_process BOOT DESCRIPTOR`, or as a copy of one that has imported all
+but the application (`shardbus/fork_server.py`). It imports that, and then waits for the shard that it is to serve: so a
+spare one stands by, and a dead worker's successor is there at once. Reports that it is ready, then beats once a second
+from the very event loop that runs the handlers, so that a loop that hangs is silent. SIGTERM drains it: it comes to rest,
+and ends when all workers have, because handlers of others may publish to it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from shardbus.config import DEFAULT_LIMITS
 from shardbus.errors import BootError, ConfigError
 from shardbus.event_loop import run
 from shardbus.evidence import SharedJournal, SharedRecorder
+from shardbus.fork_server import FORK, serve_forks
 from shardbus.logs import configure_logging
 from shardbus.outgoing import Outgoing
 from shardbus.processes import EXIT_BOOT, EXIT_BROKEN, ReportPipe, die_with_parent, on_stop_signals
@@ -243,8 +245,11 @@ def _broken(error: BaseException) -> None:
 
 
 def main(make_outgoing: MakeOutgoing) -> None:
-    """Entry of the process: how to boot, as JSON, and the descriptor of the pipe."""
+    """Entry of the process: how to boot, as JSON, and the descriptor of the pipe; or how to be the server of such."""
     try:
+        if sys.argv[1] == FORK:
+            die_with_parent(int(sys.argv[2]))
+            sys.argv[1:] = map(str, serve_forks(int(sys.argv[3])))
         boot, descriptor = decode_boot(sys.argv[1]), int(sys.argv[2])
     except (IndexError, ValueError, msgspec.DecodeError):
         sys.exit("shardbus.worker is started by `shardbus serve`")

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -26,6 +29,20 @@ settings.register_profile(
 settings.register_profile("search", settings.get_profile("repeatable"), derandomize=False, max_examples=5_000)
 settings.load_profile("repeatable")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the processes that tests start find their modules compiled: of hundreds, that is up to half of their start.
+
+    Where nobody is to leave compiled modules beside the sources (PYTHONDONTWRITEBYTECODE), they go with the run.
+    """
+    if hasattr(config, "workerinput") or not sys.dont_write_bytecode:
+        return
+    if "PYTHONPYCACHEPREFIX" not in os.environ:
+        cache = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="shardbus-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
 _PROCESSES_MAX: Final = 4  # each may have buses of several processes
 
 
@@ -40,8 +57,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that mostly wait first. They are one process's; the others take what needs a core, and then their rest."""
-    items.sort(key=lambda item: "integration" not in item.path.parts)
+    """Tests that mostly wait first. They are one process's; the others take what needs a core, and then their rest.
+
+    Before them those that must be alone: later, they would have a process wait for what others have begun, up to a minute.
+    """
+    items.sort(key=lambda item: (item.get_closest_marker("alone") is None, "integration" not in item.path.parts))
 
 
 _GATE: Final = Path(__file__)

@@ -50,6 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("batch_handlers",),
     ("lanes", "deferral"),
     # adapters: one effect each
+    ("fork_server",),
     ("evidence", "sql_store", "zmq_transport", "processes", "rundir", "logs", "application", "event_loop", "watchdog"),
     ("example_application",),
     ("shard",),
@@ -114,7 +115,7 @@ OWNERS: tuple[Owner, ...] = (
     Owner(
         "processes",
         ("signal", "subprocess", "multiprocessing"),
-        ("shardbus/processes.py", "loadgen/processes.py"),
+        ("shardbus/processes.py", "shardbus/fork_server.py", "loadgen/processes.py"),
     ),
     Owner("other processes' use", ("psutil",), ("shardbus/processes.py", "loadgen/resources.py")),
     Owner("shared memory", ("mmap",), ("shardbus/evidence.py",)),
@@ -366,7 +367,10 @@ BROKEN = {
     ),
     "an owner's effect taken inside a function": (
         {"loadgen/driver.py": "def f():\n    from subprocess import run\n"},
-        "loadgen/driver.py:2: imports subprocess, but processes belong to shardbus/processes.py and loadgen/processes.py",
+        (
+            "loadgen/driver.py:2: imports subprocess, but processes belong to shardbus/processes.py and "
+            "shardbus/fork_server.py and loadgen/processes.py"
+        ),
     ),
     "pickle": (
         {"loadgen/report.py": "import pickle\n"},

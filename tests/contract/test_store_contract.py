@@ -19,8 +19,10 @@ import pytest
 from msgspec.structs import replace
 
 from shardbus.messages import WireKey
-from shardbus.sql_store import MEMORY_URL, SqlStore, sqlite_file_url
+from shardbus.sql_store import SqlStore, sqlite_file_url
 from shardbus.store import (
+    FILE_URL,
+    MEMORY_URL,
     DeadFilter,
     DeadLetter,
     Envelope,
@@ -803,6 +805,10 @@ async def test_a_file_that_is_no_database_is_a_store_error(tmp_path):
     store = SqlStore(sqlite_file_url(str(tmp_path / "store.db")))
     with pytest.raises(StoreError, match="not a database"):
         await store.open()
+
+
+def test_the_url_that_a_supervisor_writes_without_sqlalchemy_is_the_one_of_the_file():
+    assert sqlite_file_url("/dev/shm/shardbus-0-a/store-1.db") == f"{FILE_URL}/dev/shm/shardbus-0-a/store-1.db"
 
 
 async def test_a_directory_that_does_not_exist_is_a_store_error(tmp_path):

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from click.testing import CliRunner, Result
 
+from shardbus.cli import cli
 from shardbus.connecting import ask_bus
 
 APPLICATION = """
@@ -23,7 +25,7 @@ import hashlib
 import os
 import time
 
-from shardbus import Bus, Command, Context, Event
+from shardbus import Bus, Command, Context, Event, Retry
 
 
 class Added(Event, key="account"):
@@ -62,7 +64,7 @@ async def add(event: Added) -> None:
     totals[event.account] = totals.get(event.account, 0) + event.amount
 
 
-@bus.on(Stumbled)
+@bus.on(Stumbled, retry=Retry(base_s=0.01))  # three attempts, as by default
 async def stumble(event: Stumbled, context: Context) -> None:
     raise ValueError(f"{event.account} stumbled on attempt {context.attempt}")
 
@@ -178,6 +180,12 @@ class RunningBus:
             timeout=timeout,
             check=False,
         )
+
+    def told(self, *arguments: str) -> Result:
+        """What a `shardbus` command does, without a process for it; may be called beside a running event loop."""
+        runner = CliRunner(env={"SHARDBUS_URL": self.address}, catch_exceptions=False)
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(runner.invoke, cli, arguments).result()
 
     def status(self) -> dict[str, Any]:
         """What `shardbus status --json` says, without a process for it; may be called beside a running event loop."""

@@ -20,7 +20,7 @@ UNREACHED = [
     (
         "bus_performance",
         [
-            *["--sustained", "3", "--latency", "1", "--memory", "7", "--faults", "3", "--turns", "1", "--turn", "1"],
+            *["--sustained", "1", "--latency", "1", "--memory", "7", "--faults", "3", "--turns", "1", "--turn", "1"],
             *["--target", "1e12", "--slope-mb", "-1000"],
         ],
         "FAIL: memory of worker 0, 1,000 keys",

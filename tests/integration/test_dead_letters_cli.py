@@ -1,4 +1,4 @@
-"""`shardbus dead-letters` against a real bus."""
+"""`shardbus dead-letters` and `status` against a real bus. As processes, commands are tested in `test_shell`."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ async def test_dead_letters_are_listed_shown_exported_redriven_and_purged(make_b
     await stumble(bus, 21)
 
     def run(*arguments: str, code: int = 0) -> str:
-        done = bus.shardbus("dead-letters", *arguments)
-        assert done.returncode == code, done.stderr
+        done = bus.told("dead-letters", *arguments)
+        assert done.exit_code == code, done.stderr
         return done.stdout if code == 0 else done.stderr
 
     listed = run("list")
@@ -73,14 +73,14 @@ async def test_what_a_full_store_drops_is_counted_in_status(make_bus: MakeBus) -
     bus = make_bus("--workers", "1", "--dead-letters-max-rows", "10", "--dead-letters-full", "drop-oldest")
     bus.wait_ready()
     await stumble(bus, 30)
-    first, *_ = json.loads(bus.shardbus("dead-letters", "list", "--json").stdout)
-    assert bus.shardbus("dead-letters", "purge", first["id"]).stdout == "1 purged\n"
+    first, *_ = json.loads(bus.told("dead-letters", "list", "--json").stdout)
+    assert bus.told("dead-letters", "purge", first["id"]).stdout == "1 purged\n"
     wait_until(lambda: bus.status()["purged"] == 1)
-    status = json.loads(bus.shardbus("status", "--json").stdout)
+    status = json.loads(bus.told("status", "--json").stdout)
     ledger = ("dead_letters", "redriven", "purged", "dropped", "waiting", "scheduled", "parked")
     assert [status[name] for name in ledger] == [9, 0, 1, 20, 0, 0, 0]
     assert [status["workers"][0][name] for name in ledger] == [9, 0, 1, 20, 0, 0, 0]
-    table = [line.split() for line in bus.shardbus("status").stdout.splitlines()[-2:]]
+    table = [line.split() for line in bus.told("status").stdout.splitlines()[-2:]]
     assert table == [["0", "9", "0", "1", "20", "0", "0", "0"], ["total", "9", "0", "1", "20", "0", "0", "0"]]
 
 
@@ -93,16 +93,16 @@ async def test_parked_keys_are_marked_counted_and_survive_the_bus(make_bus: Make
         ledger = await client.flush(60)
         assert (ledger.dead, ledger.waiting) == (7, 7)
     wait_until(lambda: bus.status()["parked"] == 7)
-    assert "7 parked keys" in bus.shardbus("status").stdout
-    assert "parked: 'a" in bus.shardbus("dead-letters", "list").stdout
-    letters = json.loads(bus.shardbus("dead-letters", "list", "--json").stdout)
+    assert "7 parked keys" in bus.told("status").stdout
+    assert "parked: 'a" in bus.told("dead-letters", "list").stdout
+    letters = json.loads(bus.told("dead-letters", "list", "--json").stdout)
     assert all(letter["parked"] for letter in letters)
-    assert "parked  yes" in bus.shardbus("dead-letters", "show", letters[0]["id"]).stdout
+    assert "parked  yes" in bus.told("dead-letters", "show", letters[0]["id"]).stdout
     assert bus.end()[0] == 0
     bus.start()
     bus.wait_ready()
     wait_until(lambda: bus.status()["parked"] == 7)
-    assert bus.shardbus("dead-letters", "purge", "--key", "a1").stdout == "1 purged\n"
+    assert bus.told("dead-letters", "purge", "--key", "a1").stdout == "1 purged\n"
     wait_until(lambda: bus.status()["purged"] == 1)
 
     def held() -> tuple[int, int, int]:
@@ -126,7 +126,6 @@ async def test_parked_keys_are_marked_counted_and_survive_the_bus(make_bus: Make
     ],
 )
 def test_what_is_asked_wrongly_is_told_in_a_line(idle_bus: RunningBus, arguments: tuple[str, ...], told: str) -> None:
-    done = idle_bus.shardbus("dead-letters", *arguments)
-    assert done.returncode == 2
+    done = idle_bus.told("dead-letters", *arguments)
+    assert done.exit_code == 2
     assert told in done.stderr
-    assert "Traceback" not in done.stderr

@@ -151,8 +151,9 @@ def test_no_child_is_lost_when_a_worker_is_killed(make_rally: MakeRally, short_p
 
     ledger = asyncio.run(play())
     assert ledger.handled + ledger.waiting == balls
-    wait_until(lambda: bus.status()["waiting"] == 0)
     everything = {(ball, step) for ball in range(balls) for step in range(left + 1)}
+    wait_until(lambda: everything <= set(played(short_path)))  # what waits in a store, `status` may learn a second later
+    wait_until(lambda: bus.status()["waiting"] == 0)
     found = played(short_path)
     assert set(found) == everything
     # What came twice was announced, and so was what that published.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import zmq
 from buses import APPLICATION, RunningBus, is_alive, wait_until
@@ -306,6 +308,34 @@ async def test_a_silent_worker_is_replaced(make_bus: MakeBus) -> None:
     os.kill(pid, signal.SIGSTOP)
     await asyncio.to_thread(wait_until, lambda: bus.worker_pids()[0] not in (0, pid), 40)
     assert not is_alive(pid)
+
+
+def children_of(pid: int) -> dict[int, str]:
+    """The command line of each child, by pid, the first started first."""
+    found = {}
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[child.pid] = (child.create_time(), " ".join(child.cmdline()))
+    return {pid: line for pid, (_, line) in sorted(found.items(), key=lambda one: one[1][0])}
+
+
+async def test_a_bus_whose_fork_server_was_killed_starts_workers_otherwise(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1")
+    bus.wait_ready()
+    server, *_ = first = children_of(bus.process.pid)
+    assert first[bus.worker_pids()[0]] == first[server]  # a copy of it
+    os.kill(server, signal.SIGKILL)
+    async with shardbus.connect(bus.address) as client:
+        for killed in range(2):  # the spare that was forked before comes first
+            await client.publish(Added(account="a"))
+            assert (await client.flush(30)).handled == killed + 1
+            pid = bus.worker_pids()[0]
+            os.kill(pid, signal.SIGKILL)
+            await asyncio.to_thread(wait_until, lambda: bus.worker_pids()[0] not in (0, pid) and bus.status()["healthy"])  # noqa: B023
+        assert bus.worker_pids()[0] not in first
+        assert "--fork" not in children_of(bus.process.pid)[bus.worker_pids()[0]]
+        assert await client.execute(GetTotal(account="a"), timeout=30) == 0
+    assert bus.end()[0] == 0
 
 
 async def test_drain_says_what_it_could_not_finish(make_bus: MakeBus) -> None:

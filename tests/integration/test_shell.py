@@ -160,13 +160,23 @@ def test_a_command_that_fails_is_told_with_the_remote_traceback(make_bus: MakeBu
     ],
 )
 def test_what_is_asked_wrongly_is_told_in_a_line_before_anything_is_sent(
-    bus: RunningBus, arguments: tuple[str, ...], told: str
+    bus: RunningBus, arguments: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = run(bus, *arguments)
-    assert done.returncode == 2, done.stderr
+    monkeypatch.chdir(bus.directory)
+    monkeypatch.syspath_prepend(bus.directory)
+    try:
+        done = bus.told(*arguments)
+    finally:
+        sys.modules.pop("accounts", None)
+    assert done.exit_code == 2, done.stderr
     assert told in done.stderr
     assert done.stdout == ""
-    assert "Traceback" not in done.stderr
+
+
+def test_what_is_asked_wrongly_leaves_no_traceback(bus: RunningBus) -> None:
+    done = run(bus, "publish", "accounts:Added", '{"account": 1}')
+    assert done.returncode == 2
+    assert done.stderr == "shardbus: Added: field account: expected `str`, got `int`\n"
 
 
 def test_a_bus_that_does_not_run_is_told_in_a_line(bus: RunningBus, short_path: Path) -> None:
