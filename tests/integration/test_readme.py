@@ -131,12 +131,12 @@ def test_the_program_whose_handlers_publish_prints_what_they_did(make_bus: MakeB
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "42 2 request-7 True\n", "")
 
 
-def test_the_chat_program_prints_what_it_hears_and_is_told(make_bus: MakeBus) -> None:
+def test_the_listening_program_prints_what_it_hears_and_is_told(make_bus: MakeBus) -> None:
     bus = make_bus(application="accounts:none")  # only its directory and environment
     bus.close()
     write_programs(bus.directory)
     ran = subprocess.run(
-        [sys.executable, "chat.py"],
+        [sys.executable, "listen.py"],
         cwd=bus.directory,
         env=bus.environment(),
         capture_output=True,
