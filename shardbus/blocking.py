@@ -17,6 +17,9 @@ it has been published, is waited for by `flush` and by the end of the block, and
 With `on_full="reject"` it is not used: whether there is room must be known before `publish` returns. Nor is it with
 middleware, which runs on the loop.
 
+**Streams, subscriptions and sessions** are kept on the loop; how threads read them is in `blocking_readers.py`, and the
+handlers of sessions, each in a thread of its own, are in `blocking_sessions.py`.
+
 **Forks.** The thread stays in the parent, so a client cannot be used in a child of `os.fork()`, and says so. Pre-fork
 servers connect in their workers: in gunicorn's `post_fork`, in uWSGI's `@postfork`, or at the first request.
 """

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -18,8 +18,6 @@ import pytest
 from buses import RunningBus, wait_until
 
 from shardbus.example_application import write_example
-
-MakeBus = Callable[..., RunningBus]
 
 GATED = '''
 """The chat with another model: each token waits for a file of its name, so that the test says when it comes."""
@@ -43,30 +41,46 @@ bus = chat.bus
 '''
 
 
-@pytest.fixture
-def chat(make_bus: MakeBus, short_path: Path) -> RunningBus:
-    """The application as `init` writes it, served with a model that waits."""
-    bus = make_bus("--workers", "2", application="gated:bus")
-    bus.close()  # only its environment, for now
-    done = bus.shardbus("init", "chat")
+@pytest.fixture(scope="module")
+def chat(short_module_path: Path) -> Iterator[RunningBus]:
+    """The application as `shardbus init chat` writes it, served with a model that waits; each test has its own chats."""
+    done = subprocess.run(
+        [sys.executable, "-m", "shardbus", "init", "chat"],
+        cwd=short_module_path,
+        env=checkout_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    bus.directory = short_path / "chat"
-    (bus.directory / "gated.py").write_text(GATED)
-    bus.start()
-    bus.wait_ready()
-    return bus
+    assert "  shardbus serve chat:bus --workers 2 " in done.stdout
+    directory = short_module_path / "chat"
+    (directory / "gated.py").write_text(GATED)
+    bus = RunningBus(directory, "--workers", "2", application="gated:bus")
+    try:
+        bus.wait_ready()
+        yield bus
+        assert bus.end()[0] == 0
+    finally:
+        bus.close()
+
+
+def checkout_environment() -> dict[str, str]:
+    path = filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 @contextmanager
-def web_process(bus: RunningBus) -> Iterator[str]:
-    """`python chat.py`, at a port that is free; yields its URL."""
+def web_process(bus: RunningBus, logs: str = "") -> Iterator[str]:
+    """`python chat.py`, at a port that is free; yields its URL. Standard error has `logs`, or nothing."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    program = bus.directory / "chat.py"
-    program.write_text(re.sub(r"\b8080\b", str(port), program.read_text()))
+    program = bus.directory / f"chat_at_{port}.py"
+    program.write_text(re.sub(r"\b8080\b", str(port), (bus.directory / "chat.py").read_text()))
     with subprocess.Popen(
-        [sys.executable, "-u", "chat.py"],
+        [sys.executable, "-u", program.name],
         cwd=bus.directory,
         env=bus.environment() | {"SHARDBUS_URL": bus.address},
         stdout=subprocess.PIPE,
@@ -80,7 +94,8 @@ def web_process(bus: RunningBus) -> Iterator[str]:
             yield f"http://localhost:{port}"
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
-            assert (process.returncode, errors) == (0, "")
+            assert process.returncode == 0, errors
+            assert logs in errors if logs else not errors, errors
         finally:
             process.kill()
 
@@ -166,24 +181,38 @@ def backlog(bus: RunningBus) -> int:
 async def test_a_browser_that_leaves_ends_the_model_and_the_chat_goes_on(chat: RunningBus) -> None:
     with web_process(chat) as url:
         async with aiohttp.ClientSession() as http:
-            browser = Browser(http, chat, f"{url}/chats/one")
-            browser.let("a-1", "b-1", "b-2")
-            async with browser.say("a") as a:
-                assert await token(a) == "a-1 of message 1;"
-                assert browser.log("a") == ["begun"]
-            await asyncio.to_thread(wait_until, lambda: browser.log("a") == ["begun", "ended"])  # nobody lets a-2 come
-            async with browser.say("b") as b:
-                assert await b.read() == b"b-1 of message 2;b-2 of message 2;"
-            assert (await browser.history())[0] == "a → a-1 of message 1;"
+            browser = Browser(http, chat, f"{url}/chats/left")
+            browser.let("d-1", "e-1", "e-2")
+            async with browser.say("d") as d:
+                assert await token(d) == "d-1 of message 1;"
+                assert browser.log("d") == ["begun"]
+            await asyncio.to_thread(wait_until, lambda: browser.log("d") == ["begun", "ended"])  # nobody lets d-2 come
+            async with browser.say("e") as e:
+                assert await e.read() == b"e-1 of message 2;e-2 of message 2;"
+            assert (await browser.history())[0] == "d → d-1 of message 1;"
+
+
+async def test_a_worker_that_dies_breaks_off_its_replies_and_the_chat_begins_again(chat: RunningBus) -> None:
+    with web_process(chat, logs="CommandLost") as url:
+        async with aiohttp.ClientSession() as http:
+            browser = Browser(http, chat, f"{url}/chats/lost")
+            browser.let("f-1", "g-1", "g-2")
+            async with browser.say("f") as f:
+                assert await token(f) == "f-1 of message 1;"
+                for pid in chat.worker_pids():
+                    os.kill(pid, signal.SIGKILL)
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await f.read()
+            async with browser.say("g") as g:
+                assert await g.read() == b"g-1 of message 1;g-2 of message 1;"
 
 
 def test_the_test_that_is_written_beside_it_passes(tmp_path: Path) -> None:
     directory = write_example("chat", "chat", tmp_path)
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     tested = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": path},
+        env=checkout_environment(),
         capture_output=True,
         text=True,
         timeout=120,

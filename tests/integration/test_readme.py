@@ -167,6 +167,23 @@ def test_the_served_programs_print_ledger_and_total(make_bus: MakeBus, short_pat
         )
 
 
+def test_the_following_program_prints_what_it_is_told_and_hears(make_bus: MakeBus, short_path: Path) -> None:
+    write_programs(short_path)
+    bus = make_bus("--workers", "1", application="listen:bus")
+    bus.wait_ready()
+    ran = subprocess.run(
+        [sys.executable, "follow.py"],
+        cwd=bus.directory,
+        env=bus.environment() | {"SHARDBUS_URL": bus.address},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout == "HOW\nARE\nYOU\nSaid(chat='7', text='hello') {'from': 'me'}\n"
+
+
 @pytest.mark.parametrize("kills", [0, 4])
 async def test_state_in_a_store_of_its_own_is_exact(make_bus: MakeBus, short_path: Path, kills: int) -> None:
     write_programs(short_path)
