@@ -30,7 +30,7 @@ ReplyT = TypeVar("ReplyT")
 EventT = TypeVar("EventT", bound=Event)
 ReaderT = TypeVar("ReaderT", bound="_Reader")
 
-_HAND_EVENTS_MAX: Final = 64
+_IN_HAND_EVENTS_MAX: Final = DEFAULT_LIMITS.in_hand_events_max
 
 
 class Wait(Protocol):
@@ -171,7 +171,7 @@ class BlockingSubscription(_Reader, Generic[EventT]):
     def __init__(
         self, events: Subscription[EventT], name: str, timeout_s: float | None, wait: Wait, leave: Leave
     ) -> None:
-        super().__init__(events, f"the subscription to {name}", _HAND_EVENTS_MAX, wait, leave)
+        super().__init__(events, f"the subscription to {name}", _IN_HAND_EVENTS_MAX, wait, leave)
         self._events = events
         self._name = name
         self._timeout_s = timeout_s

@@ -66,7 +66,7 @@ class BlockingSession:
         finally:
             try:
                 self._wait(lambda _: self._session.__aexit__(kind, error, stack))
-            except ClientClosed:
+            except (ClientClosed, UsageError):  # the latter in a child of `os.fork()`
                 if error is None:
                     raise
 
