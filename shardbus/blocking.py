@@ -17,6 +17,9 @@ it has been published, is waited for by `flush` and by the end of the block, and
 With `on_full="reject"` it is not used: whether there is room must be known before `publish` returns. Nor is it with
 middleware, which runs on the loop.
 
+**Streams, subscriptions and sessions** are kept on the loop; how threads read them is in `blocking_readers.py`, and the
+handlers of sessions, each in a thread of its own, are in `blocking_sessions.py`.
+
 **Forks.** The thread stays in the parent, so a client cannot be used in a child of `os.fork()`, and says so. Pre-fork
 servers connect in their workers: in gunicorn's `post_fork`, in uWSGI's `@postfork`, or at the first request.
 """
@@ -37,8 +40,11 @@ from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, TypeVar
+from uuid import UUID
 
 from shardbus import connecting
+from shardbus.blocking_readers import BlockingStream, BlockingSubscription, open_stream
+from shardbus.blocking_sessions import BlockingSession
 from shardbus.bus import Bus
 from shardbus.client import Client, Ledger, OnFull, Packed, Statistics
 from shardbus.config import DEFAULT_LIMITS, StoreFull
@@ -48,11 +54,13 @@ from shardbus.event_loop import run
 from shardbus.messages import Command, Event
 from shardbus.publishing import PublishMiddleware
 from shardbus.scheduled_events import Scheduled
+from shardbus.subscriptions import OnSlow
 
 log = logging.getLogger("shardbus.blocking")
 
 ResultT = TypeVar("ResultT")
 ReplyT = TypeVar("ReplyT")
+EventT = TypeVar("EventT", bound=Event)
 
 _HANDED_EVENTS_MAX: Final = DEFAULT_LIMITS.handed_events_max
 _HANDED_EVENT_BYTES_MAX: Final = DEFAULT_LIMITS.handed_event_bytes_max
@@ -274,12 +282,15 @@ class BlockingClient:
                 return
         self._call(lambda client: _publish(client, event, headers, deadline, timeout, at, delay))
 
-    def publish_many(self, events: Sequence[Event]) -> None:
+    def publish_many(
+        self, events: Sequence[Event], *, headers: dict[str, str] | None = None, deadline: float | None = None
+    ) -> None:
         """Publish events one after another, at a lower cost for each; waits for room without end.
 
-        If an event cannot be published, those before it have been, and the error is that event's. Raises as `publish` does.
+        Headers and a deadline are those of every event. If an event cannot be published, those before it have been, and the
+        error is that event's. Raises as `publish` does.
         """
-        self._call(lambda client: client.publish_many(events))
+        self._call(lambda client: client.publish_many(events, headers=headers, deadline=deadline))
 
     def flush(self, timeout: float | None = None) -> Ledger:
         """Wait until every event published so far, by any thread, is handled, dead or waiting; return the counts.
@@ -312,6 +323,71 @@ class BlockingClient:
             InvalidKey, MessageTooLarge: as for `publish`.
         """
         return self._call(lambda client: client.execute(command, timeout=timeout, headers=headers))
+
+    def stream(
+        self,
+        command: Command[ReplyT],
+        *,
+        timeout: float = 60.0,
+        window: int = 64,
+        headers: dict[str, str] | None = None,
+    ) -> BlockingStream[ReplyT]:
+        """Send a command whose handler yields, and read its items: `for token in client.stream(Chat(…))`.
+
+        The arguments and errors are those of `Client.stream`; what comes while it is read is in `BlockingStream`. As a
+        block, `with client.stream(…) as tokens`, it ends the handler wherever the block is left.
+        """
+        return open_stream(
+            command,
+            lambda client, ahead: client.stream(command, timeout=timeout, window=ahead, headers=headers),
+            window,
+            self._call,
+            self._call_at_end,
+        )
+
+    # -- listening
+
+    def subscribe(
+        self,
+        *event_types: type[EventT],
+        key: str | int | bytes | UUID | None = None,
+        queue_events_max: int = 1024,
+        on_slow: OnSlow = "drop_oldest",
+        timeout: float | None = None,
+    ) -> BlockingSubscription[EventT]:
+        """Follow events of these types as they are handled: `with client.subscribe(Said, timeout=5.0) as events`.
+
+        See `Client.subscribe` for what comes, and for the other arguments and errors; events wait for the reader on the
+        client's loop, so they come in whatever its threads do.
+
+        Args:
+            *event_types: one or several types that the application handles.
+            key: events of this key only; default: of all keys.
+            queue_events_max: how many events wait for the reader here, up to 16 MiB.
+            on_slow: what happens then.
+            timeout: seconds to wait for the next event, and, where it is a block, for the workers at its beginning; then
+                `TimeoutError` says that nothing came, and the subscription goes on. Default: for ever.
+
+        Raises:
+            UsageError: a time-out that is none; else as for `Client.subscribe`.
+        """
+        _check_timeout(timeout)
+        events = self._call(
+            lambda client: _at_once(
+                lambda: client.subscribe(*event_types, key=key, queue_events_max=queue_events_max, on_slow=on_slow)
+            )
+        )
+        name = ", ".join(kind.__name__ for kind in event_types) + ("" if key is None else f" of the key {key!r}")
+        return BlockingSubscription(events, name, timeout, self._call, self._call_at_end)
+
+    def session(self, key: str) -> BlockingSession:
+        """A group of messages under one key: `with client.session("chat-7") as session`. See `BlockingSession`.
+
+        Raises:
+            UsageError: the key is no text.
+        """
+        session = self._call(lambda client: _at_once(lambda: client.session(key)))
+        return BlockingSession(session, self.subscribe, self._call, self._call_at_end)
 
     # -- scheduled events
 
@@ -388,6 +464,12 @@ class BlockingClient:
         finally:
             if not call.outcome.done():  # whoever waits was interrupted
                 self._tell_loop(self._cancel, call)
+
+    def _call_at_end(self, work: Callable[[Client], Coroutine[Any, Any, None]]) -> None:
+        """As `_call`, where a block is left: in a client that has ended, or is another process's, nothing is to be done."""
+        if not self._forked:
+            with contextlib.suppress(ClientClosed):
+                self._call(work)
 
     def _tell_loop(self, do: Callable[..., object], *arguments: Any) -> None:
         """Have the loop do something soon. One that has ended has done all that was promised, and failed the rest."""
@@ -487,8 +569,7 @@ async def _publish(
     at: datetime | float | None,
     delay: float | None,
 ) -> None:
-    if timeout is not None and not 0 < timeout <= _TIMEOUT_S_MAX:
-        raise UsageError(f"timeout={timeout!r}: give seconds above 0, up to {_TIMEOUT_S_MAX:,}")
+    _check_timeout(timeout)
     try:
         async with asyncio.timeout(timeout):
             await client.publish(event, headers=headers, deadline=deadline, at=at, delay=delay)
@@ -497,6 +578,11 @@ async def _publish(
             f"{type(event).__name__}: the outbox was full for {timeout:g} s, so nothing was published "
             "(see `shardbus status`)"
         ) from None
+
+
+def _check_timeout(timeout_s: float | None) -> None:
+    if timeout_s is not None and not 0 < timeout_s <= _TIMEOUT_S_MAX:
+        raise UsageError(f"timeout={timeout_s!r}: give seconds above 0, up to {_TIMEOUT_S_MAX:,}")
 
 
 async def _at_once(ask: Callable[[], ResultT]) -> ResultT:

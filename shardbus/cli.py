@@ -25,7 +25,7 @@ from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import NotDelivered, ShardbusError, UsageError
-from shardbus.example_application import FILES, write_example
+from shardbus.example_application import EXAMPLES, example_of, write_example
 from shardbus.fork_server import ForkServer
 from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, key_from_text, message_from_json
 from shardbus.logs import FORMATS, LEVELS, configure_logging
@@ -443,20 +443,19 @@ async def _tail(address: str | None, kinds: list[type[Event]], key: Any, count: 
 
 
 @cli.command()
+@click.option(
+    "--example",
+    type=click.Choice(list(EXAMPLES)),
+    help="orders: events, a command, a publisher; chat: a web process that streams replies from workers. "
+    "Default: the one that NAME names, else orders.",
+)
 @click.argument("name")
-def init(name: str) -> None:
-    """Write an example application into the new directory NAME: handlers, a test, a publisher."""
+def init(example: str | None, name: str) -> None:
+    """Write an example application, with a test, into the new directory NAME; `shardbus init chat` writes a chat."""
+    chosen = example or example_of(name)
     with _telling():
-        write_example(name, Path())
-    click.echo(
-        f"""{name}/ has {", ".join(FILES)}. Next:
-
-  cd {name}
-  pip install pytest && pytest  # the application in one process
-  shardbus serve app:bus        # on all cores, until Ctrl-C
-  python publish.py             # in another terminal
-  shardbus execute app:GetTotal '{{"order_id": "7"}}'"""
-    )
+        write_example(chosen, name, Path())
+    click.echo(f"{name}/ has {', '.join(EXAMPLES[chosen].files)}. Next:\n\n  cd {name}\n{EXAMPLES[chosen].next_steps}")
 
 
 # -- dead letters

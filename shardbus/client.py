@@ -577,11 +577,14 @@ class Client:
         self,
         events: Sequence[Event],
         *,
+        headers: dict[str, str] | None = None,
+        deadline: float | None = None,
         ordinals: Sequence[int] | None = None,
         intended_ns: Sequence[int] | None = None,
     ) -> None:
         """Publish events one after another, as `publish` does, at a lower cost for each.
 
+        Headers and a deadline, in seconds from this call, are those of every event, which then costs what `publish` does.
         Stamps, where given, are one for each event. If an event cannot be published, those before it have been, and the
         error is that event's. Cancelled while it waits for room, it has published a prefix.
 
@@ -593,6 +596,9 @@ class Client:
             if stamps is not None and len(stamps) != total:
                 raise UsageError(f"{total} events and {len(stamps)} stamps; give one for each event, or none")
         all_ordinals, all_instants = _stamps(ordinals), _stamps(intended_ns)
+        if headers is not None or deadline is not None:
+            await self._publish_each(events, headers, deadline, all_ordinals, all_instants)
+            return
         step = self._limits.batch_events_max
         for at in range(0, total, step):
             chunk = events[at : at + step]
@@ -605,6 +611,20 @@ class Client:
                 continue
             for event, ordinal, instant in zip(chunk, ordinals or repeat(0), instants or repeat(0), strict=False):
                 await self.publish(event, ordinal=ordinal, intended_ns=instant)
+
+    async def _publish_each(
+        self,
+        events: Sequence[Event],
+        headers: dict[str, str] | None,
+        deadline: float | None,
+        ordinals: Sequence[int] | None,
+        instants: Sequence[int] | None,
+    ) -> None:
+        """What `publish_many` does where each event has more than itself."""
+        end_ns = None if deadline is None else self._now() + _checked_ns(deadline)
+        for event, ordinal, instant in zip(events, ordinals or repeat(0), instants or repeat(0), strict=False):
+            left = None if end_ns is None else max(1, end_ns - self._now()) / _NS
+            await self.publish(event, headers=headers, deadline=left, ordinal=ordinal, intended_ns=instant)
 
     def pack(self, event: Event, headers: dict[str, str] | None = None) -> Packed:
         """Check an event and encode it, for `publish_packed`. Any thread may call it. Raises as `publish` does."""

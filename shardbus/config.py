@@ -41,6 +41,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     outbox_bytes_max: int = 32 * 1024 * 1024  # likewise
     handed_events_max: int = 1024  # of a blocking client, above its outboxes; when full, `publish` waits for its loop
     handed_event_bytes_max: int = 1024  # likewise, for a larger event
+    in_hand_events_max: int = 64  # of a blocking client's subscription, above its queue; the rest stays in that
     children_events_max: int = 262_144  # per shard, of what a worker's handlers publish; when full, that raises `OutboxFull`
     children_bytes_max: int = 128 * 1024 * 1024  # likewise
     route_cache_max: int = 16_384  # keys whose slot is remembered; when full, it starts over

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
-from itertools import repeat
 from typing import Any, TypeVar
 
 from shardbus.client import Client
@@ -104,6 +103,8 @@ class _ClientWithMiddleware(Client):
         self,
         events: Sequence[Event],
         *,
+        headers: dict[str, str] | None = None,
+        deadline: float | None = None,
         ordinals: Sequence[int] | None = None,
         intended_ns: Sequence[int] | None = None,
     ) -> None:
@@ -111,11 +112,7 @@ class _ClientWithMiddleware(Client):
         for stamps in (ordinals, intended_ns):
             if stamps is not None and len(stamps) != len(events):
                 raise UsageError(f"{len(events)} events and {len(stamps)} stamps; give one for each event, or none")
-        no_stamps = repeat(0)
-        all_ordinals = no_stamps if ordinals is None else ordinals
-        all_instants = no_stamps if intended_ns is None else intended_ns
-        for event, ordinal, instant in zip(events, all_ordinals, all_instants, strict=False):
-            await self.publish(event, ordinal=ordinal, intended_ns=instant)
+        await self._publish_each(events, headers, deadline, ordinals, intended_ns)
 
     async def execute(
         self, command: Command[ReplyT], *, timeout: float = 5.0, headers: dict[str, str] | None = None

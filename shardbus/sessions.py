@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -28,8 +29,21 @@ HandlerT = TypeVar("HandlerT", bound=Callable[[Any], Any])
 class Host(Protocol):
     """What a session asks of the client; see there."""
 
-    async def publish(self, event: Event, *, headers: dict[str, str] | None = None) -> None:
+    async def publish(
+        self,
+        event: Event,
+        *,
+        headers: dict[str, str] | None = None,
+        deadline: float | None = None,
+        at: datetime | float | None = None,
+        delay: float | None = None,
+    ) -> None:
         """Publish an event."""
+
+    async def publish_many(
+        self, events: Sequence[Event], *, headers: dict[str, str] | None = None, deadline: float | None = None
+    ) -> None:
+        """Publish events one after another."""
 
     async def execute(
         self, command: Command[ReplyT], *, timeout: float = 5.0, headers: dict[str, str] | None = None
@@ -92,7 +106,15 @@ class Session:
                 if error is None:
                     raise
 
-    async def publish(self, event: Event, *, headers: dict[str, str] | None = None) -> None:
+    async def publish(
+        self,
+        event: Event,
+        *,
+        headers: dict[str, str] | None = None,
+        deadline: float | None = None,
+        at: datetime | float | None = None,
+        delay: float | None = None,
+    ) -> None:
         """As `Client.publish`, of an event with the session's key. What handlers of `on` are for comes to them.
 
         Raises:
@@ -101,7 +123,17 @@ class Session:
         """
         self._check(event)
         await self._listening()
-        await self._host.publish(event, headers=headers)
+        await self._host.publish(event, headers=headers, deadline=deadline, at=at, delay=delay)
+
+    async def publish_many(
+        self, events: Sequence[Event], *, headers: dict[str, str] | None = None, deadline: float | None = None
+    ) -> None:
+        """As `Client.publish_many`. Raises as `publish`; where one of the events has another key, none is published."""
+        for event in events:
+            self._check(event)
+        self._check_open()
+        await self._listening()
+        await self._host.publish_many(events, headers=headers, deadline=deadline)
 
     async def execute(
         self, command: Command[ReplyT], *, timeout: float = 5.0, headers: dict[str, str] | None = None
@@ -182,7 +214,7 @@ class Session:
 
     def _check_open(self) -> None:
         if not self._is_open:
-            raise UsageError(f"the session {self.key!r} is not open; use it inside its `async with` block")
+            raise UsageError(f"the session {self.key!r} is not open; use it inside its block")
 
     def _check(self, message: object) -> None:
         self._check_open()

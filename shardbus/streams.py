@@ -136,6 +136,11 @@ class Stream(Generic[ReplyT]):
     def __aiter__(self) -> Stream[ReplyT]:
         return self
 
+    @property
+    def has_next(self) -> bool:
+        """Whether the next item has arrived, so that asking for it does not wait."""
+        return bool(self._flow.items)
+
     async def __anext__(self) -> ReplyT:
         """The next item.
 

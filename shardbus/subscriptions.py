@@ -256,6 +256,11 @@ class Subscription(Generic[EventT]):
     def __aiter__(self) -> Subscription[EventT]:
         return self
 
+    @property
+    def has_next(self) -> bool:
+        """Whether the next event has arrived, so that asking for it does not wait."""
+        return not self._reader.closed and len(self._reader.queue) > 0
+
     async def __anext__(self) -> EventT | Missed:
         """The next event.
 

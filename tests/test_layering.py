@@ -60,6 +60,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("publishing", "handler_client"),
     ("local", "connecting", "worker_process"),
     ("bus",),
+    ("blocking_readers",),
+    ("blocking_sessions",),
     ("blocking", "testing.clock", "testing.memory_store"),
     ("testing.cluster",),
     ("testing.kit",),
@@ -110,8 +112,12 @@ class Owner(NamedTuple):
 OWNERS: tuple[Owner, ...] = (
     # The bare loop is what the bus is compared with, so it has none of the bus.
     Owner("sockets", ("zmq",), ("shardbus/zmq_transport.py", "benchmarks/bare_loop.py")),
-    # Chaos locks a store as a stranger would.
-    Owner("stores", ("sqlalchemy", "aiosqlite", "sqlite3"), ("shardbus/sql_store.py", "benchmarks/chaos.py", "benchmarks/features.py")),
+    # Chaos locks a store as a stranger would, and the handlers of an application have a database of their own.
+    Owner(
+        "stores",
+        ("sqlalchemy", "aiosqlite", "sqlite3"),
+        ("shardbus/sql_store.py", "benchmarks/chaos.py", "benchmarks/features.py"),
+    ),
     Owner(
         "processes",
         ("signal", "subprocess", "multiprocessing"),
@@ -120,7 +126,17 @@ OWNERS: tuple[Owner, ...] = (
     Owner("other processes' use", ("psutil",), ("shardbus/processes.py", "loadgen/resources.py")),
     Owner("shared memory", ("mmap",), ("shardbus/evidence.py",)),
     Owner("command lines", ("click",), ("shardbus/cli.py", "loadgen/cli.py")),
-    Owner("threads", ("threading",), ("shardbus/watchdog.py", "shardbus/processes.py", "shardbus/blocking.py")),
+    Owner(
+        "threads",
+        ("threading",),
+        (
+            "shardbus/watchdog.py",
+            "shardbus/processes.py",
+            "shardbus/blocking.py",
+            "shardbus/blocking_readers.py",
+            "shardbus/blocking_sessions.py",
+        ),
+    ),
     Owner("pools of threads", ("concurrent",), ("shardbus/threads.py", "shardbus/blocking.py")),
     Owner("event loops", ("uvloop",), ("shardbus/event_loop.py",)),
     Owner("fixtures of pytest", ("pytest", "pytest_asyncio"), ("shardbus/testing/fixtures.py",)),
@@ -359,7 +375,8 @@ BROKEN = {
     ),
     "an owner's effect taken": (
         {"shardbus/client.py": "import sqlalchemy.orm\n"},
-        "shardbus/client.py:1: imports sqlalchemy.orm, but stores belong to shardbus/sql_store.py and benchmarks/chaos.py and benchmarks/features.py",
+        "shardbus/client.py:1: imports sqlalchemy.orm, but stores belong to shardbus/sql_store.py and benchmarks/chaos.py "
+        "and benchmarks/features.py",
     ),
     "an effect that a neighbour of its owner takes": (
         {"loadgen/driver.py": "import zmq\n"},

@@ -32,11 +32,12 @@ from shardbus import (
     NotDelivered,
     OutboxFull,
     Retry,
+    Session,
     UsageError,
     blocking,
     connect,
 )
-from shardbus.blocking import BlockingClient
+from shardbus.blocking import BlockingClient, BlockingSession
 from shardbus.config import Limits
 from shardbus.local import run_local
 from shardbus.testing import MemoryStore
@@ -172,7 +173,14 @@ def interrupted_while(condition: Callable[[], object]) -> Iterator[None]:
 
 
 _SHARED = [name for name in vars(BlockingClient) if hasattr(Client, name) and not name.startswith("_") and name != "close"]
+_OF_SESSIONS = [name for name in vars(Session) if not name.startswith("_")]
 _STAMPS = ("ordinal", "ordinals", "intended_ns")  # for load generators
+
+
+def test_no_call_of_the_asyncio_client_is_missing():
+    inside = {"abort", "ask", "end", "evidence", "has_room", "pack", "publish_packed", "start", "tick"}
+    assert {name for name in vars(Client) if not name.startswith("_")} - set(dir(BlockingClient)) <= inside
+    assert set(_OF_SESSIONS) <= set(dir(BlockingSession))
 
 
 @pytest.mark.parametrize(
@@ -181,15 +189,16 @@ _STAMPS = ("ordinal", "ordinals", "intended_ns")  # for load generators
         (connect, blocking.connect),
         (Bus.local, blocking.local),
         *((getattr(Client, name), getattr(BlockingClient, name)) for name in _SHARED),
+        *((getattr(Session, name), getattr(BlockingSession, name)) for name in _OF_SESSIONS),
     ],
-    ids=["connect", "local", *_SHARED],
+    ids=["connect", "local", *_SHARED, *(f"session.{name}" for name in _OF_SESSIONS)],
 )
 def test_every_call_takes_what_its_model_takes(model: Callable[..., Any], call: Callable[..., Any]):
     wanted = [one for one in inspect.signature(model).parameters.values() if one.name not in _STAMPS]
     found = list(inspect.signature(call).parameters.values())
     if call is blocking.local:
         wanted, found = wanted[1:], found[1:]  # the bus itself
-    if call is BlockingClient.publish:
+    if call in (BlockingClient.publish, BlockingClient.subscribe):
         found = [one for one in found if one.name != "timeout"]  # asyncio has its own
     assert [(one.name, one.kind, one.default) for one in found] == [(one.name, one.kind, one.default) for one in wanted]
 
@@ -474,6 +483,9 @@ def test_calls_after_the_end_say_that_the_client_is_closed():
         client.dead_letters,
         client.redrive,
         client.purge,
+        lambda: client.stream(Count(key="a")),
+        lambda: client.subscribe(Step),
+        lambda: client.session("a"),
     ):
         with pytest.raises(ClientClosed, match="use it inside its `with` block"):
             call()

@@ -44,6 +44,31 @@ async def test_an_event_whose_deadline_is_over_before_its_handler_begins_is_not_
             await asyncio.sleep(0.001)
 
 
+async def test_many_events_have_one_deadline_and_the_same_headers():
+    bus, handled, go_on = Bus("late"), list[tuple[int, dict[str, str], bool]](), asyncio.Event()
+
+    @bus.on(Step)
+    async def step(event: Step, context: Context) -> None:
+        handled.append((event.n, context.headers, context.remaining_s is not None))
+        await go_on.wait()
+
+    async with bus.local() as client:
+        await client.publish_many([Step(key="a", n=n) for n in range(2)], headers={"tenant": "acme"})
+        await client.publish_many([Step(key="a", n=n) for n in range(10, 610)], headers={"tenant": "b"}, deadline=0.01)
+        await client.publish_many([Step(key="a", n=2)], deadline=60)
+        with pytest.raises(UsageError, match="deadline=0"):
+            await client.publish_many([Step(key="a")], deadline=0)
+        with pytest.raises(UsageError, match="names and values are text"):
+            await client.publish_many([Step(key="a")], headers={"a": 1})  # type: ignore[dict-item]
+        with pytest.raises(UsageError, match="2 events and 1 stamps"):
+            await client.publish_many([Step(key="a")] * 2, headers={"a": "b"}, ordinals=[1])
+        await asyncio.sleep(0.05)
+        go_on.set()
+        ledger = await client.flush(10)
+        assert (ledger.handled, ledger.dead) == (3, 600)
+    assert handled == [(0, {"tenant": "acme"}, False), (1, {"tenant": "acme"}, False), (2, {}, True)]
+
+
 async def test_a_deadline_holds_through_retries_and_the_handlers_that_are_left_are_named():
     bus, calls = Bus("late"), list[str]()
 

@@ -547,14 +547,14 @@ async def test_each_message_goes_through_the_clients_middleware_before_it_is_enc
     given = {"trace": "1"}
     async with run(bus, stamp, replace, stamp) as client:
         await client.publish(Step(key="a", n=0), headers=given)
-        await client.publish_many([Step(key="a", n=n) for n in (1, 2)], ordinals=[1, 2])
+        await client.publish_many([Step(key="a", n=n) for n in (1, 2)], headers={"trace": "2"}, ordinals=[1, 2])
         assert await client.execute(Ask(key="a"), headers=given) == 2
         await client.flush(10)
         assert client.ledger().published == 3
     assert seen == [
         ("Step", 0, {"trace": "1", "tenant": "xx"}),
-        ("Jump", 11, {"tenant": "xx"}),
-        ("Step", 2, {"tenant": "xx"}),
+        ("Jump", 11, {"trace": "2", "tenant": "xx"}),
+        ("Step", 2, {"trace": "2", "tenant": "xx"}),
     ]
     assert given == {"trace": "1"}
 

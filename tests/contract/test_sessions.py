@@ -88,6 +88,25 @@ async def test_a_session_has_a_beginning_and_an_end_around_its_messages(client: 
     assert told == ["SessionStarted 7", "hello", "SessionEnded 7"]
 
 
+async def test_a_session_publishes_many_later_and_with_a_deadline(client: Client):
+    async with client.session("7") as session:
+        await session.publish_many([Said(chat="7", text=text) for text in "ab"], headers={"a": "b"}, deadline=60.0)
+        await session.publish(Said(chat="7", text="c"), deadline=60.0)
+        await session.publish(Said(chat="7", text="at once"), at=1.0)
+        await session.publish(Said(chat="7", text="never"), delay=3600.0)
+        with pytest.raises(UsageError, match="either scheduled or has a deadline"):
+            await session.publish(Said(chat="7"), delay=1.0, deadline=1.0)
+        with pytest.raises(UsageError, match="and the session '7'"):
+            await session.publish_many([Said(chat="7", text="not"), Said(chat="8", text="this")])
+        await until(lambda: "at once" in told)
+    with pytest.raises(UsageError, match="is not open"):
+        await session.publish_many([])
+    ledger = await client.flush()
+    assert (ledger.published, ledger.dead) == (7, 0)
+    told.remove("at once")  # it joined the end of its lane when it was due
+    assert told == ["SessionStarted 7", "a", "b", "c", "SessionEnded 7"]
+
+
 async def test_a_session_that_fails_has_an_end_too(client: Client):
     with pytest.raises(KeyError):
         async with client.session("7"):

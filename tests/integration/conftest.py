@@ -37,6 +37,13 @@ def short_path() -> Iterator[Path]:
         yield directory
 
 
+@pytest.fixture(scope="module")
+def short_module_path() -> Iterator[Path]:
+    """One for all tests of a module."""
+    with short_directory() as directory:
+        yield directory
+
+
 @pytest.fixture
 def make_bus(short_path: Path) -> Iterator[Callable[..., RunningBus]]:
     """Start buses; end them with the test."""

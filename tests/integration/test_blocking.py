@@ -94,9 +94,11 @@ from accounts import Added, GetTotal
 
 with shardbus.blocking.connect() as client:
     client.publish(Added(account="fork"))
+    events = client.subscribe(Added)
     with client._lock:  # as if another thread were just publishing
         child = os.fork()
     if child == 0:
+        events.close()  # the parent's to end
         for call in (lambda: client.publish(Added(account="fork")), client.flush):
             try:
                 call()
@@ -107,6 +109,8 @@ with shardbus.blocking.connect() as client:
     else:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         client.publish(Added(account="fork"))
+        while next(events) != Added(account="fork"):
+            pass
         print(client.flush(30).handled, client.execute(GetTotal(account="fork")))
 """,
     )

@@ -131,12 +131,12 @@ def test_the_program_whose_handlers_publish_prints_what_they_did(make_bus: MakeB
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "42 2 request-7 True\n", "")
 
 
-def test_the_chat_program_prints_what_it_hears_and_is_told(make_bus: MakeBus) -> None:
+def test_the_listening_program_prints_what_it_hears_and_is_told(make_bus: MakeBus) -> None:
     bus = make_bus(application="accounts:none")  # only its directory and environment
     bus.close()
     write_programs(bus.directory)
     ran = subprocess.run(
-        [sys.executable, "chat.py"],
+        [sys.executable, "listen.py"],
         cwd=bus.directory,
         env=bus.environment(),
         capture_output=True,
@@ -165,6 +165,23 @@ def test_the_served_programs_print_ledger_and_total(make_bus: MakeBus, short_pat
         assert ran.stdout == (
             f"Ledger(published={count}, handled={count}, dead=0, waiting=0, dropped=0, in_flight=0)\n{total}\n"
         )
+
+
+def test_the_following_program_prints_what_it_is_told_and_hears(make_bus: MakeBus, short_path: Path) -> None:
+    write_programs(short_path)
+    bus = make_bus("--workers", "1", application="listen:bus")
+    bus.wait_ready()
+    ran = subprocess.run(
+        [sys.executable, "follow.py"],
+        cwd=bus.directory,
+        env=bus.environment() | {"SHARDBUS_URL": bus.address},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout == "HOW\nARE\nYOU\nSaid(chat='7', text='hello') {'from': 'me'}\n"
 
 
 @pytest.mark.parametrize("kills", [0, 4])

@@ -154,9 +154,8 @@ def test_a_command_that_fails_is_told_with_the_remote_traceback(make_bus: MakeBu
         (("execute", "accounts:GetTotal", '{"account": 1}'), "field account: expected `str`, got `int`"),
         (("publish", "accounts:Added", '{"account": "a"}', "--header", "x"), "'x' is not NAME=VALUE"),
         (("publish", "accounts:Added", '{"account": "a"}', "--header", f"x={'y' * 5000}"), "together up to 4,096 bytes"),
-        (("init", "my-shop"), "'my-shop' cannot be the name of a Python module"),
-        (("init", "class"), "'class' cannot be"),
-        (("init", "../shop"), "'../shop' cannot be"),
+        (("init", "../shop"), "'../shop' cannot be the name of an application"),
+        (("init", "--example", "shop", "shop"), "'shop' is not one of 'orders', 'chat'"),
     ],
 )
 def test_what_is_asked_wrongly_is_told_in_a_line_before_anything_is_sent(
