@@ -30,11 +30,12 @@ from shardbus.messages import WireKey, wire_name
 from shardbus.metrics import Recorder
 from shardbus.outgoing import Outgoing, is_worker
 from shardbus.quarantine import UNKNOWN_END, Ended, Identity, Quarantine, Suspect, judge
-from shardbus.registry import Plan
+from shardbus.registry import Plan, StateMaker
 from shardbus.routing import slot_of
 from shardbus.schedule import Schedule
 from shardbus.scheduled_events import CANCEL, decode_cancel
 from shardbus.session_events import BUILT_IN
+from shardbus.session_states import SessionStates
 from shardbus.store import (
     ROW_OVERHEAD_BYTES,
     DeadLetter,
@@ -120,17 +121,21 @@ class Shard:
         chance: Callable[[], float] = random.random,
         predecessor: Ended = UNKNOWN_END,
         outgoing: Outgoing | None = None,
+        states: StateMaker | None = None,
     ) -> None:
         self.shard = shard
         self.epoch = epoch
         self.outgoing = outgoing
+        self.states = SessionStates(states, limits, now, outgoing)
         self.recorder = recorder
         self._journal = journal
         self._predecessor = predecessor
         self._judged = False
         self._quarantine = Quarantine({}, self._note_suspect, now(), chance)
-        # Events that no application needs to handle are handled all the same.
-        plans = {wire_name(kind): Plan(kind, ()) for kind in BUILT_IN} | dict(plans)
+        # Sessions are followed whether or not an application handles their events.
+        ours = {wire_name(kind): plans.get(wire_name(kind)) or Plan(kind, ()) for kind in BUILT_IN}
+        ours = {name: Plan(plan.message_type, plan.handlers, concludes=not plan.is_command) for name, plan in ours.items()}
+        plans = dict(plans) | ours
         self._feeds = Feeds(epoch, limits, lambda name: _is_event(plans, name), send, self._feeds_due)
         self.lanes = Lanes(plans, self, limits, now, chance, journal, self._quarantine, self._feeds)
         self._layout = layout
@@ -173,6 +178,7 @@ class Shard:
         Raises:
             StoreError: the store cannot be opened.
         """
+        self.states.start()
         if not self._judged:
             self._judged = True
             self._judge()
@@ -216,6 +222,7 @@ class Shard:
         May be called again, because handlers of other workers may publish after this one has come to rest.
         """
         self._draining = True
+        self.states.rest()
         self._schedule.close()  # the successor finds what is scheduled
         self.lanes.hurry()
         loop = asyncio.get_running_loop()
@@ -234,12 +241,20 @@ class Shard:
             for one in list(self._deferred.overdue(self._now(), 0)):
                 self._store_deferred(one)
         unsettled = self._deferred.in_memory if late else len(self._deferred)
-        return self.lanes.idle() and self._writer.idle() and not unsettled
+        return self.lanes.idle() and self._writer.idle() and not unsettled and (late or not self.states.pending)
 
-    async def close(self) -> None:
-        """Stop at once. What is unfinished stays with its publishers and in the store."""
+    async def end_sessions(self, timeout_s: float) -> list[str]:
+        """Run the ends of what sessions have open here, once nothing runs any more; return what was not run, in words."""
+        await self.lanes.close()
+        left = await self.states.close(min(timeout_s, self._limits.session_ends_s))
+        return [f"the ends of {left:,} sessions"] if left else []
+
+    async def close(self, *, killed: bool = False) -> None:
+        """Stop at once. What is unfinished stays with its publishers and in the store; what sessions have open is ended,
+        unless this is to be as if it were killed."""
         self._schedule.close()
         await self.lanes.close()
+        await (self.states.abort() if killed else self.states.close(self._limits.session_ends_s))
         await self._writer.close()
         self.recorder.flush()
         if self._ack_timer is not None:
@@ -273,6 +288,11 @@ class Shard:
     def publishers(self) -> int:
         """Live sessions."""
         return len(self._publishers)
+
+    @property
+    def open_sessions(self) -> int:
+        """Sessions of clients that are open, or have a state, here."""
+        return len(self.states)
 
     # -- frames
 
@@ -309,6 +329,7 @@ class Shard:
         if self._quarantine.suspects:
             self._quarantine.tick(self._now())
             self.lanes.release()
+        self.states.tick(self._heard_ns)
         silent_before = self._now() - int(self._limits.session_silence_s * _NS)
         for publisher, one in list(self._publishers.items()):
             if one.session.heard_ns < silent_before:
@@ -423,6 +444,15 @@ class Shard:
             one.session.left = True
             self.lanes.cancel_all(one.session.publisher)
             self._rest(one.session.publisher)
+            self.states.tick(self._heard_ns)
+
+    def _heard_ns(self, publisher: bytes) -> int | None:
+        """When a publisher was heard of last; 0: it has said that it goes, and all of it is finished; None: never."""
+        one = self._publishers.get(publisher)
+        session = self._resting.get(publisher) if one is None else one.session
+        if session is None:
+            return None
+        return 0 if session.left and not session.unfinished else session.heard_ns
 
     # -- who waits for commands
 
@@ -670,6 +700,14 @@ class Shard:
     def broken(self, error: BaseException) -> None:
         """Pass a defect on to the worker."""
         self._broken(error)
+
+    async def concluded(self, delivery: Delivery) -> None:
+        """A session has begun or ended, and its handlers have."""
+        await self.states.concluded(delivery.name, delivery.key, delivery.publisher, delivery.seq)
+
+    def conclusion_failed(self, delivery: Delivery, error: BaseException) -> None:
+        """See `SessionStates.failed`."""
+        self.states.failed(delivery.key, error)
 
     def bury(self, delivery: Delivery, failure: Failure, *, parks: bool = False) -> None:
         """Write a dead letter; finish its event, and tell its parked lane, once that is committed."""
