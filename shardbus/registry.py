@@ -379,8 +379,8 @@ class Registry:
                 raise RegistrationError(f"{shown(function)}: a session's state is made from (session) or (session, worker)")
             if self._session is not None:
                 raise RegistrationError(
-                    f"{shown(function)}: {shown(self._session[0])} makes the state of this application's sessions; a session "
-                    "has one, which may hold several things"
+                    f"{shown(function)}: {shown(self._session[0])} makes the state of this application's sessions; they "
+                    "have one, which may hold several things"
                 )
             made: Any = function
             self._session = (made, most >= 2, float(idle_seconds))

@@ -164,6 +164,11 @@ class SessionStates:
     # -- what ends by itself
 
     @property
+    def has_openers(self) -> bool:
+        """Whether a client has a session open here."""
+        return self._table.has_openers
+
+    @property
     def pending(self) -> bool:
         """Whether ends that were published here are not handled yet."""
         children = self._origin.children

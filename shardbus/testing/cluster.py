@@ -43,11 +43,11 @@ class ClusterChannel:
         return True
 
     def _arrive(self, frame: bytes) -> None:
-        if self.open:
+        if self.open or self._cluster.lingers:
             self._deliver(frame)
 
     def close(self) -> None:
-        """What is on its way arrives no more."""
+        """What is on its way arrives no more, unless the cluster says that it does."""
         self.open = False
 
 
@@ -115,6 +115,8 @@ class Cluster:
 
     ticks = True
     """Whether the clients of its handlers tick by themselves."""
+    lingers = False
+    """Whether what a client has sent arrives when it closes, its last words too."""
 
     def __init__(
         self,

@@ -83,6 +83,7 @@ class Kit(Cluster):
     """What a test holds in its hands; see `run`."""
 
     ticks = False
+    lingers = True
 
     def __init__(self, registry: Registry, shards: int, seed: int, limits: Limits) -> None:
         self.clock = Clock(self._tick)
@@ -146,7 +147,11 @@ class Kit(Cluster):
             outgoing.tick()
         busy = any(client.ledger().in_flight for client in self._clients)
         busy = busy or any(outgoing.in_flight for outgoing in self.outgoing.values())
-        return _BUSY_TICK_S if busy else None
+        if busy:
+            return _BUSY_TICK_S
+        # A client that has a session open says in time that it lives.
+        has_sessions = any(shard.states.has_openers for shard in self.shards if shard is not None)
+        return self._limits.session_silence_s / 10 if has_sessions else None
 
     # -- the bus
 
