@@ -30,4 +30,12 @@ class SessionEnded(Event, key="session", name="shardbus.SessionEnded"):
     reason: str = LEFT
 
 
-BUILT_IN: Final[tuple[type[Event], ...]] = (SessionStarted, SessionEnded)
+class SessionKept(Event, key="session", name="shardbus.SessionKept"):
+    """A client has a session open, `times` times. It tells so a worker that has taken the place of another; it is for the
+    bus itself, and reaches no handler."""
+
+    session: str
+    times: int = 1
+
+
+BUILT_IN: Final[tuple[type[Event], ...]] = (SessionStarted, SessionEnded, SessionKept)

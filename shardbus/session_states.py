@@ -15,19 +15,23 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import msgspec
+
 from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.errors import ShardbusError, UsageError
 from shardbus.messages import WireKey, wire_name
 from shardbus.outgoing import Children, Outgoing
 from shardbus.registry import StateMaker, StateOf
-from shardbus.session_events import SessionEnded, SessionStarted
+from shardbus.session_events import SessionEnded, SessionKept, SessionStarted
 from shardbus.session_table import SessionTable
 
 log = logging.getLogger("shardbus.sessions")
 
 _NS: Final = 1_000_000_000
 _STARTED: Final = wire_name(SessionStarted)
+_KEPT: Final = wire_name(SessionKept)
+_decode_kept: Final = msgspec.msgpack.Decoder(SessionKept).decode
 _AGAIN_S: Final = 1.0  # after which an end is published again that could not be
 _PUBLISHED_A_TURN: Final = 64  # ends, before the event loop has a turn
 _ENDS_AT_A_TIME: Final = 64  # of a worker that ends
@@ -139,13 +143,16 @@ class SessionStates:
             del self._opening[key]
             opening.set_result(None)
 
-    async def concluded(self, name: str, key: WireKey, publisher: bytes, seq: int) -> None:
-        """All handlers of a `SessionStarted` or `SessionEnded` have ended: note the first; of the second, end the state,
-        if nobody else has the session open. Raises what its end raises; the state is gone all the same."""
+    async def concluded(self, name: str, key: WireKey, publisher: bytes, seq: int, body: bytes) -> None:
+        """All handlers of an event of a session have ended: note who has it open; where that is nobody any more, end its
+        state. Raises what that raises; the state is gone all the same."""
         if not isinstance(key, str):
             return
         if name == _STARTED:
             self._table.started(key, publisher, seq, self._now())
+            self._look_soon()
+        elif name == _KEPT:
+            self._table.kept(key, publisher, seq, _decode_kept(body).times, self._now())
             self._look_soon()
         elif self._table.ended(key, publisher, self._now()):
             await self._end(key)

@@ -14,6 +14,7 @@ from typing import Final
 from shardbus.session_events import CLIENT_GONE, FULL, IDLE, SessionEnded
 
 _NO_STARTS: Final[tuple[int, ...]] = ()
+_TIMES_MAX: Final = 65_536  # that a client is believed to have one session open
 
 
 class _Open:
@@ -70,6 +71,11 @@ class SessionTable:
             session.openers[publisher] = (*starts, start)
         self._opened_by.setdefault(publisher, {})[key] = None
         self._heard_ns[publisher] = max(now_ns, self._heard_ns.get(publisher, now_ns))
+
+    def kept(self, key: str, publisher: bytes, seq: int, times: int, now_ns: int) -> None:
+        """A publisher has a session open so many times, whatever was known of it; this is the event of this sequence."""
+        self.started(key, publisher, seq, now_ns)
+        self._use(key, now_ns).openers[publisher] = (seq,) * max(1, min(times, _TIMES_MAX))
 
     def used(self, key: str, now_ns: int) -> None:
         """The state of a session was asked for."""

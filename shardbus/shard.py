@@ -702,8 +702,8 @@ class Shard:
         self._broken(error)
 
     async def concluded(self, delivery: Delivery) -> None:
-        """A session has begun or ended, and its handlers have."""
-        await self.states.concluded(delivery.name, delivery.key, delivery.publisher, delivery.seq)
+        """An event of a session reaches its outcome: its handlers have ended, or it has none."""
+        await self.states.concluded(delivery.name, delivery.key, delivery.publisher, delivery.seq, delivery.body)
 
     def conclusion_failed(self, delivery: Delivery, error: BaseException) -> None:
         """See `SessionStates.failed`."""

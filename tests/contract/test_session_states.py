@@ -597,6 +597,51 @@ async def test_a_state_is_made_again_after_its_worker_was_killed(chats: Chats):
         assert chats.told[4:] == ["SessionEnded 7 (left)", "end 7: y", "closed 7"]
 
 
+async def test_who_has_a_session_open_is_known_to_the_successor_of_a_worker_that_was_killed(chats: Chats):
+    async with testing.run(chats.bus) as kit, kit.connect() as other:
+        for client in (other, other, kit.client):
+            await client.session("7").__aenter__()
+        async with other.session("left"):
+            await kit.settle()
+        await kit.settle()
+        for _ in range(3):
+            await kit.kill(0)
+            await kit.advance(5)
+        assert kit.shards[0] is not None
+        assert kit.shards[0].open_sessions == 1
+        chats.told.clear()
+        await other.close(1.0)
+        await kit.advance(1)
+        assert chats.told == ["SessionEnded 7 (client gone)"]
+        assert kit.shards[0].open_sessions == 1
+        await kit.client.close(1.0)
+        await kit.advance(1)
+        assert chats.told == ["SessionEnded 7 (client gone)"] * 2
+        assert kit.shards[0].open_sessions == 0
+
+
+async def test_a_successor_is_told_once_of_each_session_however_often_it_dies_first(chats: Chats):
+    goes_on = asyncio.Event()
+
+    async def make(session: str) -> None:
+        await goes_on.wait()
+
+    chats.makes = make
+    async with testing.run(chats.bus) as kit:
+        async with kit.client.session("7") as session:
+            await session.publish(Said(chat="7", text="x"))  # what comes behind it waits
+            for _ in range(4):
+                await kit.kill(0)
+            assert [one.type for one in kit.published].count("shardbus.SessionKept") == 1
+            goes_on.set()
+            await kit.advance(1)
+            await kit.kill(0)
+            assert [one.type for one in kit.published].count("shardbus.SessionKept") == 2
+        await kit.advance(1)
+        assert kit.shards[0] is not None
+        assert kit.shards[0].open_sessions == 0
+
+
 async def test_a_call_that_is_made_twice_has_the_state_twice(chats: Chats):
     async with testing.run(chats.bus) as kit:
         kit.duplicate_at(1)

@@ -50,6 +50,16 @@ def test_an_end_of_what_is_not_open_or_by_somebody_else_is_over_unless_it_is_ope
     assert len(table) == 1
 
 
+def test_what_a_publisher_says_that_it_has_open_stands_in_the_place_of_what_was_known():
+    table = SessionTable(10)
+    table.started("7", A, 1, 0)
+    table.started("7", A, 2, 0)
+    table.kept("7", A, 3, 2, 0)
+    table.kept("8", A, 4, 0, 0)  # at least once, or it would not say so
+    assert [table.ended(key, A, 1) for key in "778"] == [False, True, True]
+    assert (len(table), table.has_openers) == (0, False)
+
+
 def test_sessions_that_were_not_used_for_long_end_and_no_others():
     table = SessionTable(10, IDLE_NS)
     assert table.next_idle_ns == 0
