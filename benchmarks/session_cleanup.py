@@ -26,8 +26,8 @@ from shardbus import Bus, Command, Context, Event
 
 SESSIONS: Final = 10_000
 KILLED: Final = 1_000
-GROWTH_MB_MAX: Final = 3.0  # what a round of 10,000 sessions may add to a worker: 300 bytes a session, its state has 4 KiB
-GONE_S_MAX: Final = 33.0  # 30 s of silence, up to a second until the worker looks, and one until it says so
+GROWTH_MB_MAX: Final = 3.0  # what three more rounds may add to a worker: 100 bytes a session, whose state has 4 KiB
+GONE_S_MAX: Final = 33.0  # 30 s of silence, up to a second until the worker looks, and one until it says so; one to spare
 ROUNDS: Final = 4  # the first warms up: the allocator keeps what it has had once
 _STATE_BYTES: Final = 4096
 _LOOK_S: Final = 0.2

@@ -250,6 +250,7 @@ class SessionStates:
             _, late = await asyncio.wait(tasks, timeout=timeout_s)
             left = len(late) + len(self._states)
             await self._give_up(late)
+            self._states.clear()
         if left:
             log.error("the ends of %d sessions were not run: there was no time for them (%g s)", left, timeout_s)
         return left

@@ -13,6 +13,9 @@ from typing import Final
 
 from shardbus.session_events import CLIENT_GONE, FULL, IDLE, SessionEnded
 
+GONE: Final = -1
+"""Instead of the time at which a publisher was heard of: it has gone."""
+
 _NO_STARTS: Final[tuple[int, ...]] = ()
 _TIMES_MAX: Final = 65_536  # that a client is believed to have one session open
 
@@ -31,7 +34,7 @@ class SessionTable:
     """The sessions of one worker, those that were used longest ago first.
 
     When full, the one that is idle for longest ends. It stays until its end is handled, so there may be as many more as
-    messages are taken meanwhile.
+    messages are taken meanwhile, and as there are parked keys, behind which ends wait.
 
     Args:
         sessions_max: how many may be open.
@@ -120,15 +123,15 @@ class SessionTable:
     def silent(self, heard: Callable[[bytes], int | None], before_ns: int) -> list[SessionEnded]:
         """End the sessions of all publishers that were not heard of since `before_ns`.
 
-        `heard` says when a publisher was heard of last; 0: it has gone; None: not by this worker, so what counts is when it
-        opened a session last.
+        `heard` says when a publisher was heard of last; `GONE`: it has said that it goes; None: this worker does not know it
+        (any more), so what counts is when it knew it, or it opened a session, last.
         """
         ends: list[SessionEnded] = []
         for publisher in list(self._opened_by):
             heard_ns = heard(publisher)
             if heard_ns is not None:
                 self._heard_ns[publisher] = heard_ns
-            if self._heard_ns[publisher] < before_ns or heard_ns == 0:
+            if heard_ns == GONE or self._heard_ns[publisher] < before_ns:
                 ends += self.gone(publisher)
         return ends
 

@@ -36,6 +36,7 @@ from shardbus.schedule import Schedule
 from shardbus.scheduled_events import CANCEL, decode_cancel
 from shardbus.session_events import BUILT_IN
 from shardbus.session_states import SessionStates
+from shardbus.session_table import GONE
 from shardbus.store import (
     ROW_OVERHEAD_BYTES,
     DeadLetter,
@@ -447,12 +448,13 @@ class Shard:
             self.states.tick(self._heard_ns)
 
     def _heard_ns(self, publisher: bytes) -> int | None:
-        """When a publisher was heard of last; 0: it has said that it goes, and all of it is finished; None: never."""
+        """When a publisher was heard of last; `GONE`: it has said that it goes, and all of it is finished; None: it is not
+        known here."""
         one = self._publishers.get(publisher)
         session = self._resting.get(publisher) if one is None else one.session
         if session is None:
             return None
-        return 0 if session.left and not session.unfinished else session.heard_ns
+        return GONE if session.left and not session.unfinished else session.heard_ns
 
     # -- who waits for commands
 

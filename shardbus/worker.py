@@ -180,14 +180,14 @@ async def _drain(shard: Shard, deadline_s: float, pipe: ReportPipe, end: asyncio
     until = loop.time() + deadline_s
     left = await shard.drain(deadline_s)
     if left:
-        return [*left, *await shard.end_sessions(_ENDS_LEAST_S)]
+        return left
     while not end.is_set() and loop.time() < until:
         pipe.send(encode_report(AtRest()))  # again and again: one that does not fit into the pipe is lost
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(min(until, loop.time() + BEAT_S)):
                 await end.wait()
     left = await shard.drain(max(0.0, until - loop.time()))
-    return [*left, *await shard.end_sessions(max(_ENDS_LEAST_S, until - loop.time()))]
+    return left or await shard.end_sessions(max(_ENDS_LEAST_S, until - loop.time()))
 
 
 async def _start(shard: Shard, spec: Assignment, pipe: ReportPipe) -> None:

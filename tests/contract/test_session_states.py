@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -275,6 +276,10 @@ async def test_an_application_may_take_the_ends_of_sessions_in_batches():
         await client.publish_many([SessionEnded(session=key) for key in "12"])
         await client.flush()
         assert told == ["left 1 2", "end 1", "end 2"]
+
+
+def test_an_end_of_an_older_client_was_left():
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode({"session": "7"}), type=SessionEnded).reason == "left"
 
 
 # -- failures

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from shardbus.session_events import SessionEnded
-from shardbus.session_table import SessionTable
+from shardbus.session_table import GONE, SessionTable
 
 A, B = b"a" * 16, b"b" * 16
 IDLE_NS = 1000
@@ -125,11 +125,17 @@ def test_a_publisher_that_nobody_has_heard_of_counts_from_what_it_opened_last():
     assert table.silent(lambda _: None, 201) == ended("client gone", "1", "2")
 
 
-@pytest.mark.parametrize(("heard_ns", "gone"), [(500, False), (50, True), (0, True)])
+@pytest.mark.parametrize(("heard_ns", "gone"), [(500, False), (50, True), (GONE, True)])
 def test_a_publisher_counts_from_when_it_was_heard_of_last(heard_ns: int, gone: bool):
     table = SessionTable(10)
     table.started("1", A, 1, 100)
     assert bool(table.silent(lambda _: heard_ns, 60)) is gone
+
+
+def test_a_publisher_that_says_that_it_goes_is_gone_whenever_it_was_heard_of():
+    table = SessionTable(10)
+    table.started("1", A, 1, 100)
+    assert table.silent(lambda _: GONE, -1000) == ended("client gone", "1")
 
 
 def test_a_publisher_that_was_heard_of_and_is_forgotten_is_gone_in_its_time():
