@@ -2,7 +2,7 @@
 
 Twice each: the publish call alone, as the reference measured it, and to the end of the handler, across processes, which is
 what an application sees. Then session cleanup: clients that come and leave, and what the workers remember of them; and, on a
-bus of its own, what `session_cleanup` measures. Takes about 100 seconds, 30 of them for a killed client to be silent.
+bus of its own, what `session_cleanup` measures. Takes about 110 seconds, 30 of them for a killed client to be silent.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ _NS: Final = 1_000_000_000
 _STARTED: Final = wire_name(SessionStarted)
 _KEPT: Final = wire_name(SessionKept)
 _decode_kept: Final = msgspec.msgpack.Decoder(SessionKept).decode
+_LOOK_S_MAX: Final = 86_400.0  # not every event loop has timers for years
 _AGAIN_S: Final = 1.0  # after which an end is published again that could not be
 _PUBLISHED_A_TURN: Final = 64  # ends, before the event loop has a turn
 _ENDS_AT_A_TIME: Final = 64  # of a worker that ends
@@ -201,7 +202,7 @@ class SessionStates:
         due_ns = self._table.next_idle_ns if self._timer is None else 0
         if due_ns:
             assert self._loop is not None
-            wait_s = max(0.0, (due_ns - self._now()) / _NS)
+            wait_s = min(max(0.0, (due_ns - self._now()) / _NS), _LOOK_S_MAX)
             self._timer = self._loop.call_later(wait_s, self._look, context=self._clean)
 
     def _look(self) -> None:

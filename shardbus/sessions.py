@@ -1,6 +1,6 @@
 """Sessions: messages of one key, and handlers in the client's process for what is handled under it.
 
-Knows the client by what it asks of it, and keeps nothing at the workers but subscriptions.
+Knows the client by what it asks of it. What a session has at its worker is in `session_states`.
 """
 
 from __future__ import annotations
