@@ -155,8 +155,8 @@ async def measure(sessions: int, killed: int) -> Cleanup:
 
 @contextlib.contextmanager
 def _memory_given_back() -> Iterator[None]:
-    """Have processes that are started in the block give back what they free: glibc keeps most of it otherwise, so that what is
-    resident says little of what is used."""
+    """Have processes that are started in the block give back what they free: glibc keeps most of it otherwise, and what is
+    resident then says little of what is used."""
     before = os.environ.get(_GIVE_BACK)
     os.environ[_GIVE_BACK] = str(_STATE_BYTES)
     try:

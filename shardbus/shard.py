@@ -248,7 +248,7 @@ class Shard:
         """Run the ends of what sessions have open here, once nothing runs any more; return what was not run, in words."""
         await self.lanes.close()
         left = await self.states.close(min(timeout_s, self._limits.session_ends_s))
-        return [f"the ends of {left:,} sessions"] if left else []
+        return [f"sessions whose ends were not run: {left:,}"] if left else []
 
     async def close(self, *, killed: bool = False) -> None:
         """Stop at once. What is unfinished stays with its publishers and in the store; what sessions have open is ended,

@@ -589,6 +589,21 @@ async def test_ends_that_take_too_long_do_not_hold_up_a_worker_that_drains(
     assert caplog.messages == ["the ends of 2 sessions were not run: there was no time for them (0.05 s)"]
 
 
+async def test_a_worker_says_how_many_ends_it_had_no_time_for_and_runs_none_of_them_later(chats: Chats):
+    async def end(session: str) -> None:
+        await asyncio.sleep(3600)
+
+    chats.ends = end
+    async with running(chats.bus) as client:
+        for key in "12":
+            await client.publish(Said(chat=key))
+        await client.flush()
+        (shard,) = client._connector._bus.shards  # type: ignore[attr-defined]
+        assert await shard.end_sessions(0.02) == ["sessions whose ends were not run: 2"]
+        assert await shard.end_sessions(0.02) == []
+    assert chats.saved == {}
+
+
 async def test_a_state_is_made_again_after_its_worker_was_killed(chats: Chats):
     async with testing.run(chats.bus) as kit:
         async with kit.client.session("7") as session:
