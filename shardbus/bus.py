@@ -21,8 +21,8 @@ _SHARDS_MAX = 256
 class Bus(Registry):
     """An application: its name, its handlers, its lifespan.
 
-    Register with `@bus.on(EventType)`, `@bus.command(CommandType)`, `@bus.lifespan` and `bus.use(middleware)`. Run it on all
-    cores with `shardbus serve MODULE:BUS`, or in this process with `local()`.
+    Register with `@bus.on(EventType)`, `@bus.command(CommandType)`, `@bus.lifespan`, `@bus.session` and
+    `bus.use(middleware)`. Run it on all cores with `shardbus serve MODULE:BUS`, or in this process with `local()`.
     """
 
     def local(

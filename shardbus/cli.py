@@ -217,11 +217,12 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
             f"{found['waiting']:,} waiting{_scheduled_told(found)}"
             f"{', ' + _counted(found['parked'], 'parked key') if found['parked'] else ''}"
         )
-        click.echo("shard     state      pid restarts        outcomes  backlog     dead     MB  last exit")
+        click.echo("shard     state      pid restarts        outcomes  backlog sessions     dead     MB  last exit")
         for one in found["workers"]:
             click.echo(
                 f"{one['shard']:>5} {one['state']:>9} {one['pid']:>8} {one['restarts']:>8} {one['handled']:>15,} "
-                f"{one['backlog']:>8,} {one['dead_letters']:>8,} {one['rss_bytes'] / 1e6:>6.0f}  {one['last_exit']}"
+                f"{one['backlog']:>8,} {one['sessions']:>8,} {one['dead_letters']:>8,} "
+                f"{one['rss_bytes'] / 1e6:>6.0f}  {one['last_exit']}"
             )
             if one["store_failing"]:
                 click.echo(f"      its store cannot write: {one['store_failing']}")

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
+from functools import partial
 from itertools import repeat
 from types import TracebackType
 from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar, cast, get_args
@@ -50,7 +51,7 @@ from shardbus.messages import Command, Event, Message, WireKey, key_getter, repl
 from shardbus.metrics import Evidence
 from shardbus.routing import ShardAddress, Table
 from shardbus.scheduled_events import CANCEL, Scheduled, decode_cancelled, due_ns, encode_cancel, event_of, scheduled
-from shardbus.sessions import Session
+from shardbus.sessions import OpenSessions, Session
 from shardbus.store import DeadFilter
 from shardbus.streams import Flow, Stream
 from shardbus.subscriptions import OnSlow, Subscription, Subscriptions
@@ -372,6 +373,7 @@ class Client:
         self._waits = 0
         self._waited_ns = 0
         self._subscriptions = Subscriptions(_Lines(self), limits)
+        self._open_sessions = OpenSessions()
         self._published = 0
         self._commands_finished = 0
         self._dirty: list[_Outbox] = []
@@ -829,7 +831,7 @@ class Client:
         Raises:
             UsageError: the key is no text.
         """
-        return Session(self, key)
+        return Session(self, key, self._open_sessions)
 
     # -- scheduled events
 
@@ -1532,6 +1534,16 @@ class Client:
         for lost in session.open(address.epoch, layout):
             self._lost(outbox, lost)
         self._connect(outbox, address.address)
+        if not self._closing:
+            self._open_sessions.tell(
+                lambda key: self._table is not None and self._table.shard_of(key) == address.shard,
+                partial(self._publish_at_once, outbox),
+            )
+
+    def _publish_at_once(self, outbox: _Outbox, event: Event) -> Callable[[], bool]:
+        """Publish an event of this outbox, also into a full one; returns what says whether it is finished."""
+        self.publish_packed((self.pack(event),))
+        return partial(outbox.session.is_finished, outbox.session.next_seq + len(outbox.batch) - 1)
 
     def _reopen(self, outbox: _Outbox) -> None:
         assert self._table is not None  # a worker has spoken

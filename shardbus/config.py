@@ -62,6 +62,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     store_full: StoreFull = "stop"
     store_write_rows_max: int = 256  # rows of a kind in a transaction; more gain nothing and hold the others up
     blocked_peers_max: int = 4096  # peers that sent garbage and are ignored; the oldest is forgotten
+    session_states_max: int = 65_536  # open sessions of one worker; when full, the one that is idle for longest ends
 
     # -- subscriptions and streaming replies
     subscriptions_client_max: int = 4096  # of one client; one more is refused
@@ -78,7 +79,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     # -- time, in seconds
     ack_delay_s: float = 0.002  # how long an ack that nobody waits for may be put off, so that one serves many frames
-    session_silence_s: float = 30.0  # a publisher that is silent for longer is forgotten
+    session_silence_s: float = 30.0  # a publisher that is silent for longer is forgotten, and its sessions end
+    session_ends_s: float = 10.0  # of a worker that ends, for the ends of all its sessions' states; what is left is logged
     ping_interval_s: float = 1.0  # how often a publisher with unfinished events asks for a full ack
     hello_interval_s: float = 0.5  # how often an unanswered greeting is repeated
     subscription_silence_s: float = 30.0  # a subscription that is not heard of for longer is forgotten
@@ -95,6 +97,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         assert self.ack_delay_s * 10 <= self.ping_interval_s
         assert self.event_bytes_max + 1024 <= self.store_bytes_max  # one row of the largest fits
         assert self.ping_interval_s * 3 <= self.session_silence_s
+        assert self.session_states_max > 0
         assert self.taken_interval_s * 3 <= self.subscription_silence_s
         # A feed is never so small that it is full before its reader would say that it took something.
         assert self.taken_bytes <= self.feeds_bytes_max // self.subscriptions_max

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 from uuid import UUID
 
 from shardbus.errors import UsageError
@@ -26,10 +26,20 @@ ReplyT = TypeVar("ReplyT")
 _NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
-class Context:
-    """Facts about one delivery, and `publish` and `execute` for its handler. Built only for handlers that ask for it."""
+class States(Protocol):
+    """Whoever has the states of a worker's sessions."""
 
-    __slots__ = ("_key", "_left_s", "_origin", "_outgoing", "_publisher", "_seq", "attempt", "headers", "shard")
+    async def state(self, key: WireKey) -> Any:
+        """See `Context.session`."""
+
+
+class Context:
+    """Facts about one delivery, and `publish`, `execute` and `session` for its handler.
+
+    Built only for handlers that ask for it.
+    """
+
+    __slots__ = ("_key", "_left_s", "_origin", "_outgoing", "_publisher", "_seq", "_states", "attempt", "headers", "shard")
 
     def __init__(
         self,
@@ -42,8 +52,10 @@ class Context:
         left_s: Callable[[], float] | None = None,
         outgoing: Outgoing | None = None,
         origin: Origin | None = None,
+        states: States | None = None,
     ) -> None:
         self._outgoing = outgoing
+        self._states = states
         self._origin = origin
         self._key = key
         self._publisher = publisher
@@ -138,6 +150,22 @@ class Context:
         reply: ReplyT = await outgoing.execute(command, timeout, own)
         return reply
 
+    async def session(self) -> Any:
+        """The state of the session that this message belongs to by its key: what the application's `Bus.session` yields.
+
+        It is made where there is none: for the first message of a session, and again after the session has ended, or its
+        worker was replaced.
+
+        Raises:
+            UsageError: the application has no such thing, the message has no key or one that is not a text, or the handler
+                has returned; else whatever making it raises.
+        """
+        if self._states is None or self._origin is None:
+            raise UsageError("this context is of no running worker, so it belongs to no session; use `bus.local()`")
+        if not self._origin.runs:
+            raise UsageError("the handler of this context has returned; ask for its session while it runs")
+        return await self._states.state(self._key)
+
     def _sender(self) -> tuple[Outgoing, Origin]:
         if self._outgoing is None or self._origin is None:
             raise UsageError("this context is of no running worker, so nothing can be sent through it; use `bus.local()`")
@@ -161,6 +189,7 @@ class Context:
             self._left_s,
             self._outgoing,
             self._origin,
+            self._states,
         )
 
     def __repr__(self) -> str:

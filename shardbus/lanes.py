@@ -60,7 +60,7 @@ from shardbus.batching import Gatherings
 from shardbus.breaker import Admitted, Blocked, Circuit
 from shardbus.clock import NowNs
 from shardbus.config import Limits
-from shardbus.context import Context
+from shardbus.context import Context, States
 from shardbus.errors import RemoteProtocolError, text_of
 from shardbus.feeds import Feeds
 from shardbus.inbound import UNKNOWN, Delivery, Inbound, Inbox, Later
@@ -115,6 +115,16 @@ class LaneHost(Protocol):
     shard: int
     outgoing: Outgoing | None
     """How handlers send messages; None: they cannot."""
+
+    @property
+    def states(self) -> States:
+        """What sessions have in this worker."""
+
+    async def concluded(self, delivery: Delivery) -> None:
+        """All handlers of a message whose plan `concludes` have ended, and its key still waits for it."""
+
+    def conclusion_failed(self, delivery: Delivery, error: BaseException) -> None:
+        """That has raised."""
 
     def touched(self, session: WorkerSession) -> None:
         """Something of this session finished: an ack is due at the end of the turn."""
@@ -919,6 +929,10 @@ class Lanes:
             member.began_ns = now_ns
         self._running = batch
         outcomes = await run_batch(batch, self)
+        if batch.plan.concludes:
+            for member, outcome in zip(batch.members, outcomes, strict=True):
+                if not isinstance(outcome, Later | HeldBack):
+                    await self._concluded(member)
         if self._leader is token:
             self._running = None
             self._journal.rest()
@@ -1139,7 +1153,20 @@ class Lanes:
             if todo is None or handler.name in todo:
                 delivery.runs = handler.name
                 await self._run_handler(handler, plan.circuits.get(handler.name), round_, message, context)
-        return self._outcome(delivery, round_)
+        outcome = self._outcome(delivery, round_)
+        if plan.concludes and not isinstance(outcome, Later):
+            await self._concluded(delivery)
+        return outcome
+
+    async def _concluded(self, delivery: Delivery) -> None:
+        delivery.runs = ""
+        try:
+            await self._host.concluded(delivery)
+        except BaseException as error:  # the application's
+            if self._is_ours(error):
+                raise
+            self._absorb(error)
+            self._host.conclusion_failed(delivery, error)
 
     async def _run_handler(
         self, handler: Registered, circuit: Circuit | None, round_: _Round, message: Any, context: Context
@@ -1298,6 +1325,7 @@ class Lanes:
             (lambda: (deadline_ns - self._now()) / _NS) if deadline_ns else None,
             self._host.outgoing,
             delivery,
+            self._host.states,
         )
 
     # -- outcomes

@@ -129,6 +129,7 @@ class _LocalBus:
                 "restarts": 0,
                 "handled": shard.recorder.counters().handled,
                 "backlog": shard.backlog,
+                "sessions": shard.open_sessions,
                 "rss_bytes": 0,
                 "store_failing": shard.store_failing,
                 **ledger,
@@ -232,9 +233,8 @@ async def _running(
     running = bus.shards
     async with contextlib.AsyncExitStack() as stack:
         for address in table.shards:
-            await stack.enter_async_context(
-                registry.running(WorkerInfo(bus=registry.name, shard=address.shard, shards=shards))
-            )
+            worker = WorkerInfo(bus=registry.name, shard=address.shard, shards=shards)
+            await stack.enter_async_context(registry.running(worker))
             buffer = memoryview(bytearray(book_bytes(**_BOOK)))
             book = Book(buffer, **_BOOK)
             outgoing = HandlerClient(
@@ -259,6 +259,7 @@ async def _running(
                 limits=limits,
                 broken=on_broken,
                 outgoing=outgoing,
+                states=registry.session_states(worker),
             )
             stack.push_async_callback(shard.close)
             await shard.start()

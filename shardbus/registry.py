@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final, Literal, TypeVar, get_args
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any, Final, Literal, TypeVar, get_args, overload
 
 import msgspec
 from msgspec.structs import replace
@@ -39,6 +40,11 @@ OnDeadLetter = Literal["continue", "park"]
 """What a key's later events do when one of them became a dead letter: go on, or wait until that is disposed of."""
 
 LifespanT = TypeVar("LifespanT", bound=Callable[..., AsyncIterator[None]])
+SessionT = TypeVar("SessionT", bound=Callable[..., AsyncIterator[Any]])
+StateOf = AsyncGenerator[Any, None]
+"""The life of one session's state: yields it once, and goes on when the session has ended."""
+
+IDLE_SECONDS: Final = 900.0
 
 _ENCODE_REPLY: Final = msgspec.msgpack.Encoder().encode
 
@@ -49,6 +55,14 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     bus: str
     shard: int
     shards: int
+
+
+class StateMaker(msgspec.Struct, frozen=True, kw_only=True):
+    """How an application makes the state of a session in one worker, and how long that may be idle."""
+
+    name: str
+    make: Callable[[str], StateOf]
+    idle_s: float
 
 
 class Registered(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +96,7 @@ class Plan:
     directly, because that costs 62 ns and the general path three times as much. Otherwise it is None.
     `batching` is that of the handler, which then is the only one; `together` says that nothing has to be known of each event
     before it is called, so that a stretch of a publisher's batch may be handed over as it came.
+    `concludes` says that something is to be done in the message's place in its lane after its last handler.
     `circuits` has one for each handler that asked for a breaker; they are this worker's.
     """
 
@@ -89,6 +104,7 @@ class Plan:
         "_parking",
         "batching",
         "circuits",
+        "concludes",
         "decode",
         "decode_all",
         "encode_reply",
@@ -101,13 +117,14 @@ class Plan:
         "together",
     )
 
-    def __init__(self, message_type: type[Message], handlers: tuple[Registered, ...]) -> None:
+    def __init__(self, message_type: type[Message], handlers: tuple[Registered, ...], *, concludes: bool = False) -> None:
         self.name = wire_name(message_type)
         self.message_type = message_type
         self.decode: Callable[[bytes], Any] = msgspec.msgpack.Decoder(message_type).decode
         self.decode_all: Callable[[bytes | memoryview], list[Any]] = msgspec.msgpack.Decoder(list[message_type]).decode  # type: ignore[valid-type]
         self.encode_reply: Callable[[Any], bytes] = _ENCODE_REPLY
         self.handlers = handlers
+        self.concludes = concludes
         self.circuits = {one.name: Circuit(one.breaker) for one in handlers if one.breaker is not None}
         self.is_command = issubclass(message_type, Command)
         self.streams = any(one.streams for one in handlers)
@@ -117,12 +134,13 @@ class Plan:
             only is not None
             and only.is_async
             and only.where is None
-            and not (only.wants_context or only.timeout_s or only.breaker or only.batching)
+            and not (concludes or only.wants_context or only.timeout_s or only.breaker or only.batching)
         )
         self.batching = None if only is None else only.batching
         self.together = (
             only is not None
             and only.batching is not None
+            and not concludes
             and not (only.batching.by_key or only.batching.linger_s or only.where or only.breaker)
         )
         self.simple: Callable[[Any], Awaitable[None]] | None = only.call if only is not None and is_plain else None
@@ -151,6 +169,7 @@ class Registry:
         self._layers: list[Layer] = []
         self._threads = Threads(threads_max)
         self._lifespans: list[Callable[[WorkerInfo], contextlib.AbstractAsyncContextManager[None]]] = []
+        self._session: tuple[Callable[..., StateOf], bool, float] | None = None  # whether it takes the worker, idle seconds
 
     def on(
         self,
@@ -314,6 +333,68 @@ class Registry:
         manager: Callable[..., contextlib.AbstractAsyncContextManager[None]] = contextlib.asynccontextmanager(function)
         self._lifespans.append(manager if takes[1] >= 1 else lambda _worker: manager())
         return function
+
+    @overload
+    def session(self, function: SessionT, /) -> SessionT: ...
+
+    @overload
+    def session(self, function: None = None, /, *, idle_seconds: float = IDLE_SECONDS) -> Callable[[SessionT], SessionT]: ...
+
+    def session(
+        self, function: SessionT | None = None, /, *, idle_seconds: float = IDLE_SECONDS
+    ) -> SessionT | Callable[[SessionT], SessionT]:
+        """Register what makes a session's state in its worker, and ends it: an async generator function that yields it once.
+
+        It takes the session's key, a text, or that and a `WorkerInfo`. A handler of a message with the key has the state of
+        `await context.session()`, which makes it where there is none: if that raises, so has the handler, and the next call
+        begins anew. Nothing else of the key runs while the state is made, used or ended.
+
+        What stands behind the `yield` runs once the session has ended: after the handlers of its last `SessionEnded`, or
+        where the worker drains, for all sessions together within 10 seconds. What it raises is logged. It does not run in
+        the task in which the state was made, so no `TaskGroup` or `timeout` may be open around the `yield`. A worker that
+        dies runs none: the state is a cache, and its successor makes it again.
+
+        Args:
+            function: what is registered.
+            idle_seconds: a session ends for which nobody has asked for so long, since it was opened or a handler called
+                `context.session()`: the worker publishes its `SessionEnded`, with the reason `"idle"`. A worker has at most
+                65,536 sessions; above that, the one that is idle for longest ends.
+
+        Raises:
+            RegistrationError: it cannot be called so, does not yield, the application has a session's state already, or
+                `idle_seconds` is not a number above 0.
+        """
+        is_number = isinstance(idle_seconds, int | float) and not isinstance(idle_seconds, bool)
+        if not (is_number and 0 < idle_seconds < math.inf):
+            raise RegistrationError(f"idle_seconds={idle_seconds!r}: write seconds above 0, for instance idle_seconds=900.0")
+
+        def register(function: SessionT) -> SessionT:
+            is_generator: bool = inspect.isasyncgenfunction(function)
+            if not is_generator:
+                raise RegistrationError(
+                    f"@bus.session takes an `async def` that yields the session's state once, not {shown(function)}"
+                )
+            least, most = positional_count(function)
+            if least > 2 or most < 1:
+                raise RegistrationError(f"{shown(function)}: a session's state is made from (session) or (session, worker)")
+            if self._session is not None:
+                raise RegistrationError(
+                    f"{shown(function)}: {shown(self._session[0])} makes the state of this application's sessions; they "
+                    "have one, which may hold several things"
+                )
+            made: Any = function
+            self._session = (made, most >= 2, float(idle_seconds))
+            return function
+
+        return register if function is None else register(function)
+
+    def session_states(self, worker: WorkerInfo) -> StateMaker | None:
+        """How a worker makes the states of its sessions; None: they have none."""
+        if self._session is None:
+            return None
+        function, takes_worker, idle_s = self._session
+        make = (lambda key: function(key, worker)) if takes_worker else function
+        return StateMaker(name=shown(function), make=make, idle_s=idle_s)
 
     @contextlib.asynccontextmanager
     async def running(self, worker: WorkerInfo) -> AsyncIterator[None]:

@@ -67,6 +67,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
     store: StoreCounts
     store_failing: str
     next_due_ns: int = 0
+    sessions: int = 0
 
 
 class AtRest(msgspec.Struct, frozen=True, tag="at-rest"):

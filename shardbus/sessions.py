@@ -1,6 +1,6 @@
 """Sessions: messages of one key, and handlers in the client's process for what is handled under it.
 
-Knows the client by what it asks of it, and keeps nothing at the workers but subscriptions.
+Knows the client by what it asks of it. What a session has at its worker is in `session_states`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 from shardbus.errors import ClientClosed, UsageError
 from shardbus.messages import Command, Event, Message, key_getter
-from shardbus.session_events import SessionEnded, SessionStarted
+from shardbus.session_events import SessionEnded, SessionKept, SessionStarted
 from shardbus.streams import Stream
 from shardbus.subscriptions import Missed, Subscription
 
@@ -64,6 +64,39 @@ class Host(Protocol):
         """Follow events."""
 
 
+class _Held:
+    __slots__ = ("times", "told")
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.told: Callable[[], bool] | None = None  # whether what was told last has arrived
+
+
+class OpenSessions:
+    """The sessions that a client has open, as many as its program opens. A worker that takes the place of another does not
+    know them, so they are told again, each once what was told of it before has arrived."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, _Held] = {}
+
+    def entered(self, key: str) -> None:
+        """A session's beginning is on its way."""
+        self._held.setdefault(key, _Held()).times += 1
+
+    def left(self, key: str) -> None:
+        """A session's end will be on its way."""
+        held = self._held[key]
+        held.times -= 1
+        if not held.times:
+            del self._held[key]
+
+    def tell(self, concerns: Callable[[str], bool], publish: Callable[[Event], Callable[[], bool]]) -> None:
+        """Tell again which of those that `concerns` names are open; `publish` returns what says whether that has arrived."""
+        for key, held in self._held.items():
+            if concerns(key) and (held.told is None or held.told()):
+                held.told = publish(SessionKept(session=key, times=held.times))
+
+
 class Session:
     """Messages of one key: `async with client.session("chat-7") as session`. Made by `Client.session`.
 
@@ -71,12 +104,13 @@ class Session:
     ends with the block.
     """
 
-    def __init__(self, host: Host, key: str) -> None:
+    def __init__(self, host: Host, key: str, open_sessions: OpenSessions) -> None:
         if not isinstance(key, str) or not key:
             raise UsageError(f"session({key!r}): a session's key is a text")
         self.key = key
         """The key that all its messages have."""
         self._host = host
+        self._open_sessions = open_sessions
         self._is_open = False
         self._listeners: list[asyncio.Task[None]] = []
         self._confirmed: list[asyncio.Future[None]] = []  # of listeners that nobody has waited for
@@ -86,6 +120,7 @@ class Session:
             raise UsageError(f"the session {self.key!r} is open already; make another one")
         self._is_open = True
         await self._host.publish(SessionStarted(session=self.key))
+        self._open_sessions.entered(self.key)
         return self
 
     async def __aexit__(
@@ -100,6 +135,7 @@ class Session:
             self._listeners.clear()
             self._confirmed.clear()
         finally:
+            self._open_sessions.left(self.key)
             try:
                 await self._host.publish(SessionEnded(session=self.key))
             except ClientClosed:

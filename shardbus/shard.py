@@ -30,11 +30,13 @@ from shardbus.messages import WireKey, wire_name
 from shardbus.metrics import Recorder
 from shardbus.outgoing import Outgoing, is_worker
 from shardbus.quarantine import UNKNOWN_END, Ended, Identity, Quarantine, Suspect, judge
-from shardbus.registry import Plan
+from shardbus.registry import Plan, StateMaker
 from shardbus.routing import slot_of
 from shardbus.schedule import Schedule
 from shardbus.scheduled_events import CANCEL, decode_cancel
 from shardbus.session_events import BUILT_IN
+from shardbus.session_states import SessionStates
+from shardbus.session_table import GONE
 from shardbus.store import (
     ROW_OVERHEAD_BYTES,
     DeadLetter,
@@ -123,17 +125,21 @@ class Shard:
         chance: Callable[[], float] = random.random,
         predecessor: Ended = UNKNOWN_END,
         outgoing: Outgoing | None = None,
+        states: StateMaker | None = None,
     ) -> None:
         self.shard = shard
         self.epoch = epoch
         self.outgoing = outgoing
+        self.states = SessionStates(states, limits, now, outgoing)
         self.recorder = recorder
         self._journal = journal
         self._predecessor = predecessor
         self._judged = False
         self._quarantine = Quarantine({}, self._note_suspect, now(), chance)
-        # Events that no application needs to handle are handled all the same.
-        plans = {wire_name(kind): Plan(kind, ()) for kind in BUILT_IN} | dict(plans)
+        # Sessions are followed whether or not an application handles their events.
+        ours = {wire_name(kind): plans.get(wire_name(kind)) or Plan(kind, ()) for kind in BUILT_IN}
+        ours = {name: Plan(plan.message_type, plan.handlers, concludes=not plan.is_command) for name, plan in ours.items()}
+        plans = dict(plans) | ours
         self._feeds = Feeds(epoch, limits, lambda name: _is_event(plans, name), send, self._feeds_due)
         self.lanes = Lanes(plans, self, limits, now, chance, journal, self._quarantine, self._feeds)
         self._layout = layout
@@ -177,6 +183,7 @@ class Shard:
         Raises:
             StoreError: the store cannot be opened.
         """
+        self.states.start()
         if not self._judged:
             self._judged = True
             self._judge()
@@ -220,6 +227,7 @@ class Shard:
         May be called again, because handlers of other workers may publish after this one has come to rest.
         """
         self._draining = True
+        self.states.rest()
         self._schedule.close()  # the successor finds what is scheduled
         self.lanes.hurry()
         loop = asyncio.get_running_loop()
@@ -238,13 +246,21 @@ class Shard:
             for one in list(self._deferred.overdue(self._now(), 0)):
                 self._store_deferred(one)
         unsettled = self._deferred.in_memory if late else len(self._deferred)
-        return self.lanes.idle() and self._writer.idle() and not unsettled
+        return self.lanes.idle() and self._writer.idle() and not unsettled and (late or not self.states.pending)
 
-    async def close(self) -> None:
-        """Stop at once. What is unfinished stays with its publishers and in the store."""
+    async def end_sessions(self, timeout_s: float) -> list[str]:
+        """Run the ends of what sessions have open here, once nothing runs any more; return what was not run, in words."""
+        await self.lanes.close()
+        left = await self.states.close(min(timeout_s, self._limits.session_ends_s))
+        return [f"sessions whose ends were not run: {left:,}"] if left else []
+
+    async def close(self, *, killed: bool = False) -> None:
+        """Stop at once. What is unfinished stays with its publishers and in the store; what sessions have open is ended,
+        unless this is to be as if it were killed."""
         self._schedule.close()
         await self.lanes.close()
         self._flush_replies()
+        await (self.states.abort() if killed else self.states.close(self._limits.session_ends_s))
         await self._writer.close()
         self.recorder.flush()
         if self._ack_timer is not None:
@@ -278,6 +294,11 @@ class Shard:
     def publishers(self) -> int:
         """Live sessions."""
         return len(self._publishers)
+
+    @property
+    def open_sessions(self) -> int:
+        """Sessions of clients that are open, or have a state, here."""
+        return len(self.states)
 
     # -- frames
 
@@ -314,6 +335,7 @@ class Shard:
         if self._quarantine.suspects:
             self._quarantine.tick(self._now())
             self.lanes.release()
+        self.states.tick(self._heard_ns)
         silent_before = self._now() - int(self._limits.session_silence_s * _NS)
         for publisher, one in list(self._publishers.items()):
             if one.session.heard_ns < silent_before:
@@ -434,6 +456,16 @@ class Shard:
             one.session.left = True
             self.lanes.cancel_all(one.session.publisher)
             self._rest(one.session.publisher)
+            self.states.tick(self._heard_ns)
+
+    def _heard_ns(self, publisher: bytes) -> int | None:
+        """When a publisher was heard of last; `GONE`: it has said that it goes, and all of it is finished; None: it is not
+        known here."""
+        one = self._publishers.get(publisher)
+        session = self._resting.get(publisher) if one is None else one.session
+        if session is None:
+            return None
+        return GONE if session.left and not session.unfinished else session.heard_ns
 
     # -- who waits for commands
 
@@ -706,6 +738,14 @@ class Shard:
     def broken(self, error: BaseException) -> None:
         """Pass a defect on to the worker."""
         self._broken(error)
+
+    async def concluded(self, delivery: Delivery) -> None:
+        """An event of a session reaches its outcome: its handlers have ended, or it has none."""
+        await self.states.concluded(delivery.name, delivery.key, delivery.publisher, delivery.seq, delivery.body)
+
+    def conclusion_failed(self, delivery: Delivery, error: BaseException) -> None:
+        """See `SessionStates.failed`."""
+        self.states.failed(delivery.key, error)
 
     def bury(self, delivery: Delivery, failure: Failure, *, parks: bool = False) -> None:
         """Write a dead letter; finish its event, and tell its parked lane, once that is committed."""

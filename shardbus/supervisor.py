@@ -645,6 +645,7 @@ class Supervisor:
             "backlog": beat.backlog if beat else 0,
             "busy_keys": beat.busy_keys if beat else 0,
             "publishers": beat.publishers if beat else 0,
+            "sessions": beat.sessions if beat else 0,
             **store_ledger(worker.stored),
             "next_due_ns": beat.next_due_ns if beat and worker.stored.scheduled else 0,
             "store_failing": beat.store_failing if beat else "",

@@ -59,6 +59,7 @@ log = logging.getLogger("shardbus.worker")
 BEAT_S: Final = 1.0
 STALL_S: Final = 1.0  # an event loop that stands still for longer is reported
 _STORE_RETRY_S: Final = 0.5
+_ENDS_LEAST_S: Final = 0.5  # for the ends of sessions, also where draining took all its time; the supervisor waits a second
 # Young objects of a batch die young; a collection every 700 allocations costs a tenth of the throughput.
 _GC_THRESHOLDS: Final = (50_000, 20, 20)
 
@@ -91,7 +92,7 @@ async def run_worker(boot: Boot, descriptor: int, make_outgoing: MakeOutgoing) -
             except (Exception, asyncio.CancelledError, KeyboardInterrupt) as error:  # the user's own
                 log.error("the application cannot start: %s", "".join(traceback.format_exception(error)).rstrip())
                 raise BootError(f"its lifespan raised {type(error).__name__}: {error}") from error
-            return await _serve(spec, registry, pipe, stop, end, make_outgoing(spec, _broken))
+            return await _serve(spec, registry, info, pipe, stop, end, make_outgoing(spec, _broken))
     except (BootError, ConfigError, StoreError) as error:
         pipe.send(encode_report(BootFailed(str(error))))
     finally:
@@ -102,6 +103,7 @@ async def run_worker(boot: Boot, descriptor: int, make_outgoing: MakeOutgoing) -
 async def _serve(
     spec: Assignment,
     registry: Registry,
+    info: WorkerInfo,
     pipe: ReportPipe,
     stop: asyncio.Event,
     end: asyncio.Event,
@@ -130,6 +132,7 @@ async def _serve(
         broken=_broken,
         predecessor=spec.predecessor,
         outgoing=outgoing,
+        states=registry.session_states(info),
     )
     watchdog = Watchdog(
         STALL_S,
@@ -173,7 +176,8 @@ async def _serve(
 
 
 async def _drain(shard: Shard, deadline_s: float, pipe: ReportPipe, end: asyncio.Event) -> list[str]:
-    """Come to rest, say so, and wait until the others have too; return what was not drained, in words."""
+    """Come to rest, say so, wait until the others have too, and end what sessions have; return what was not drained, in
+    words."""
     loop = asyncio.get_running_loop()
     until = loop.time() + deadline_s
     left = await shard.drain(deadline_s)
@@ -184,7 +188,8 @@ async def _drain(shard: Shard, deadline_s: float, pipe: ReportPipe, end: asyncio
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(min(until, loop.time() + BEAT_S)):
                 await end.wait()
-    return await shard.drain(max(0.0, until - loop.time()))
+    left = await shard.drain(max(0.0, until - loop.time()))
+    return left or await shard.end_sessions(max(_ENDS_LEAST_S, until - loop.time()))
 
 
 async def _start(shard: Shard, spec: Assignment, pipe: ReportPipe) -> None:
@@ -221,6 +226,7 @@ def _beat(shard: Shard) -> Beat:
         backlog=shard.backlog,
         busy_keys=shard.lanes.busy_keys,
         publishers=shard.publishers,
+        sessions=shard.open_sessions,
         store=shard.counts,
         store_failing=shard.store_failing,
         next_due_ns=shard.next_due_ns,

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("addresses",),
     ("messages",),
     ("routing", "session_events", "restart", "retry", "breaker", "json_messages", "batching"),
-    ("quarantine",),
+    ("quarantine", "session_table"),
     ("journal",),
     ("wire",),  # the package itself, which holds nothing
     ("wire.ranges",),
@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("filters",),
     ("pipeline",),
     ("registry", "middleware", "tracing"),
-    ("store",),
+    ("store", "session_states"),
     ("store_writer",),
     ("schedule",),
     ("dead_letters", "reports"),

@@ -19,7 +19,7 @@ from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Book, Recorder, book_bytes
 from shardbus.outgoing import worker_publisher
 from shardbus.quarantine import Ended
-from shardbus.registry import Plan
+from shardbus.registry import Plan, StateMaker
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.shard import Shard
 from shardbus.testing.memory_store import MemoryRows, MemoryStore
@@ -43,11 +43,11 @@ class ClusterChannel:
         return True
 
     def _arrive(self, frame: bytes) -> None:
-        if self.open:
+        if self.open or self._cluster.lingers:
             self._deliver(frame)
 
     def close(self) -> None:
-        """What is on its way arrives no more."""
+        """What is on its way arrives no more, unless the cluster says that it does."""
         self.open = False
 
 
@@ -109,11 +109,14 @@ class _MortalChannel:
 class Cluster:
     """Shards by number, None where one is dead; their rows, journals and evidence, which outlive them.
 
-    Subclasses say the rest: `carry`, `plans`, `limits_now` and, where they differ, `new_store` and `new_book`.
+    Subclasses say the rest: `carry`, `plans`, `limits_now` and, where they differ, `session_states`, `new_store` and
+    `new_book`.
     """
 
     ticks = True
     """Whether the clients of its handlers tick by themselves."""
+    lingers = False
+    """Whether what a client has sent arrives when it closes, its last words too."""
 
     def __init__(
         self,
@@ -165,6 +168,10 @@ class Cluster:
     def limits_now(self) -> Limits:
         """The limits of a shard that starts now."""
         raise NotImplementedError
+
+    def session_states(self, at: int) -> StateMaker | None:  # noqa: ARG002 - for subclasses
+        """How the sessions of a shard get their state."""
+        return None
 
     def new_store(self, at: int) -> MemoryStore:
         """A store over the shard's rows."""
@@ -258,6 +265,7 @@ class Cluster:
             chance=self._chance,
             predecessor=self.ends[at],
             outgoing=outgoing,
+            states=self.session_states(at),
         )
 
     def fold(self, at: int) -> None:
@@ -286,7 +294,7 @@ class Cluster:
         self.buffers[at] = bytearray(self.buffers[at])
         self.books[at] = self.new_book(self.buffers[at])  # as if the supervisor had died, too
         self._connectors[at].die()
-        for life in (shard.close(), self.outgoing[at].close()):
+        for life in (shard.close(killed=True), self.outgoing[at].close()):
             self.deaths.append(asyncio.get_running_loop().create_task(life))
         self.announce()
 

@@ -26,12 +26,11 @@ from msgspec.structs import replace
 from shardbus.client import Client
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.context import Context, message_id
-from shardbus.dead_letters import DeadLetter, DeadLetterFilter, parse_id
+from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import RemoteProtocolError, UsageError
-from shardbus.messages import to_wire_key
 from shardbus.publishing import PublishMiddleware, client_class
 from shardbus.quarantine import Ended
-from shardbus.registry import Plan, Registered, Registry, WorkerInfo
+from shardbus.registry import Plan, Registered, Registry, StateMaker, WorkerInfo
 from shardbus.scheduled_events import at_time
 from shardbus.testing.clock import Clock
 from shardbus.testing.cluster import CONTROL, Cluster, ClusterConnector
@@ -84,6 +83,7 @@ class Kit(Cluster):
     """What a test holds in its hands; see `run`."""
 
     ticks = False
+    lingers = True
 
     def __init__(self, registry: Registry, shards: int, seed: int, limits: Limits) -> None:
         self.clock = Clock(self._tick)
@@ -147,7 +147,11 @@ class Kit(Cluster):
             outgoing.tick()
         busy = any(client.ledger().in_flight for client in self._clients)
         busy = busy or any(outgoing.in_flight for outgoing in self.outgoing.values())
-        return _BUSY_TICK_S if busy else None
+        if busy:
+            return _BUSY_TICK_S
+        # A client that has a session open says in time that it lives.
+        has_sessions = any(shard.states.has_openers for shard in self.shards if shard is not None)
+        return self._limits.session_silence_s / 10 if has_sessions else None
 
     # -- the bus
 
@@ -254,15 +258,14 @@ class Kit(Cluster):
         await started
 
     async def _live(self, at: int, started: asyncio.Future[None], end: asyncio.Event) -> None:
-        worker = WorkerInfo(bus=self._registry.name, shard=at, shards=self.shards_count)
         try:
-            async with self._registry.running(worker):
+            async with self._registry.running(self._worker(at)):
                 await self.start_shard(at)
                 started.set_result(None)
                 await end.wait()
                 shard = self.shards[at]
                 if shard is not None and self._ends[at] is end:
-                    await shard.close()
+                    await shard.close(killed=True)
                 elif self.deaths:
                     await asyncio.wait(self.deaths)
         except BaseException as error:
@@ -348,6 +351,13 @@ class Kit(Cluster):
         """See `Cluster.limits_now`."""
         return self._limits
 
+    def session_states(self, at: int) -> StateMaker | None:
+        """See `Cluster.session_states`."""
+        return self._registry.session_states(self._worker(at))
+
+    def _worker(self, at: int) -> WorkerInfo:
+        return WorkerInfo(bus=self._registry.name, shard=at, shards=self.shards_count)
+
     def plans(self, at: int) -> dict[str, Plan]:
         """The application's plans, with each handler watched."""
         return {
@@ -416,8 +426,9 @@ def _twice(deliver: Callable[[], None]) -> None:
 
 def _redelivery(context: Context) -> Context:
     """The facts of the next delivery of the same message."""
-    shard, (publisher, seq) = parse_id(context.message_id)
-    return Context(to_wire_key(context.key), publisher, seq, context.attempt + 1, shard, context.headers)
+    again = context.with_headers({})
+    again.attempt += 1
+    return again
 
 
 @asynccontextmanager

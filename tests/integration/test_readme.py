@@ -131,6 +131,11 @@ def test_the_program_whose_handlers_publish_prints_what_they_did(make_bus: MakeB
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "42 2 request-7 True\n", "")
 
 
+def test_the_program_whose_sessions_have_a_state_prints_what_they_left(make_bus: MakeBus) -> None:
+    ran = run_program(make_bus, "rooms.py")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "{'room-1': ['hello', 'again']}\n", "")
+
+
 def test_the_listening_program_prints_what_it_hears_and_is_told(make_bus: MakeBus) -> None:
     bus = make_bus(application="accounts:none")  # only its directory and environment
     bus.close()
