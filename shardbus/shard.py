@@ -379,6 +379,8 @@ class Shard:
             one.peer = peer
             self._welcome(one)
         elif self._is_crowded():
+            if (resting := self._resting.get(frame.publisher)) is not None:
+                resting.heard_ns = self._now()  # it has no place, and is not gone
             self._reject(peer, frame.epoch, "too-many-publishers")
         elif frame.publisher in self._resting:
             self._admit(peer, self._resting.pop(frame.publisher))

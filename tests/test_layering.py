@@ -375,8 +375,10 @@ BROKEN = {
     ),
     "an owner's effect taken": (
         {"shardbus/client.py": "import sqlalchemy.orm\n"},
-        "shardbus/client.py:1: imports sqlalchemy.orm, but stores belong to shardbus/sql_store.py and benchmarks/chaos.py "
-        "and benchmarks/features.py",
+        (
+            "shardbus/client.py:1: imports sqlalchemy.orm, but stores belong to shardbus/sql_store.py and "
+            "benchmarks/chaos.py and benchmarks/features.py"
+        ),
     ),
     "an effect that a neighbour of its owner takes": (
         {"loadgen/driver.py": "import zmq\n"},
