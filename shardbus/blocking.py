@@ -39,6 +39,7 @@ from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from shardbus import connecting
+from shardbus.arguments import check_seconds
 from shardbus.bus import Bus
 from shardbus.client import Client, Ledger, OnFull, Packed, Statistics
 from shardbus.config import DEFAULT_LIMITS, StoreFull
@@ -57,7 +58,6 @@ ReplyT = TypeVar("ReplyT")
 _HANDED_EVENTS_MAX: Final = DEFAULT_LIMITS.handed_events_max
 _HANDED_EVENT_BYTES_MAX: Final = DEFAULT_LIMITS.handed_event_bytes_max
 _LOOK_S: Final = 0.1  # a KeyboardInterrupt may strike between the hand-over and the waking, so the loop looks by itself
-_TIMEOUT_S_MAX: Final = 10_000_000  # 115 days
 
 
 def connect(
@@ -487,8 +487,8 @@ async def _publish(
     at: datetime | float | None,
     delay: float | None,
 ) -> None:
-    if timeout is not None and not 0 < timeout <= _TIMEOUT_S_MAX:
-        raise UsageError(f"timeout={timeout!r}: give seconds above 0, up to {_TIMEOUT_S_MAX:,}")
+    if timeout is not None:
+        check_seconds("timeout", timeout)
     try:
         async with asyncio.timeout(timeout):
             await client.publish(event, headers=headers, deadline=deadline, at=at, delay=delay)

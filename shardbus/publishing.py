@@ -34,7 +34,7 @@ def client_class(middleware: Sequence[PublishMiddleware]) -> Callable[..., Clien
     Raises:
         UsageError: one of them cannot be called as a middleware is.
     """
-    if callable(middleware):
+    if not isinstance(middleware, list | tuple):
         raise UsageError(f"middleware={shown(middleware)}: give a list: middleware=[…]")
     for one in middleware:
         _check(one)

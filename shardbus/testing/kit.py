@@ -13,6 +13,7 @@ the same way every time.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec.structs import replace
 
+from shardbus.arguments import check_count, is_number
 from shardbus.client import Client
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.context import Context, message_id
@@ -133,7 +135,7 @@ class Kit(Cluster):
 
     async def advance(self, seconds: float) -> None:
         """Let time pass, and run all that is due meanwhile, each at its instant: retries, schedules, time-outs, `sleep`s."""
-        if not 0 <= seconds < float("inf"):
+        if not (is_number(seconds) and 0 <= seconds < math.inf):
             raise UsageError(f"advance({seconds!r}): time passes by seconds from 0 on")
         await self.clock.advance(seconds)
 
@@ -447,8 +449,7 @@ async def run(
         UsageError: a number of shards out of range.
         BaseException: a defect of the bus, at the end of the block.
     """
-    if not 1 <= shards <= _SHARDS_MAX:
-        raise UsageError(f"shards={shards}: take 1 to {_SHARDS_MAX}")
+    check_count("shards", shards, 1, _SHARDS_MAX)
     make_client = client_class(middleware)
     kit = Kit(bus, shards, seed, limits)
     with kit.clock:
