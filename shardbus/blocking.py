@@ -268,6 +268,8 @@ class BlockingClient:
             BusRejected: the bus has refused this client for good.
         """
         self._check()
+        if timeout is not None:
+            check_seconds("timeout", timeout)
         if self._has_room and deadline is None and at is None and delay is None:
             packed = self._client.pack(event, headers)
             if packed[-1] <= _HANDED_EVENT_BYTES_MAX and self._hand_over(packed):
@@ -487,8 +489,6 @@ async def _publish(
     at: datetime | float | None,
     delay: float | None,
 ) -> None:
-    if timeout is not None:
-        check_seconds("timeout", timeout)
     try:
         async with asyncio.timeout(timeout):
             await client.publish(event, headers=headers, deadline=deadline, at=at, delay=delay)
