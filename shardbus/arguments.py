@@ -38,10 +38,12 @@ def check_count(
         raise error(f"{name}={value!r}: take {f'{least:,} or more' if most is None else f'{least:,} to {most:,}'}")
 
 
-def check_headers(headers: Any) -> None:
-    """Refuse what is no table of headers. Raises `UsageError`."""
+def check_headers(headers: Any, most: int) -> None:
+    """Refuse what is no table of headers, or one of more than `most`. Raises `UsageError`."""
     if not isinstance(headers, Mapping):
         raise UsageError(f'headers={headers!r:.100}: give a dict of text, for instance headers={{"tenant": "acme"}}')
+    if len(headers) > most:
+        raise UsageError(f"{len(headers)} headers; the limit is {most}; what is more belongs into the message")
 
 
 def told_number(value: object) -> str:

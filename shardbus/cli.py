@@ -196,9 +196,12 @@ def serve(
         )
     except ShardbusError as error:
         _fail(str(error), 2)
-    left = _run(Supervisor(options).run(click.echo))
+    supervisor = Supervisor(options)
+    left = _run(supervisor.run(click.echo))
     for line in left:
         click.echo(line, err=True)
+    if told := supervisor.told_left():
+        click.echo(told, err=True)
     sys.exit(1 if left else 0)
 
 
@@ -251,11 +254,16 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
     "--timeout", type=_FiniteRange(0.1, 7200), default=60.0, show_default=True, help="Seconds to wait for the end."
 )
 def drain(address: str | None, timeout: float) -> None:
-    """Have the bus finish what it has accepted, and stop. Exit code 0: everything was drained."""
-    left = _run(_ask(address, timeout, "drain"))
+    """Have the bus finish what it has accepted, and stop. Exit code 0: everything was drained.
+
+    Says how many dead letters and waiting events its stores hold, and whether they are kept.
+    """
+    answer = _run(_ask(address, timeout, "drain"))
+    left = answer["left"]
     for line in left:
         click.echo(line, err=True)
-    click.echo("drained" if not left else "stopped, not wholly drained")
+    told = f"; {answer['stores']}" if answer["stores"] else ""
+    click.echo(("stopped, not wholly drained" if left else "drained") + told)
     sys.exit(1 if left else 0)
 
 

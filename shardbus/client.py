@@ -505,7 +505,7 @@ class Client:
 
         Args:
             event: any event; its key says where it goes.
-            headers: text for the handlers' `context.headers`.
+            headers: text for the handlers' `context.headers`; up to 26 of them, a name with its value up to 4 KiB.
             deadline: seconds from this call after which it is too late: an event whose handlers have not begun by then, also
                 for a retry, becomes a dead letter with the reason `expired`. Default: never.
             ordinal: for load generators: the number of this event among this client's events of its key, from 1.
@@ -1558,9 +1558,7 @@ def _uuid(key: tuple[bytes]) -> UUID:
 
 def _check_headers(headers: dict[str, str], limits: Limits) -> int:
     """How many bytes they take."""
-    check_headers(headers)
-    if len(headers) > limits.headers_max:
-        raise UsageError(f"{len(headers)} headers; the limit is {limits.headers_max}")
+    check_headers(headers, limits.own_headers_max)
     total = 0
     for name, value in headers.items():
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from shardbus.errors import UsageError
@@ -16,6 +16,7 @@ from shardbus.outgoing import (
     REPEATED,
     Origin,
     Outgoing,
+    check_beside,
     check_ring,
     child_headers,
     keys_held,
@@ -98,8 +99,8 @@ class Context:
 
         Args:
             event: any event.
-            headers: text for its handlers. `correlation-id`, `traceparent` and `tracestate` go on from this message where
-                they are not among them; `causation-id` is set.
+            headers: text for its handlers, up to 26 of your own. `correlation-id`, `traceparent` and `tracestate` go on from
+                this message where they are not among them; `causation-id` is set.
 
         Raises:
             InvalidKey, MessageTooLarge: as for `Client.publish`.
@@ -165,6 +166,41 @@ class Context:
 
     def __repr__(self) -> str:
         return f"Context({self.message_id}, key={self.key!r}, attempt={self.attempt})"
+
+
+class BatchContext(Context):
+    """That of an event which its handler was called with beside others: their keys wait for the handler as well."""
+
+    __slots__ = ("_beside",)
+
+    def __init__(self, beside: frozenset[WireKey], *facts: Any) -> None:
+        super().__init__(*facts)
+        self._beside = beside
+
+    async def execute(
+        self, command: Command[ReplyT], *, timeout: float = 5.0, headers: Mapping[str, str] | None = None
+    ) -> ReplyT:
+        """See `Context.execute`. The keys of all events of the batch are held until its handler returns."""
+        key_of = key_getter(type(command)) if isinstance(command, Command) else None
+        if key_of is not None:
+            check_beside(wire_name(type(command)), to_wire_key(key_of(command)), self._beside)
+        return await super().execute(command, timeout=timeout, headers=headers)
+
+    def with_headers(self, headers: Mapping[str, str]) -> BatchContext:
+        """See `Context.with_headers`."""
+        plain = super().with_headers(headers)
+        return BatchContext(
+            self._beside,
+            plain._key,
+            plain._publisher,
+            plain._seq,
+            plain.attempt,
+            plain.shard,
+            plain.headers,
+            plain._left_s,
+            plain._outgoing,
+            plain._origin,
+        )
 
 
 def message_id(publisher: bytes, shard: int, seq: int) -> str:

@@ -247,12 +247,19 @@ def _shown(letter: dict[str, Any], shard: int) -> DeadLetter:
         reason=letter["reason"],
         error_type=letter["error_type"],
         error=letter["error"],
-        traceback=letter["traceback"],
+        traceback=_whole(letter["traceback"], letter["error_type"], letter["error"]),
         attempts=envelope["attempt"],
         first_at=datetime.fromtimestamp(letter["first_ns"] / 1e9, UTC),
         last_at=datetime.fromtimestamp(letter["last_ns"] / 1e9, UTC),
         parked=letter["position"] > 0,
     )
+
+
+def _whole(traceback: str, error_type: str, error: str) -> str:
+    """A traceback as Python prints it. The store has one for each place, which ends with the error's type alone."""
+    if not error or not error_type or traceback.rpartition("\n")[2] != error_type:
+        return traceback
+    return f"{traceback}: {error}"
 
 
 def parse_id(text: str) -> tuple[int, tuple[bytes, int]]:

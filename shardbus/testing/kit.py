@@ -13,6 +13,7 @@ the same way every time.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -40,11 +41,15 @@ from shardbus.testing.cluster import CONTROL, Cluster, ClusterConnector
 from shardbus.wire.codec import decode_batch
 from shardbus.wire.frames import Data, Hello, decode_to_worker
 
+log = logging.getLogger("shardbus.testing")
+
 _SHARDS_MAX: Final = 64
 _BOOK: Final = {"keys": 4096, "publishers": 4, "log_bytes": 256 * 1024}
 _JOURNAL: Final = {"suspended": 256, "suspects": 256}
 _LIMITS: Final = replace(DEFAULT_LIMITS, ack_delay_s=0.0)  # acks come without time passing
 _BUSY_TICK_S: Final = 0.1  # a client's, while something of it is unfinished
+
+_WAITING_SHOWN: Final = 5  # handlers, where a test cannot go on
 
 When = Literal["before", "after"]
 
@@ -87,8 +92,12 @@ class Kit(Cluster):
 
     ticks = False
 
-    def __init__(self, registry: Registry, shards: int, seed: int, limits: Limits) -> None:
-        self.clock = Clock(self._tick)
+    def __init__(self, registry: Registry, shards: int, seed: int, limits: Limits, stuck_s: float) -> None:
+        self.clock = Clock(self._tick, self._be_stuck, stuck_s)
+        self.stuck = ""
+        """Why the test cannot go on; empty: it can."""
+        self._stuck_s = stuck_s
+        self._running: dict[object, str] = {}  # handlers that were called and have not ended
         super().__init__(
             shards,
             now_ns=self.clock.now_ns,
@@ -290,6 +299,24 @@ class Kit(Cluster):
             await asyncio.sleep(down_s)
         await self._begin(at)
 
+    def _be_stuck(self) -> None:
+        """End the test: it waits for something that does not come by itself."""
+        handlers = list(self._running.values())
+        told = "; ".join(handlers[:_WAITING_SHOWN]) or "none"
+        if len(handlers) > _WAITING_SHOWN:
+            told += f"; and {len(handlers) - _WAITING_SHOWN} more"
+        next_s = self.clock.next_s()
+        due = "no timer is set" if next_s is None else f"the next timer is due in {next_s:g} s"
+        self.stuck = (
+            f"the test waits and nothing goes on: time stands still until `await kit.advance(…)`, where {due}, and in "
+            f"{self._stuck_s:g} s nothing has come from outside. Handlers that wait: {told}. Await what needs time to pass "
+            "as a task beside `advance`"
+        )
+        log.error("%s", self.stuck)
+        task = self.clock.main_task()
+        if task is not None:
+            task.cancel(self.stuck)
+
     # -- inside: frames
 
     def carry(self, frame: bytes, deliver: Callable[[bytes], None]) -> None:
@@ -363,10 +390,14 @@ class Kit(Cluster):
         async def call(message: Any, context: Context) -> Any:
             if handler.in_thread:
                 self.clock.thread_begins()
+            running = object()
+            what, key, attempt = type(message).__name__, context.key, context.attempt
+            self._running[running] = f"{handler.name} of {what} with the key {key!r} (shard {at}, attempt {attempt})"
             try:
                 outcome = handler.call(message, context) if handler.wants_context else handler.call(message)
                 return await outcome if hasattr(outcome, "__await__") else outcome
             finally:
+                del self._running[running]
                 if handler.in_thread:
                     self.clock.thread_ended()
 
@@ -430,6 +461,7 @@ async def run(
     seed: int = 0,
     limits: Limits = _LIMITS,
     middleware: tuple[PublishMiddleware, ...] = (),
+    stuck_s: float = 10.0,
 ) -> AsyncIterator[Kit]:
     """Run an application in the test's process: `async with testing.run(bus, shards=2) as kit`.
 
@@ -444,18 +476,28 @@ async def run(
         seed: of all that is left to chance.
         limits: the bounds of the bus.
         middleware: of `kit.client`, as for `shardbus.connect`.
+        stuck_s: real seconds after which a test is ended in which nothing goes on by itself; the error names the handlers
+            that wait, and their keys. `math.inf`: never, for a test that waits for other programs for so long.
 
     Raises:
-        UsageError: a number of shards out of range.
+        UsageError: a number of shards out of range; or the test waits for what never comes.
         BaseException: a defect of the bus, at the end of the block.
     """
     check_count("shards", shards, 1, _SHARDS_MAX)
     make_client = client_class(middleware)
-    kit = Kit(bus, shards, seed, limits)
+    if not is_number(stuck_s) or not stuck_s > 0:
+        raise UsageError(f"stuck_s={stuck_s!r}: give seconds above 0, or math.inf")
+    kit = Kit(bus, shards, seed, limits, stuck_s)
     with kit.clock:
         try:
             await kit.open(make_client)
             yield kit
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not kit.stuck or task is None or task is not kit.clock.main_task():
+                raise
+            task.uncancel()
+            raise UsageError(kit.stuck) from None
         finally:
             await kit.close()
     if kit.broken:

@@ -41,7 +41,7 @@ def test_a_count_may_have_no_upper_bound():
 @pytest.mark.parametrize("value", [["a"], "a", 3, {("a", "b")}])
 def test_what_are_no_headers_is_told_with_an_example(value: Any):
     with pytest.raises(UsageError, match=r'headers=.*: give a dict of text, for instance headers={"tenant": "acme"}'):
-        check_headers(value)
+        check_headers(value, 26)
 
 
 def test_a_number_is_told_as_it_is_written_and_anything_else_as_it_is():

@@ -25,7 +25,7 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: Breaker(window_s=math.nan), "Breaker(failures=5, window_s=nan, open_s=10, successes=2): "),
     (lambda: Breaker(open_s=math.inf), "Breaker(failures=5, window_s=30, open_s=inf, successes=2): "),
     (lambda: Breaker(while_open="drop"), "Breaker(while_open='drop'): it is 'wait' or 'dead'"),  # type: ignore[arg-type]
-    (lambda: RateLimit(), "RateLimit() needs a rate: RateLimit(100), or RateLimit(per_key=5, per_s=60)"),
+    (RateLimit, "RateLimit() needs a rate: RateLimit(100), or RateLimit(per_key=5, per_s=60)"),
     (lambda: RateLimit("100"), "RateLimit(…, '100'): rates and periods are numbers above 0"),  # type: ignore[arg-type]
     (lambda: RateLimit(100, per_s=0), "RateLimit(…, 0): rates and periods are numbers above 0"),
     (lambda: RateLimit(True), "RateLimit(…, True): rates and periods are numbers above 0"),

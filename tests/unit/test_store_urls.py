@@ -12,6 +12,10 @@ from shardbus.sql_store import SqlStore, shard_url
 
 EXAMPLE = "is not a database URL; try sqlite+aiosqlite:///dead-letters.db"
 MISSING = "sqlite+aiosqlite:////no/such/directory"
+UNOPENED = (
+    f"the store {MISSING}/dead-0.db: unable to open database file; name another with dead_letters=URL, or leave it out: in "
+    "memory"
+)
 
 
 @pytest.mark.parametrize(
@@ -40,11 +44,7 @@ def test_an_engine_that_cannot_be_had_is_told(url: str):
     ("options", "told"),
     [
         ({"dead_letters": "dead.db"}, f"'dead.db' {EXAMPLE}"),
-        (
-            {"dead_letters": f"{MISSING}/dead.db"},
-            f"the store {MISSING}/dead-0.db: unable to open database file; name another with dead_letters=URL, or leave it "
-            + "out: in memory",
-        ),
+        ({"dead_letters": f"{MISSING}/dead.db"}, UNOPENED),
         ({"shards": 0}, "shards=0: take 1 to 256"),
         ({"shards": "2"}, "shards='2': take 1 to 256"),
         ({"shards": True}, "shards=True: take 1 to 256"),
