@@ -130,7 +130,7 @@ class Context:
         """
         outgoing, _ = self._sender()
         own = self._child_headers(headers)
-        held = keys_held(self.headers, self._key)
+        held = self._held()
         if isinstance(command, Command):  # what is none is refused by the client
             key_of = key_getter(type(command))
             check_ring(wire_name(type(command)), None if key_of is None else to_wire_key(key_of(command)), held, self._key)
@@ -138,6 +138,9 @@ class Context:
             own[HOLDS] = " ".join(held)
         reply: ReplyT = await outgoing.execute(command, timeout, own)
         return reply
+
+    def _held(self) -> tuple[str, ...]:
+        return keys_held(self.headers, self._key)
 
     def _sender(self) -> tuple[Outgoing, Origin]:
         if self._outgoing is None or self._origin is None:
@@ -185,6 +188,9 @@ class BatchContext(Context):
         if key_of is not None:
             check_beside(wire_name(type(command)), to_wire_key(key_of(command)), self._beside)
         return await super().execute(command, timeout=timeout, headers=headers)
+
+    def _held(self) -> tuple[str, ...]:
+        return keys_held(self.headers, self._key, self._beside)
 
     def with_headers(self, headers: Mapping[str, str]) -> BatchContext:
         """See `Context.with_headers`."""

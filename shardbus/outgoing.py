@@ -122,9 +122,17 @@ def child_headers(
     return headers
 
 
-def keys_held(parent: Mapping[str, str], key: WireKey) -> tuple[str, ...]:
-    """The keys that wait, as hashes, while a handler of this key awaits the reply to a command."""
+def keys_held(
+    parent: Mapping[str, str], key: WireKey, beside: frozenset[WireKey] = frozenset()
+) -> tuple[str, ...]:
+    """The keys that wait, as hashes, while a handler of this key awaits the reply to a command.
+
+    `beside`: those of the batch that it is called with; all of them wait, but where they would leave no room for those of
+    others, only this one is told.
+    """
     held = tuple(parent[HOLDS].split()) if HOLDS in parent else ()
+    if len(beside) > 1 and len(held) + len(beside) <= _HELD_MAX // 2:
+        return (*held, *(_told(one) for one in beside if one is not None))
     return held if key is None else (*held, _told(key))
 
 
@@ -147,8 +155,8 @@ def check_ring(name: str, key: WireKey, held: tuple[str, ...], here: WireKey) ->
         )
     if key is not None and _told(key) in held:
         raise UsageError(
-            f"{name} would close a ring: its key {key!r} is held by a handler that waits, through {len(held)} commands in "
-            "all, for this very handler. Hand over what is needed in the command, or publish an event"
+            f"{name} would close a ring: its key {key!r} is held by a handler that waits, through the commands of others, "
+            "for this very handler. Hand over what is needed in the command, or publish an event"
         )
     if len(held) > _HELD_MAX:
         raise UsageError(f"{name}: {len(held)} handlers wait for each other's commands; the limit is {_HELD_MAX}")

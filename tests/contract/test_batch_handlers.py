@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 
-from shardbus import Breaker, Bus, Client, Command, Context, Event, RegistrationError, Retry, UsageError
+from shardbus import (
+    Breaker,
+    Bus,
+    Client,
+    Command,
+    CommandFailed,
+    Context,
+    Event,
+    RegistrationError,
+    Retry,
+    UsageError,
+)
 from shardbus.local import run_local
 from shardbus.testing import MemoryRows, MemoryStore
 
@@ -577,6 +588,35 @@ async def test_a_command_of_a_key_in_the_batch_is_refused_at_once_and_of_another
         f"Ask has the key {key!r} of an event of the batch that is being handled," for key in ("a", "b", "c")
     ]
     assert all("Call what that command's handler calls, or publish an event" in line for line in told)
+
+
+class Through(Command[int], key="key"):
+    """Its handler executes a command of the key `to`."""
+
+    key: str
+    to: str
+
+
+async def test_a_ring_through_another_key_of_the_batch_is_refused_where_it_would_close(bus: Bus, run: Run):
+    told: list[str] = []
+
+    @bus.on(Step, batch=8)
+    async def step(events: list[Step], contexts: list[Context]) -> None:
+        with pytest.raises(CommandFailed) as raised:
+            await contexts[0].execute(Through(key="elsewhere", to=events[-1].key), timeout=3600)
+        told.append(raised.value.error)
+
+    @bus.command(Through)
+    async def through(command: Through, context: Context) -> int:
+        return await context.execute(Ask(key=command.to), timeout=3600)
+
+    bus.command(Ask)(lambda command: 7)
+    async with run(bus) as client:
+        await client.publish_many([Step(key=key) for key in ("a", "b", "c")])
+        assert (await client.flush(10)).handled == 3
+    assert [line.partition(",")[0] for line in told] == [
+        "Ask would close a ring: its key 'c' is held by a handler that waits"
+    ]
 
 
 # -- middleware
