@@ -586,8 +586,8 @@ class Client:
         Raises:
             UsageError: stamps that are not one for each event, or none at all; else as for `publish`.
         """
-        if not isinstance(events, Sequence):
-            raise UsageError(_no_sequence(events))
+        if not isinstance(events, list | tuple):
+            events = events_of(events)
         total = len(events)
         for stamps in (ordinals, intended_ns):
             if stamps is not None and len(stamps) != total:
@@ -1546,10 +1546,12 @@ def _cannot_encode(route: _Route, error: Exception) -> UsageError:
     return UsageError(f"{route.name} cannot be encoded, so nothing was published: {error}")
 
 
-def _no_sequence(events: object) -> str:
-    if isinstance(events, Event):
-        return f"publish_many takes a list of events, and got one {type(events).__name__}; use publish"
-    return f"publish_many takes a list of events, and got a {type(events).__name__}; write publish_many(list(…))"
+def events_of(events: Any) -> list[Event]:
+    """What `publish_many` was given, as a list: not every sequence has slices. Raises `UsageError`: it is none."""
+    if isinstance(events, Sequence):
+        return list(events)
+    hint = "use publish" if isinstance(events, Event) else "write publish_many(list(…))"
+    raise UsageError(f"publish_many takes a list of events, and got one {type(events).__name__}; {hint}")
 
 
 def _uuid(key: tuple[bytes]) -> UUID:

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import repeat
 from typing import Any, TypeVar
 
-from shardbus.client import Client
+from shardbus.client import Client, events_of
 from shardbus.errors import UsageError
 from shardbus.messages import Command, Event, Message, key_getter
 from shardbus.scheduled_events import Scheduled
@@ -108,6 +108,7 @@ class _ClientWithMiddleware(Client):
         intended_ns: Sequence[int] | None = None,
     ) -> None:
         """See `Client.publish_many`; here each event is published by itself, because a middleware may give it headers."""
+        events = events_of(events)
         for stamps in (ordinals, intended_ns):
             if stamps is not None and len(stamps) != len(events):
                 raise UsageError(f"{len(events)} events and {len(stamps)} stamps; give one for each event, or none")

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -155,7 +156,9 @@ async def test_events_are_handled_in_order_once_and_counted(engine: Engine, key:
 async def test_events_without_a_key_are_handled(engine: Engine):
     async with engine.open() as client:
         await client.publish_many([Unkeyed(n=n) for n in range(100)])
-        assert (await client.flush(30.0)).handled == 100
+        await client.publish_many(deque(Unkeyed(n=n) for n in range(100)))
+        await client.publish_many(tuple(Unkeyed(n=n) for n in range(100)))
+        assert (await client.flush(30.0)).handled == 300
 
 
 async def test_stamps_are_evidence(engine: Engine, key: str):
@@ -534,7 +537,7 @@ MISUSES: dict[str, tuple[Callable[[Client], Any], type[Exception], str]] = {
     "a large command": (lambda c: c.execute(Fail(key="a" * 2_000_000)), InvalidKey, "a key of more than 1,024 bytes"),
     "one of many": (lambda c: c.publish_many(EVENT), UsageError, "takes a list of events, and got one Noted; use"),
     "a generator": (lambda c: c.publish_many(one for one in [EVENT]), UsageError, "write publish_many(list(…))"),
-    "a number of many": (lambda c: c.publish_many(5), UsageError, "takes a list of events, and got a int"),
+    "a number of many": (lambda c: c.publish_many(5), UsageError, "takes a list of events, and got one int"),
     "nothing among many": (lambda c: c.publish_many([None, EVENT]), UsageError, "publish takes events, and"),
     "stamps of many": (lambda c: c.publish_many([EVENT], ordinals=[]), UsageError, "1 events and 0 stamps; give"),
     "a stamp of many": (lambda c: c.publish_many([EVENT], ordinals=["a"]), UsageError, "stamps are whole numbers"),
@@ -586,6 +589,12 @@ async def test_a_call_that_makes_no_sense_is_told_with_its_value_and_what_to_do(
             await call(client)
         assert told in str(raised.value)
         assert client.ledger().published == 0
+
+
+async def test_many_events_that_are_none_are_told_also_where_a_middleware_sees_each(engine: Engine):
+    async with engine.open(middleware=[Validation()]) as client:
+        with pytest.raises(UsageError, match="publish_many takes a list of events, and got one Noted; use publish"):
+            await client.publish_many(EVENT)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

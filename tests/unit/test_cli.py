@@ -46,10 +46,9 @@ class Shell:
         self.directory = directory
         self.served = 0
 
-    def __call__(self, *arguments: str, text: str = "") -> Result:
-        return CliRunner().invoke(
-            shardbus.cli.cli, arguments, input=text, env={"SHARDBUS_URL": f"ipc://{self.directory}/none"}
-        )
+    def __call__(self, *arguments: str, **environment: str) -> Result:
+        env = {"SHARDBUS_URL": f"ipc://{self.directory}/none"} | environment
+        return CliRunner().invoke(shardbus.cli.cli, arguments, input="", env=env)
 
 
 @pytest.fixture
@@ -162,6 +161,26 @@ def test_a_mistake_is_told_in_a_line_and_exits_with_2(shell: Shell, arguments: t
     assert told in result.stderr
     assert (result.stdout, shell.served) == ("", 0)
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "told"),
+    [
+        (SERVE, {"SHARDBUS_URL": "nowhere"}, "'nowhere' is not an address; use ipc://DIRECTORY or tcp://HOST:PORT"),
+        (("status",), {"SHARDBUS_URL": "tcp://x"}, "'tcp://x': tcp:// takes a host and a port"),
+        (SERVE, {"SHARDBUS_SERVE_WORKERS": "two"}, "'two' is not a valid integer"),
+        (SERVE, {"SHARDBUS_SERVE_DRAIN_TIMEOUT": "nan"}, "'nan' is no number"),
+        (SERVE, {"SHARDBUS_SERVE_BIND": "nowhere"}, "'nowhere' is not an address"),
+        (("publish", "Placed", PLACED), {"SHARDBUS_APP": "nowhere:bus"}, "there is no module 'nowhere' here"),
+        (("publish", "Placed", PLACED), {"SHARDBUS_APP": "cli_shop"}, "'cli_shop' is not MODULE:BUS"),
+    ],
+)
+def test_a_mistake_in_the_environment_is_told_in_the_same_way(
+    shell: Shell, arguments: tuple[str, ...], environment: dict[str, str], told: str
+):
+    result = shell(*arguments, **environment)
+    assert (result.exit_code, result.stdout, shell.served) == (2, "", 0)
+    assert told in result.stderr
 
 
 def test_what_is_typed_well_is_served(shell: Shell):
