@@ -13,8 +13,8 @@ from shardbus.sql_store import SqlStore, shard_url
 EXAMPLE = "is not a database URL; try sqlite+aiosqlite:///dead-letters.db"
 MISSING = "sqlite+aiosqlite:////no/such/directory"
 UNOPENED = (
-    f"the store {MISSING}/dead-0.db: unable to open database file; name another with dead_letters=URL, or leave it out: in "
-    "memory"
+    f"the store {MISSING}/dead-0.db: unable to open database file: there is no directory /no/such/directory; name another "
+    "with dead_letters=URL, or leave it out: in memory"
 )
 
 
