@@ -24,10 +24,10 @@ def is_count(value: object) -> bool:
     return type(value) is int
 
 
-def check_seconds(name: str, value: Any, *, zero: bool = False, error: type[UsageError] = UsageError) -> None:
-    """Refuse what is no number of seconds above 0 (`zero`: from 0 on), up to `SECONDS_MAX`. Raises `error`."""
+def check_seconds(name: str, value: Any, *, zero: bool = False) -> None:
+    """Refuse what is no number of seconds above 0 (`zero`: from 0 on), up to `SECONDS_MAX`. Raises `UsageError`."""
     if not is_number(value) or not 0 <= value <= SECONDS_MAX or (value == 0 and not zero):
-        raise error(f"{name}={value!r}: give seconds {'from 0 on' if zero else 'above 0'}, up to {SECONDS_MAX:,}")
+        raise UsageError(f"{name}={value!r}: give seconds {'from 0 on' if zero else 'above 0'}, up to {SECONDS_MAX:,}")
 
 
 def check_count(

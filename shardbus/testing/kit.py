@@ -69,7 +69,10 @@ class Published(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Handled(msgspec.Struct, frozen=True, kw_only=True):
-    """A call of a handler of an event that has ended; `error` is what it raised, None: nothing."""
+    """A call of a handler of an event that has ended; `error` is what it raised, None: nothing.
+
+    Of a batch handler there is one for each event of the call; `error` is what it said of that.
+    """
 
     id: str
     event: Any
@@ -387,12 +390,14 @@ class Kit(Cluster):
     def _watched(self, handler: Registered, at: int, is_command: bool) -> Registered:
         incarnation = self.counters[at]
 
-        async def call(message: Any, context: Context) -> Any:
+        async def call(message: Any, context: Any) -> Any:  # of a batch handler, both are lists
             if handler.in_thread:
                 self.clock.thread_begins()
             running = object()
-            what, key, attempt = type(message).__name__, context.key, context.attempt
-            self._running[running] = f"{handler.name} of {what} with the key {key!r} (shard {at}, attempt {attempt})"
+            first, its = (message[0], context[0]) if handler.batching else (message, context)
+            more = f" and {len(message) - 1} more" if handler.batching and len(message) > 1 else ""
+            what = f"{type(first).__name__} with the key {its.key!r}{more}"
+            self._running[running] = f"{handler.name} of {what} (shard {at}, attempt {its.attempt})"
             try:
                 outcome = handler.call(message, context) if handler.wants_context else handler.call(message)
                 return await outcome if hasattr(outcome, "__await__") else outcome
@@ -401,7 +406,22 @@ class Kit(Cluster):
                 if handler.in_thread:
                     self.clock.thread_ended()
 
-        async def watched(message: Any, context: Context) -> Any:
+        def note(message: Any, context: Any, outcome: Any) -> None:
+            together = zip(message, context, strict=True) if handler.batching else [(message, context)]
+            for number, (event, its) in enumerate(together):
+                error = outcome[number] if isinstance(outcome, list | tuple) and number < len(outcome) else outcome
+                self.handled.append(
+                    Handled(
+                        id=its.message_id,
+                        event=event,
+                        handler=handler.name,
+                        shard=at,
+                        attempt=its.attempt,
+                        error=error if isinstance(error, BaseException) else None,
+                    )
+                )
+
+        async def watched(message: Any, context: Any) -> Any:
             if is_command:
                 return await call(message, context)
             self._calls += 1
@@ -409,26 +429,15 @@ class Kit(Cluster):
             if fault is not None and (fault.what, fault.when) == ("kill", "before"):
                 await self._die(at, incarnation, fault.down_s)
             for again in range(2):
-                error: BaseException | None = None
                 try:
                     outcome = await call(message, context)
-                except BaseException as raised:
-                    error = raised
+                except BaseException as error:
+                    note(message, context, error)
                     raise
-                finally:
-                    self.handled.append(
-                        Handled(
-                            id=context.message_id,
-                            event=message,
-                            handler=handler.name,
-                            shard=at,
-                            attempt=context.attempt,
-                            error=error,
-                        )
-                    )
+                note(message, context, outcome if handler.batching else None)
                 if fault is None or fault.what != "duplicate" or again:
                     break
-                context = _redelivery(context)
+                context = [_redelivery(one) for one in context] if handler.batching else _redelivery(context)
             if fault is not None and fault.what == "kill":
                 await self._die(at, incarnation, fault.down_s)
             return outcome

@@ -427,3 +427,34 @@ async def test_a_test_in_which_a_thread_works_is_not_stuck():
         await kit.client.publish(Reminder(order="a"))
         await kit.settle()
         assert len(kit.handled) == 1
+
+
+async def test_a_batch_handler_is_watched_event_by_event_and_may_be_called_twice():
+    batches = Bus("batches")
+    attempts: list[list[int]] = []
+
+    @batches.on(Ordered, batch=8, retry=Retry(attempts=1))
+    async def take(events: list[Ordered], contexts: list[Context]) -> list[Exception | None]:
+        attempts.append([one.attempt for one in contexts])
+        return [ValueError("bad") if event.n == 2 else None for event in events]
+
+    async with testing.run(batches) as kit:
+        kit.duplicate_at(1)
+        await kit.client.publish_many([Ordered(order=f"o{n}", n=n) for n in range(3)])
+        await kit.settle()
+        assert [(one.event.n, str(one.error)) for one in kit.handled] == [(0, "None"), (1, "None"), (2, "bad")] * 2
+        assert [one.error for one in await kit.dead_letters()] == ["bad"]
+    assert attempts == [[1, 1, 1], [2, 2, 2]]
+
+
+async def test_a_batch_handler_that_waits_for_ever_is_named_with_its_first_key():
+    batches = Bus("batches")
+
+    @batches.on(Ordered, batch=8)
+    async def take(events: list[Ordered]) -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(UsageError, match=r"take of Ordered with the key 'o0' and 2 more \(shard 0, attempt 1\)"):  # noqa: PT012 - leaving the block raises
+        async with testing.run(batches, stuck_s=0.05) as kit:
+            await kit.client.publish_many([Ordered(order=f"o{n}", n=n) for n in range(3)])
+            await kit.client.flush()
