@@ -68,6 +68,8 @@ def _check_target(option: str, path: str | None) -> None:
     """A report that cannot be written is a mistake to be told before the run, not after."""
     if path is None or path == "-":
         return
+    if os.path.isdir(path):
+        raise click.BadParameter(f"{path!r} is a directory; name a file in it", param_hint=option)
     directory = os.path.dirname(path) or "."
     if not os.path.isdir(directory) or not os.access(path if os.path.exists(path) else directory, os.W_OK):
         raise click.BadParameter(f"{path!r} cannot be written", param_hint=option)
@@ -310,6 +312,8 @@ def cli(
     """
     for option, path in (("--json", json_path), ("--csv", csv_path), ("--hgrm", hgrm_path)):
         _check_target(option, path)
+    _check_name("--type", type_)
+    _check_name("--key", key)
     if rate is None and stages is None and speed is None and not _was_given("rate"):
         raise click.UsageError("say how much: --rate N, --rate max, --stages, or --replay with --speed")
     end_as_on_interrupt()
@@ -354,6 +358,11 @@ def cli(
 def _was_given(option: str) -> bool:
     """Whether an option was given; `max` is None, too."""
     return click.get_current_context().get_parameter_source(option) is not click.core.ParameterSource.DEFAULT
+
+
+def _check_name(option: str, value: str | None) -> None:
+    if value == "":
+        raise click.BadParameter("'' is no name", param_hint=option)
 
 
 def _template(type_: str | None, key: str | None, body: dict[str, Any] | None, key_type: Any) -> Template | None:

@@ -177,6 +177,9 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _check("the time for the flush", self.flush_s, 0.1, SECONDS_MAX)
         _check("the time for a reply", self.timeout_s, 0.001, SECONDS_MAX)
         _check("the whole run", self.planned_s, 0.0, SECONDS_MAX)
+        for fault in self.faults if self.recording is None else ():
+            if fault.at_s >= self.planned_s:
+                raise LoadError(f"{fault}: the run is over after {self.planned_s:g} s, so it would never happen")
         for wrong, said in self._contradictions():
             if wrong:
                 raise LoadError(said)

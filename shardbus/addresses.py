@@ -66,7 +66,7 @@ def parse_address(text: str) -> Address:
     Raises:
         ConfigError: it is none; the message says what one looks like.
     """
-    scheme, separator, rest = text.partition("://")
+    scheme, separator, rest = text.partition("://") if isinstance(text, str) else ("", "", "")
     if not separator or scheme not in ("ipc", "tcp"):
         raise ConfigError(f"{text!r} is not an address; use ipc://DIRECTORY or tcp://HOST:PORT")
     if scheme == "ipc":

@@ -61,6 +61,8 @@ def _import(name: str, form: str) -> tuple[ModuleType, str]:
         raise BootError(f"{module_name} does not import: {error} ({_place(error)})") from None
     except ShardbusError as error:
         raise BootError(f"{module_name} does not import: {error} ({_place(error)})") from None
+    except SyntaxError as error:
+        raise BootError(f"{module_name} does not import: {type(error).__name__}: {error.msg} ({_place(error)})") from None
     except BaseException as error:  # whatever the user's module raises while it is imported
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -80,7 +82,9 @@ def _is_declared(thing: object) -> bool:
 
 
 def _place(error: BaseException) -> str:
-    """The last place of the user's own code that an import went through."""
+    """The last place of the user's own code that an import went through; of a `SyntaxError`, where it stands."""
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        return f"{error.filename}:{error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     own = [frame for frame in frames if f"{os.sep}shardbus{os.sep}" not in frame.filename] or frames
     return f"{own[-1].filename}:{own[-1].lineno}" if own else "no place"

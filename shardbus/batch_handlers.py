@@ -18,8 +18,23 @@ from shardbus.batching import Gathering, KeyOrder, outcomes_of
 from shardbus.breaker import Admitted, Blocked, Circuit
 from shardbus.context import Context
 from shardbus.inbound import Delivery, Inbound, Later
+from shardbus.messages import WireKey
 from shardbus.registry import Plan, Registered
 from shardbus.store import Failure
+
+EXPIRED: Final = "expired"  # the reason of a dead letter whose deadline was over
+
+
+def parks_its_key(delivery: Delivery, failure: Failure) -> bool:
+    """Whether what an event died of parks its key.
+
+    Where its deadline was over, only a handler that had given it up before does: nothing else has failed, and what is too
+    late was of no use any more by its publisher's own word.
+    """
+    if failure.reason != EXPIRED:
+        return delivery.plan.parks(failure.handlers)
+    gave_up = tuple(name for one in delivery.gave_up for name in one.handlers)
+    return bool(gave_up) and delivery.plan.parks(gave_up)
 
 
 class HeldBack(msgspec.Struct, frozen=True):
@@ -88,8 +103,8 @@ class Caller(Protocol):
     def unfit(self, delivery: Delivery) -> Failure | None:
         """Why no handler can be called with it; None: its message is decoded."""
 
-    def context_of(self, delivery: Delivery) -> Context:
-        """Its context."""
+    def context_of(self, delivery: Delivery, beside: frozenset[WireKey]) -> Context:
+        """Its context; `beside`: the keys of the batch."""
 
     async def call(self, handler: Registered, message: Any, context: Any) -> Any:
         """Call the handler, and return what it returns."""
@@ -120,6 +135,7 @@ async def run_batch(batch: Batch, caller: Caller) -> list[Outcome]:
     called: list[int] = []
     contexts: list[Context] = []
     with_context = handler.wants_context or handler.where is not None
+    beside = frozenset(member.key for member in members) if with_context else frozenset()
     order = KeyOrder()
     for at, member in enumerate(members):
         if order.holds(member.key):
@@ -128,11 +144,11 @@ async def run_batch(batch: Batch, caller: Caller) -> list[Outcome]:
         failure = caller.unfit(member)
         if failure is not None:
             found[at] = failure
-            if plan.parks(failure.handlers):
+            if parks_its_key(member, failure):
                 order.wait(member.key)
             continue
         if with_context:
-            context = caller.context_of(member)
+            context = caller.context_of(member, beside)
             if handler.where is not None:
                 try:
                     if not handler.where(member.message, context):
@@ -227,6 +243,6 @@ def settled(
             outcome = caller.failed(member, handler, one.error, one.reason)
         else:
             outcome = one
-        if outcome is not None and not (isinstance(outcome, Failure) and not batch.plan.parks(outcome.handlers)):
+        if outcome is not None and not (isinstance(outcome, Failure) and not parks_its_key(member, outcome)):
             order.wait(member.key)
         yield outcome

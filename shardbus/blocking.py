@@ -43,6 +43,7 @@ from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from shardbus import connecting
+from shardbus.arguments import check_seconds
 from shardbus.blocking_readers import BlockingStream, BlockingSubscription, open_stream
 from shardbus.blocking_sessions import BlockingSession
 from shardbus.bus import Bus
@@ -65,7 +66,6 @@ EventT = TypeVar("EventT", bound=Event)
 _HANDED_EVENTS_MAX: Final = DEFAULT_LIMITS.handed_events_max
 _HANDED_EVENT_BYTES_MAX: Final = DEFAULT_LIMITS.handed_event_bytes_max
 _LOOK_S: Final = 0.1  # a KeyboardInterrupt may strike between the hand-over and the waking, so the loop looks by itself
-_TIMEOUT_S_MAX: Final = 10_000_000  # 115 days
 
 
 def connect(
@@ -276,6 +276,8 @@ class BlockingClient:
             BusRejected: the bus has refused this client for good.
         """
         self._check()
+        if timeout is not None:
+            check_seconds("timeout", timeout)
         if self._has_room and deadline is None and at is None and delay is None:
             packed = self._client.pack(event, headers)
             if packed[-1] <= _HANDED_EVENT_BYTES_MAX and self._hand_over(packed):
@@ -371,7 +373,8 @@ class BlockingClient:
         Raises:
             UsageError: a time-out that is none; else as for `Client.subscribe`.
         """
-        _check_timeout(timeout)
+        if timeout is not None:
+            check_seconds("timeout", timeout)
         events = self._call(
             lambda client: _at_once(
                 lambda: client.subscribe(*event_types, key=key, queue_events_max=queue_events_max, on_slow=on_slow)
@@ -569,7 +572,6 @@ async def _publish(
     at: datetime | float | None,
     delay: float | None,
 ) -> None:
-    _check_timeout(timeout)
     try:
         async with asyncio.timeout(timeout):
             await client.publish(event, headers=headers, deadline=deadline, at=at, delay=delay)
@@ -578,11 +580,6 @@ async def _publish(
             f"{type(event).__name__}: the outbox was full for {timeout:g} s, so nothing was published "
             "(see `shardbus status`)"
         ) from None
-
-
-def _check_timeout(timeout_s: float | None) -> None:
-    if timeout_s is not None and not 0 < timeout_s <= _TIMEOUT_S_MAX:
-        raise UsageError(f"timeout={timeout_s!r}: give seconds above 0, up to {_TIMEOUT_S_MAX:,}")
 
 
 async def _at_once(ask: Callable[[], ResultT]) -> ResultT:

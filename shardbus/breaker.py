@@ -10,11 +10,13 @@ What counts is what the handler did. (M. Nygard, "Release It!", 2007, chapter 5.
 from __future__ import annotations
 
 import enum
+import math
 from collections import Counter, deque
 from typing import Final, Literal
 
 import msgspec
 
+from shardbus.arguments import is_count, is_number, told_number
 from shardbus.errors import RegistrationError
 
 _NS: Final = 1_000_000_000
@@ -38,10 +40,13 @@ class Breaker(msgspec.Struct, frozen=True, kw_only=True):
     while_open: Literal["wait", "dead"] = "wait"
 
     def __post_init__(self) -> None:
-        if not (self.failures >= 1 and self.successes >= 1 and self.window_s > 0 and self.open_s > 0):
+        counts, times = (self.failures, self.successes), (self.window_s, self.open_s)
+        if not (
+            all(is_count(one) and one >= 1 for one in counts) and all(is_number(one) and 0 < one < math.inf for one in times)
+        ):
             raise RegistrationError(
-                f"Breaker(failures={self.failures}, window_s={self.window_s:g}, open_s={self.open_s:g}, "
-                f"successes={self.successes}): counts start at 1, times above 0"
+                f"Breaker(failures={self.failures!r}, window_s={told_number(self.window_s)}, "
+                f"open_s={told_number(self.open_s)}, successes={self.successes!r}): counts start at 1, times above 0"
             )
         if self.while_open not in ("wait", "dead"):
             raise RegistrationError(f"Breaker(while_open={self.while_open!r}): it is 'wait' or 'dead'")

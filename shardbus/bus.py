@@ -8,7 +8,8 @@ from typing import get_args
 
 from msgspec.structs import replace
 
-from shardbus.client import Client, ClientBlock, OnFull, check_on_full
+from shardbus.arguments import check_count, check_seconds
+from shardbus.client import Client, ClientBlock, OnFull, check_full
 from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.errors import ConfigError
 from shardbus.local import run_local
@@ -55,19 +56,16 @@ class Bus(Registry):
 
         Raises:
             NotDelivered: on leaving, if events were left when the time was up.
-            UsageError: an `on_full` or a middleware that is none.
+            UsageError: an `on_full`, a middleware or a time-out that is none.
             ConfigError: a number of shards or a bound out of range, or a store that cannot be opened.
         """
-        if not 1 <= shards <= _SHARDS_MAX:
-            raise ConfigError(f"shards={shards}: take 1 to {_SHARDS_MAX}")
-        if dead_letters_max_rows < 1 or dead_letters_max_bytes < STORE_BYTES_LEAST:
-            raise ConfigError(
-                f"dead_letters_max_rows={dead_letters_max_rows}, dead_letters_max_bytes={dead_letters_max_bytes}: take at "
-                f"least 1 and {STORE_BYTES_LEAST:,}"
-            )
+        check_count("shards", shards, 1, _SHARDS_MAX, error=ConfigError)
+        check_count("dead_letters_max_rows", dead_letters_max_rows, 1, error=ConfigError)
+        check_count("dead_letters_max_bytes", dead_letters_max_bytes, STORE_BYTES_LEAST, error=ConfigError)
         if dead_letters_full not in get_args(StoreFull):
             raise ConfigError(f"dead_letters_full={dead_letters_full!r}: say 'stop' or 'drop_oldest'")
-        check_on_full(on_full)
+        check_seconds("close_timeout", close_timeout, zero=True)
+        check_full(on_full, on_pressure)
         block = run_local(
             self,
             shards=shards,

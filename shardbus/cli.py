@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -51,6 +52,19 @@ _LEDGER: Final = {
     "scheduled": "scheduled",
     "parked": "parked keys",
 }
+
+
+
+class _FiniteRange(click.FloatRange):
+    """A range of numbers that NaN is in none of: no comparison finds it, and a time-out of so many seconds never ends."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number. Fails where it is none, or out of range."""
+        found: float = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value!r} is no number.", param, ctx)
+        return found
+
 
 _connect_option = click.option(
     "--connect", "address", metavar="URL", help="The bus: ipc://DIRECTORY or tcp://HOST:PORT. [env: SHARDBUS_URL]"
@@ -135,7 +149,7 @@ def cli() -> None:
     show_default=True,
     help="Then nothing more is acked as stored, so publishers wait; or the oldest dead letters are dropped, and counted.",
 )
-@click.option("--drain-timeout", type=click.FloatRange(0, 3600), default=30.0, show_default=True, help="Seconds.")
+@click.option("--drain-timeout", type=_FiniteRange(0, 3600), default=30.0, show_default=True, help="Seconds.")
 @click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
 @click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True)
 @click.option("--until-stdin-closes", is_flag=True, hidden=True)  # for a program that serves a bus for itself
@@ -170,7 +184,7 @@ def serve(
             from shardbus.sql_store import shard_url
 
             shard_url(dead_letters, 0)
-        where = parse_address(bind or default_address(os.environ))
+        where = parse_address(default_address(os.environ) if bind is None else bind)
         check_ports(where, workers)
         options = ServeOptions(
             application=application,
@@ -187,9 +201,12 @@ def serve(
         )
     except ShardbusError as error:
         _fail(str(error), 2)
-    left = _run(Supervisor(options, forks).run(click.echo))
+    supervisor = Supervisor(options, forks)
+    left = _run(supervisor.run(click.echo))
     for line in left:
         click.echo(line, err=True)
+    if told := supervisor.told_left():
+        click.echo(told, err=True)
     sys.exit(1 if left else 0)
 
 
@@ -202,7 +219,7 @@ async def _ask(address: str | None, timeout_s: float, what: str) -> Any:
 @_connect_option
 @click.option("--json", "as_json", is_flag=True, help="All of it, as JSON.")
 @click.option(
-    "--timeout", type=click.FloatRange(0.1, 600), default=3.0, show_default=True, help="Seconds to wait for an answer."
+    "--timeout", type=_FiniteRange(0.1, 600), default=3.0, show_default=True, help="Seconds to wait for an answer."
 )
 def status(address: str | None, as_json: bool, timeout: float) -> None:
     """Show workers, rates, and what the shards' stores hold. Exit code 0: healthy."""
@@ -240,14 +257,19 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
 @cli.command()
 @_connect_option
 @click.option(
-    "--timeout", type=click.FloatRange(0.1, 7200), default=60.0, show_default=True, help="Seconds to wait for the end."
+    "--timeout", type=_FiniteRange(0.1, 7200), default=60.0, show_default=True, help="Seconds to wait for the end."
 )
 def drain(address: str | None, timeout: float) -> None:
-    """Have the bus finish what it has accepted, and stop. Exit code 0: everything was drained."""
-    left = _run(_ask(address, timeout, "drain"))
+    """Have the bus finish what it has accepted, and stop. Exit code 0: everything was drained.
+
+    Says how many dead letters and waiting events its stores hold, and whether they are kept.
+    """
+    answer = _run(_ask(address, timeout, "drain"))
+    left = answer["left"]
     for line in left:
         click.echo(line, err=True)
-    click.echo("drained" if not left else "stopped, not wholly drained")
+    told = f"; {answer['stores']}" if answer["stores"] else ""
+    click.echo(("stopped, not wholly drained" if left else "drained") + told)
     sys.exit(1 if left else 0)
 
 
@@ -303,7 +325,7 @@ def _find_type(name: str, application: str | None, wanted: type[Event] | type[Co
 @_message_options
 @click.option(
     "--timeout",
-    type=click.FloatRange(0.1, 86_400),
+    type=_FiniteRange(0.1, 86_400),
     default=60.0,
     show_default=True,
     help="Seconds to wait until all is handled, once it is published.",
@@ -377,7 +399,7 @@ def _tell_outcome(ledger: Ledger, name: str, left: str, refused: tuple[str, int]
 @cli.command()
 @_message_options
 @click.option(
-    "--timeout", type=click.FloatRange(0.001, 86_400), default=5.0, show_default=True, help="Seconds to wait for the reply."
+    "--timeout", type=_FiniteRange(0.001, 86_400), default=5.0, show_default=True, help="Seconds to wait for the reply."
 )
 def execute(
     type_: str,
@@ -470,7 +492,10 @@ _AGO: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 def _parse_since(text: str) -> datetime:
     """A time: `90s`, `10m`, `2h`, `3d` ago, or ISO 8601; without a zone it is local."""
     if text[:-1].isascii() and text[:-1].isdigit() and text[-1] in _AGO:
-        return datetime.now(UTC) - timedelta(seconds=int(text[:-1]) * _AGO[text[-1]])
+        try:
+            return datetime.now(UTC) - timedelta(seconds=int(text[:-1]) * _AGO[text[-1]])
+        except (OverflowError, ValueError):
+            raise click.BadParameter(f"{text!r} is longer ago than there are dates; leave it out for all") from None
     try:
         found = datetime.fromisoformat(text)
     except ValueError:
@@ -628,7 +653,7 @@ def show(id_: str, address: str | None, as_json: bool) -> None:
 @click.argument("ids", metavar="[ID…]", nargs=-1)
 @_filter_options
 @click.option("--all", "everything", is_flag=True, help="All that are dead now.")
-@click.option("--rate", type=click.FloatRange(0.1, 1e6), help="At most so many a second.")
+@click.option("--rate", type=_FiniteRange(0.1, 1e6), help="At most so many a second.")
 @click.option("--dry-run", is_flag=True, help="Say how many it would be.")
 def redrive(
     ids: tuple[str, ...],
@@ -725,7 +750,8 @@ def main() -> None:
     try:
         cli()
     except OSError as error:  # what is written to: a full disk, a pipe that nobody reads
-        _fail(f"cannot go on: {error.strerror or error}")
+        where = f" ({error.filename})" if isinstance(error.filename, str) else ""
+        _fail(f"cannot go on: {error.strerror or error}{where}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -23,6 +24,7 @@ from uuid import UUID
 import msgspec
 from msgspec.structs import replace
 
+from shardbus.arguments import check_count, check_headers, check_seconds, is_number
 from shardbus.clock import NowNs, monotonic_ns, wall_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.dead_letters import (
@@ -92,7 +94,6 @@ _LOW_WATER: Final = 0.25
 _PAGE_ROWS: Final = 256
 _ASK_AGAIN_S: Final = 1.0  # a question is lost with the worker that it was put to
 _DEAD_LETTERS_S: Final = 30.0  # a worker that is being replaced answers late
-_TIMEOUT_S_MAX: Final = 10_000_000  # 115 days
 _MALFORMED_MAX: Final = 3  # a worker that calls our frames unsound more often than that is not one of ours
 _NS: Final = 1_000_000_000
 
@@ -169,10 +170,12 @@ Packed = tuple[str, WireKey, bytes, dict[str, str] | None, int]
 OnFull = Literal["wait", "reject", "drop_oldest"]
 
 
-def check_on_full(on_full: OnFull) -> None:
-    """Refuse what is no policy for a full outbox. Raises `UsageError`."""
+def check_full(on_full: OnFull, on_pressure: object) -> None:
+    """Refuse what is no policy for a full outbox, and what cannot be called when one fills. Raises `UsageError`."""
     if on_full not in get_args(OnFull):
         raise UsageError(f"on_full={on_full!r}: it is 'wait', 'reject' or 'drop_oldest'")
+    if on_pressure is not None and not callable(on_pressure):
+        raise UsageError(f"on_pressure={on_pressure!r}: give a function of (under_pressure), which is True or False")
 
 
 class _Route:
@@ -346,7 +349,7 @@ class Client:
         on_pressure: Callable[[bool], object] | None = None,
         ticks: bool = True,
     ) -> None:
-        check_on_full(on_full)
+        check_full(on_full, on_pressure)
         self.address = address
         self.publisher = os.urandom(16) if publisher is None else publisher
         """The identity of this client as a publisher; 16 bytes. Another one when the bus comes back with other shards."""
@@ -509,7 +512,7 @@ class Client:
 
         Args:
             event: any event; its key says where it goes.
-            headers: text for the handlers' `context.headers`.
+            headers: text for the handlers' `context.headers`; up to 26 of them, a name with its value up to 4 KiB.
             deadline: seconds from this call after which it is too late: an event whose handlers have not begun by then, also
                 for a retry, becomes a dead letter with the reason `expired`. Default: never.
             ordinal: for load generators: the number of this event among this client's events of its key, from 1.
@@ -593,6 +596,8 @@ class Client:
         Raises:
             UsageError: stamps that are not one for each event, or none at all; else as for `publish`.
         """
+        if not isinstance(events, list | tuple):
+            events = events_of(events)
         total = len(events)
         for stamps in (ordinals, intended_ns):
             if stamps is not None and len(stamps) != total:
@@ -738,6 +743,8 @@ class Client:
             BusRejected: the bus has refused this client for good.
         """
         self._check_open()
+        if timeout is not None:
+            check_seconds("timeout", timeout, zero=True)
         return await self._flush(timeout)
 
     async def _flush(self, timeout: float | None) -> Ledger:
@@ -890,6 +897,7 @@ class Client:
             UsageError: it is no scheduled event's.
         """
         self._check_open()
+        check_seconds("timeout", timeout)
         shard, event = event_of(which)
         if shard >= len(self._outboxes):
             return False
@@ -987,8 +995,7 @@ class Client:
     ) -> tuple[_Route, WireKey, bytes, int]:
         """A command, checked: its route, key, body, and the bytes of body and headers."""
         self._check_open()
-        if not 0 < timeout <= _TIMEOUT_S_MAX:
-            raise UsageError(f"timeout={timeout!r}: give seconds above 0, up to {_TIMEOUT_S_MAX:,}")
+        check_seconds("timeout", timeout)
         route = self._command_routes.get(command.__class__) or self._learn(command, Command)
         try:
             body = _encode(command)
@@ -1079,6 +1086,7 @@ class Client:
 
     async def _ask(self, what: str, body: bytes, send: Callable[[bytes], object], timeout: float) -> bytes:
         self._check_open()
+        check_seconds("timeout", timeout)
         self._requests += 1
         number = self._requests
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -1108,6 +1116,7 @@ class Client:
         Raises:
             BusUnreachable: a shard's worker did not answer in time.
         """
+        check_count("limit", limit, 1)
         found: list[DeadLetter] = []
         for outbox, filter_ in self._asked_shards(where):
             after = 0
@@ -1133,6 +1142,8 @@ class Client:
         Raises:
             BusUnreachable: a shard's worker did not answer in time. Some may have been redriven.
         """
+        if rate is not None and not (is_number(rate) and 0 < rate < math.inf):
+            raise UsageError(f"rate={rate!r}: give dead letters a second, above 0; None is as fast as they are written")
         return await self._dispose("redrive", where, rate)
 
     async def purge(self, where: DeadLetterFilter | None = None) -> int:
@@ -1164,6 +1175,8 @@ class Client:
 
     def _asked_shards(self, where: DeadLetterFilter | None) -> list[tuple[_Outbox, DeadFilter]]:
         """Each shard that is meant, with what to ask it: more than once where many events are named."""
+        if where is not None and not isinstance(where, DeadLetterFilter):
+            raise UsageError(f"where={where!r:.100}: give a filter, for instance DeadLetterFilter(type='OrderPlaced')")
         filter_, shards = (where or DeadLetterFilter()).for_shards()
         if shards is None:
             return [(outbox, filter_) for outbox in self._outboxes]
@@ -1619,14 +1632,21 @@ def _time_out(reply: asyncio.Future[Any]) -> None:
         reply.exception()  # nobody may be left to see it
 
 
+def events_of(events: Any) -> list[Event]:
+    """What `publish_many` was given, as a list: not every sequence has slices. Raises `UsageError`: it is none."""
+    if isinstance(events, Sequence):
+        return list(events)
+    hint = "use publish" if isinstance(events, Event) else "write publish_many(list(…))"
+    raise UsageError(f"publish_many takes a list of events, and got one {type(events).__name__}; {hint}")
+
+
 def _uuid(key: tuple[bytes]) -> UUID:
     return UUID(bytes=key[0])
 
 
 def _check_headers(headers: dict[str, str], limits: Limits) -> int:
     """How many bytes they take."""
-    if len(headers) > limits.headers_max:
-        raise UsageError(f"{len(headers)} headers; the limit is {limits.headers_max}")
+    check_headers(headers, limits.own_headers_max)
     total = 0
     for name, value in headers.items():
         try:
@@ -1644,8 +1664,7 @@ def _picked(stamps: Sequence[int] | None, places: Sequence[int] | None) -> Seque
 
 
 def _checked_ns(deadline_s: float) -> int:
-    if not isinstance(deadline_s, int | float) or not 0 < deadline_s <= _TIMEOUT_S_MAX:
-        raise UsageError(f"deadline={deadline_s!r}: give seconds above 0, up to {_TIMEOUT_S_MAX:,}")
+    check_seconds("deadline", deadline_s)
     return int(deadline_s * _NS)
 
 

@@ -33,7 +33,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     event_bytes_max: int = 1024 * 1024  # a larger message is refused by `publish`
     key_bytes_max: int = 1024  # a longer key is refused by `publish`
     name_bytes_max: int = 128  # a longer message name is refused at registration
-    headers_max: int = 32  # more headers on one message are refused by `publish`
+    headers_max: int = 32  # on one message; more are no sound frame
+    own_headers_max: int = 26  # of these a program's own; more are refused by `publish`, so that what the bus adds fits
     frame_bytes_max: int = 2 * 1024 * 1024  # a larger frame costs its sender the connection (ZMQ_MAXMSGSIZE)
 
     # -- publisher
@@ -88,6 +89,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         assert self.batch_bytes_target + self.event_bytes_max + 64 * 1024 <= self.frame_bytes_max
+        assert self.own_headers_max <= self.headers_max
         assert self.outbox_events_max >= 2 * self.batch_events_max
         assert self.children_events_max >= self.outbox_events_max
         assert self.children_bytes_max >= self.outbox_bytes_max
@@ -102,6 +104,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         # A feed is never so small that it is full before its reader would say that it took something.
         assert self.taken_bytes <= self.feeds_bytes_max // self.subscriptions_max
         assert self.taken_events <= self.feed_events_max
+
+    def __repr__(self) -> str:
+        """Those that are not the defaults: all of them would bury every signature that has `limits=`."""
+        own = {name: getattr(self, name) for name in self.__struct_fields__}
+        usual = dict(zip(self.__struct_fields__, self.__struct_defaults__, strict=True))
+        return f"Limits({', '.join(f'{name}={value!r}' for name, value in own.items() if value != usual[name])})"
 
     def credit_share(self, sessions: int) -> tuple[int, int]:
         """Events and bytes of credit for each of `sessions` live publishers."""

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 
 from shardbus.addresses import Address, default_address, parse_address
-from shardbus.client import Client, ClientBlock, OnFull, check_on_full, open_client
+from shardbus.arguments import check_seconds
+from shardbus.client import Client, ClientBlock, OnFull, check_full, open_client
 from shardbus.publishing import PublishMiddleware, client_class
 from shardbus.zmq_transport import ZmqConnector
 
@@ -39,11 +40,13 @@ def connect(
     Raises:
         BusUnreachable: no bus answered in time.
         ConfigError: the address is none.
-        UsageError: an `on_full` or a middleware that is none.
+        UsageError: an `on_full`, a middleware or a time-out that is none.
         NotDelivered: on leaving, if events were left when the time was up.
     """
     parsed = _parsed(address)
-    check_on_full(on_full)
+    check_seconds("timeout", timeout, zero=True)
+    check_seconds("close_timeout", close_timeout, zero=True)
+    check_full(on_full, on_pressure)
     make = client_class(middleware)
 
     @contextlib.asynccontextmanager

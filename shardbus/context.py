@@ -16,6 +16,7 @@ from shardbus.outgoing import (
     REPEATED,
     Origin,
     Outgoing,
+    check_beside,
     check_ring,
     child_headers,
     keys_held,
@@ -110,8 +111,8 @@ class Context:
 
         Args:
             event: any event.
-            headers: text for its handlers. `correlation-id`, `traceparent` and `tracestate` go on from this message where
-                they are not among them; `causation-id` is set.
+            headers: text for its handlers, up to 26 of your own. `correlation-id`, `traceparent` and `tracestate` go on from
+                this message where they are not among them; `causation-id` is set.
 
         Raises:
             InvalidKey, MessageTooLarge: as for `Client.publish`.
@@ -141,7 +142,7 @@ class Context:
         """
         outgoing, _ = self._sender()
         own = self._child_headers(headers)
-        held = keys_held(self.headers, self._key)
+        held = self._held()
         if isinstance(command, Command):  # what is none is refused by the client
             key_of = key_getter(type(command))
             check_ring(wire_name(type(command)), None if key_of is None else to_wire_key(key_of(command)), held, self._key)
@@ -165,6 +166,9 @@ class Context:
         if not self._origin.runs:
             raise UsageError("the handler of this context has returned; ask for its session while it runs")
         return await self._states.state(self._key)
+
+    def _held(self) -> tuple[str, ...]:
+        return keys_held(self.headers, self._key)
 
     def _sender(self) -> tuple[Outgoing, Origin]:
         if self._outgoing is None or self._origin is None:
@@ -194,6 +198,44 @@ class Context:
 
     def __repr__(self) -> str:
         return f"Context({self.message_id}, key={self.key!r}, attempt={self.attempt})"
+
+
+class BatchContext(Context):
+    """That of an event which its handler was called with beside others: their keys wait for the handler as well."""
+
+    __slots__ = ("_beside",)
+
+    def __init__(self, beside: frozenset[WireKey], *facts: Any) -> None:
+        super().__init__(*facts)
+        self._beside = beside
+
+    async def execute(
+        self, command: Command[ReplyT], *, timeout: float = 5.0, headers: Mapping[str, str] | None = None
+    ) -> ReplyT:
+        """See `Context.execute`. The keys of all events of the batch are held until its handler returns."""
+        key_of = key_getter(type(command)) if isinstance(command, Command) else None
+        if key_of is not None:
+            check_beside(wire_name(type(command)), to_wire_key(key_of(command)), self._beside)
+        return await super().execute(command, timeout=timeout, headers=headers)
+
+    def _held(self) -> tuple[str, ...]:
+        return keys_held(self.headers, self._key, self._beside)
+
+    def with_headers(self, headers: Mapping[str, str]) -> BatchContext:
+        """See `Context.with_headers`."""
+        plain = super().with_headers(headers)
+        return BatchContext(
+            self._beside,
+            plain._key,
+            plain._publisher,
+            plain._seq,
+            plain.attempt,
+            plain.shard,
+            plain.headers,
+            plain._left_s,
+            plain._outgoing,
+            plain._origin,
+        )
 
 
 def message_id(publisher: bytes, shard: int, seq: int) -> str:

@@ -84,10 +84,20 @@ class DeadLetterFilter(msgspec.Struct, frozen=True, kw_only=True):
     ids: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name, given in (("type", self.type), ("handler", self.handler)):
+            if given is not None and not isinstance(given, str):
+                raise UsageError(f"{name}={given!r}: give its name, a text")
+        if self.key is not None and not (isinstance(self.key, tuple) and len(self.key) == 1):
+            # A text is a sequence too: of key="42" the filter would take "4".
+            raise UsageError(f"key={self.key!r}: give the key in a 1-tuple, for instance key=('42',); (None,) is no key")
+        if self.since is not None and not isinstance(self.since, datetime):
+            raise UsageError(f"since={self.since!r}: give a datetime with its zone, for instance datetime.now(UTC)")
         if self.since is not None and self.since.tzinfo is None:
             raise UsageError(f"since={self.since}: give a time with its zone, for instance datetime.now(UTC)")
         if self.reason is not None and self.reason not in DEAD_REASONS:
             raise UsageError(f"reason={self.reason!r}: it is one of {', '.join(DEAD_REASONS)}")
+        if self.ids is not None and not isinstance(self.ids, tuple | list):
+            raise UsageError(f"ids={self.ids!r}: give a tuple of ids, for instance ids=(letter.id,)")
         self.for_shards()
 
     def for_shards(self) -> tuple[DeadFilter, dict[int, list[tuple[bytes, int]]] | None]:
@@ -237,12 +247,19 @@ def _shown(letter: dict[str, Any], shard: int) -> DeadLetter:
         reason=letter["reason"],
         error_type=letter["error_type"],
         error=letter["error"],
-        traceback=letter["traceback"],
+        traceback=_whole(letter["traceback"], letter["error_type"], letter["error"]),
         attempts=envelope["attempt"],
         first_at=datetime.fromtimestamp(letter["first_ns"] / 1e9, UTC),
         last_at=datetime.fromtimestamp(letter["last_ns"] / 1e9, UTC),
         parked=letter["position"] > 0,
     )
+
+
+def _whole(traceback: str, error_type: str, error: str) -> str:
+    """A traceback as Python prints it. The store has one for each place, which ends with the error's type alone."""
+    if not error or not error_type or traceback.rpartition("\n")[2] != error_type:
+        return traceback
+    return f"{traceback}: {error}"
 
 
 def parse_id(text: str) -> tuple[int, tuple[bytes, int]]:

@@ -14,6 +14,8 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from shardbus.client import _TURN_SEALS, Client, Connector, _Outbox
 from shardbus.clock import NowNs, monotonic_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
@@ -117,7 +119,7 @@ class HandlerClient:
             address,
             make_connector(),
             control_address,
-            limits=limits,
+            limits=replace(limits, own_headers_max=limits.headers_max),  # the handler's own were counted without the bus's
             now=now,
             publisher=publisher,
             on_end=broken,

@@ -46,12 +46,14 @@ from msgspec.structs import replace
 
 from shardbus import batch_handlers
 from shardbus.batch_handlers import (
+    EXPIRED,
     Batch,
     Fault,
     HeldBack,
     Outcome,
     Together,
     call_together,
+    parks_its_key,
     run_batch,
     settled,
     slot_of,
@@ -60,7 +62,7 @@ from shardbus.batching import Gatherings
 from shardbus.breaker import Admitted, Blocked, Circuit
 from shardbus.clock import NowNs
 from shardbus.config import Limits
-from shardbus.context import Context, States
+from shardbus.context import BatchContext, Context, States
 from shardbus.errors import RemoteProtocolError, text_of
 from shardbus.feeds import Feeds
 from shardbus.inbound import UNKNOWN, Delivery, Inbound, Inbox, Later
@@ -1003,9 +1005,9 @@ class Lanes:
                 return self._undecodable(error)
         return None
 
-    def context_of(self, delivery: Delivery) -> Context:
-        """What a handler may know of it."""
-        return self._context_of(delivery)
+    def context_of(self, delivery: Delivery, beside: frozenset[WireKey]) -> Context:
+        """What a handler may know of it; `beside`: the keys of the batch."""
+        return self._context_of(delivery, partial(BatchContext, beside))
 
     async def call(self, handler: Registered, message: Any, context: Any) -> Any:
         """Call a handler."""
@@ -1313,9 +1315,9 @@ class Lanes:
     def _is_late(self, delivery: Delivery) -> bool:
         return delivery.deadline_ns > 0 and self._now() >= delivery.deadline_ns
 
-    def _context_of(self, delivery: Delivery) -> Context:
+    def _context_of(self, delivery: Delivery, make: Callable[..., Context] = Context) -> Context:
         deadline_ns = delivery.deadline_ns
-        return Context(
+        return make(
             delivery.key,
             delivery.publisher,
             delivery.seq,
@@ -1350,7 +1352,7 @@ class Lanes:
         if isinstance(outcome, Later):
             self._postpone(delivery, outcome)
             return
-        parks = outcome is not None and delivery.key is not None and delivery.plan.parks(outcome.handlers)
+        parks = outcome is not None and delivery.key is not None and parks_its_key(delivery, outcome)
         self._conclude(delivery, outcome, parks)
         if parks:
             self._park(delivery.key)
@@ -1695,7 +1697,7 @@ def _expired(delivery: Delivery) -> Failure:
     given_up = [name for one in delivery.gave_up for name in one.handlers]
     return Failure(
         handlers=tuple(dict.fromkeys([*given_up, *(delivery.todo or ())])),
-        reason="expired",
+        reason=EXPIRED,
         error_type="",
         error="its deadline was over before its handlers could begin",
     )

@@ -19,7 +19,7 @@ import msgspec
 from shardbus.client import Channel, Client, OnFull, open_client
 from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
-from shardbus.errors import BusRejected, RemoteProtocolError
+from shardbus.errors import BusRejected, ConfigError, RemoteProtocolError
 from shardbus.handler_client import HandlerClient
 from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Book, Evidence, Recorder, book_bytes
@@ -27,7 +27,7 @@ from shardbus.outgoing import worker_publisher
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.shard import Shard
-from shardbus.store import MEMORY_URL, Store, first_due, store_ledger, total_ledger
+from shardbus.store import MEMORY_URL, Store, StoreError, first_due, store_ledger, total_ledger
 from shardbus.wire.frames import Answer, decode_to_supervisor, encode_frame
 
 log = logging.getLogger("shardbus.local")
@@ -262,7 +262,10 @@ async def _running(
                 states=registry.session_states(worker),
             )
             stack.push_async_callback(shard.close)
-            await shard.start()
+            try:
+                await shard.start()
+            except StoreError as error:
+                raise ConfigError(f"{error}; name another with dead_letters=URL, or leave it out: in memory") from error
             running.append(shard)
             bus.books.append(book)
         if stores is None and dead_letters is None:

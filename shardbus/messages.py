@@ -155,6 +155,26 @@ def key_getter(message_type: type[Message]) -> Callable[[Any], Any] | None:
     return None if field is None else operator.attrgetter(field)
 
 
+def may_have_key(message_type: type[Message], key: WireKey) -> bool:
+    """Whether a message of a keyed type may have this key, as far as the annotation of its key field says."""
+    field = message_type.__shardbus_key__
+    if field is None:
+        return False
+    try:
+        annotation = _annotation_of(message_type, field)
+    except NameError:  # as for `check_key_type`
+        return True
+    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    plain = from_wire_key(key)
+    for option in options:
+        option = getattr(option, "__supertype__", option)
+        if not isinstance(option, type) or not issubclass(option, (*_KEY_TYPES, type(None))):
+            return True  # nothing so plain
+        if any(issubclass(option, kind) and isinstance(plain, kind) for kind in _KEY_TYPES):
+            return True
+    return False
+
+
 _KEY_TYPES: Final = (str, int, bytes, UUID)
 
 

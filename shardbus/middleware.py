@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
+from shardbus.arguments import is_count, is_number, told_number
 from shardbus.clock import NowNs, monotonic_ns
 from shardbus.context import Context
 from shardbus.errors import InvalidMessage, RegistrationError, text_of
@@ -41,6 +42,11 @@ class Logging:
     def __init__(
         self, logger: logging.Logger | None = None, *, level: int = logging.INFO, failure_level: int = logging.WARNING
     ) -> None:
+        for name, given in (("level", level), ("failure_level", failure_level)):
+            if not is_count(given):
+                raise RegistrationError(f"Logging({name}={given!r}): give a level's number, for instance logging.INFO")
+        if logger is not None and not isinstance(logger, logging.Logger | logging.LoggerAdapter):
+            raise RegistrationError(f"Logging({logger!r}): give a logger, for instance logging.getLogger('shop')")
         self._logger = logging.getLogger("shardbus.handlers") if logger is None else logger
         self._level = level
         self._failure_level = failure_level
@@ -227,10 +233,10 @@ class RateLimit:
         if limit is None and per_key is None:
             raise RegistrationError("RateLimit() needs a rate: RateLimit(100), or RateLimit(per_key=5, per_s=60)")
         for rate in (limit, per_key, per_s):
-            if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):
+            if rate is not None and not (is_number(rate) and 0 < rate < math.inf):
                 raise RegistrationError(f"RateLimit(…, {rate!r}): rates and periods are numbers above 0")
-        if (burst is not None and burst < 1) or keys_max < 1:
-            raise RegistrationError(f"RateLimit(burst={burst}, keys_max={keys_max}): both start at 1")
+        if not all(is_count(one) and one >= 1 for one in (1 if burst is None else burst, keys_max)):
+            raise RegistrationError(f"RateLimit(burst={burst!r}, keys_max={keys_max!r}): both start at 1")
 
         def buckets(rate: float | None, keys_max: int) -> TokenBuckets | None:
             if rate is None:
@@ -316,9 +322,10 @@ class Idempotency:
     ) -> None:
         if not callable(key):
             raise RegistrationError(f"Idempotency({key!r}): give a function of the message: lambda event: event.payment_id")
-        if not (window_s > 0 and entries_max >= 1):
+        if not (is_number(window_s) and 0 < window_s < math.inf and is_count(entries_max) and entries_max >= 1):
             raise RegistrationError(
-                f"Idempotency(window_s={window_s:g}, entries_max={entries_max}): a window is above 0, entries start at 1"
+                f"Idempotency(window_s={told_number(window_s)}, entries_max={entries_max!r}): a window is above 0 seconds, "
+                "entries start at 1"
             )
         self._key = key
         self._now = now

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
+from shardbus.arguments import check_headers
 from shardbus.config import DEFAULT_LIMITS
 from shardbus.errors import UsageError
 from shardbus.messages import Command, Event, WireKey
@@ -102,8 +103,14 @@ def child_headers(
         repeated: it may have been handled before.
         own: what the handler gives. A correlation or a trace context of its own stands in the place of its parent's; what is
             the bus's to say is left out.
+
+    Raises:
+        UsageError: what the handler gives are no headers, or too many.
     """
-    headers = {} if own is None else {name: value for name, value in own.items() if name not in _RESERVED}
+    headers: dict[str, str] = {}
+    if own is not None:
+        check_headers(own, DEFAULT_LIMITS.own_headers_max)
+        headers = {name: value for name, value in own.items() if name not in _RESERVED}
     if _TRACEPARENT not in headers:
         for name in (_TRACEPARENT, _TRACESTATE):
             if name in parent:
@@ -115,9 +122,17 @@ def child_headers(
     return headers
 
 
-def keys_held(parent: Mapping[str, str], key: WireKey) -> tuple[str, ...]:
-    """The keys that wait, as hashes, while a handler of this key awaits the reply to a command."""
+def keys_held(
+    parent: Mapping[str, str], key: WireKey, beside: frozenset[WireKey] = frozenset()
+) -> tuple[str, ...]:
+    """The keys that wait, as hashes, while a handler of this key awaits the reply to a command.
+
+    `beside`: those of the batch that it is called with; all of them wait, but where they would leave no room for those of
+    others, only this one is told.
+    """
     held = tuple(parent[HOLDS].split()) if HOLDS in parent else ()
+    if len(beside) > 1 and len(held) + len(beside) <= _HELD_MAX // 2:
+        return (*held, *(_told(one) for one in beside if one is not None))
     return held if key is None else (*held, _told(key))
 
 
@@ -140,11 +155,25 @@ def check_ring(name: str, key: WireKey, held: tuple[str, ...], here: WireKey) ->
         )
     if key is not None and _told(key) in held:
         raise UsageError(
-            f"{name} would close a ring: its key {key!r} is held by a handler that waits, through {len(held)} commands in "
-            "all, for this very handler. Hand over what is needed in the command, or publish an event"
+            f"{name} would close a ring: its key {key!r} is held by a handler that waits, through the commands of others, "
+            "for this very handler. Hand over what is needed in the command, or publish an event"
         )
     if len(held) > _HELD_MAX:
         raise UsageError(f"{name}: {len(held)} handlers wait for each other's commands; the limit is {_HELD_MAX}")
+
+
+def check_beside(name: str, key: WireKey, beside: frozenset[WireKey]) -> None:
+    """Refuse a command of a batch handler whose key is that of an event of the batch: it would wait for the handler's end.
+
+    Raises:
+        UsageError: so it is.
+    """
+    if key is not None and key in beside:
+        raise UsageError(
+            f"{name} has the key {key!r} of an event of the batch that is being handled, and would wait for its end: a "
+            "batch handler cannot execute a command of a key in its batch. Call what that command's handler calls, or "
+            "publish an event"
+        )
 
 
 def worker_publisher(epoch: bytes) -> bytes:
@@ -163,4 +192,6 @@ def _told(key: WireKey) -> str:
 
 
 assert _HELD_MAX * 17 < 2048
-assert len(_RESERVED) + 3 < DEFAULT_LIMITS.headers_max
+# What is added to a handler's own headers always fits.
+_INHERITED: Final = (CORRELATION, _TRACEPARENT, _TRACESTATE)
+assert DEFAULT_LIMITS.own_headers_max + len(_RESERVED) + len(_INHERITED) <= DEFAULT_LIMITS.headers_max

@@ -49,6 +49,8 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
     middleware: Middleware
     parameter: str
     on: tuple[type[Message], ...]
+    skip_batches: bool = False
+    """It is not for types with a batch handler."""
 
     def is_for(self, message_type: type[Message]) -> bool:
         """Whether it stands around the handlers of a type."""
@@ -61,7 +63,9 @@ class _Next(functools.partial[Awaitable[Any]]):
     handler: str
 
 
-def layer(middleware: Middleware, on: type[Message] | tuple[type[Message], ...]) -> Layer:
+def layer(
+    middleware: Middleware, on: type[Message] | tuple[type[Message], ...], *, skip_batches: bool = False
+) -> Layer:
     """A middleware, checked.
 
     Raises:
@@ -82,7 +86,7 @@ def layer(middleware: Middleware, on: type[Message] | tuple[type[Message], ...])
     for kind in types:
         if not (isinstance(kind, type) and issubclass(kind, Message)):
             raise RegistrationError(f"bus.use(…, on=…) takes message types, not {shown(kind)}")
-    return Layer(middleware=middleware, parameter=parameters[2].name, on=types)
+    return Layer(middleware=middleware, parameter=parameters[2].name, on=types, skip_batches=skip_batches)
 
 
 def compose(

@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from shardbus.client import Client
+from shardbus.client import Client, events_of
 from shardbus.errors import UsageError
 from shardbus.messages import Command, Event, Message, key_getter
 from shardbus.scheduled_events import Scheduled
@@ -33,7 +33,7 @@ def client_class(middleware: Sequence[PublishMiddleware]) -> Callable[..., Clien
     Raises:
         UsageError: one of them cannot be called as a middleware is.
     """
-    if callable(middleware):
+    if not isinstance(middleware, list | tuple):
         raise UsageError(f"middleware={shown(middleware)}: give a list: middleware=[…]")
     for one in middleware:
         _check(one)
@@ -109,6 +109,7 @@ class _ClientWithMiddleware(Client):
         intended_ns: Sequence[int] | None = None,
     ) -> None:
         """See `Client.publish_many`; here each event is published by itself, because a middleware may give it headers."""
+        events = events_of(events)
         for stamps in (ordinals, intended_ns):
             if stamps is not None and len(stamps) != len(events):
                 raise UsageError(f"{len(events)} events and {len(stamps)} stamps; give one for each event, or none")

@@ -209,8 +209,9 @@ class Registry:
             on_dead_letter: what becomes of the key when this handler gives one of its events up. `"continue"`: its later
                 events go on. `"park"`: they wait in the store until that dead letter is redriven, and then runs first, or
                 purged; commands to the key fail at once meanwhile. Of several handlers, those that gave up decide, and
-                one that parks is enough; an event that does not decode parks where any of its handlers would. Only for an
-                event with a key: without one there are no later events.
+                one that parks is enough; an event that does not decode parks where any of its handlers would. One whose
+                deadline was over parks nothing, unless such a handler had given it up before: nothing has failed. Only for
+                an event with a key: without one there are no later events.
             batch: call it with up to so many events at once, from 2 to 4,096: it takes `(events)` or `(events, contexts)`,
                 both lists, and is the only handler of its type. It gets what is there, of many keys, each key's in order.
                 It returns None, and all are handled; or a list with None or an exception for each event; or raises, and
@@ -243,7 +244,7 @@ class Registry:
                 if together.by_key and kind.__shardbus_key__ is None:
                     raise RegistrationError(f"{kind.__name__} has no key for batch_by='key'; declare one with key=…")
                 for one in self._layers:
-                    if one.is_for(kind):
+                    if one.is_for(kind) and not one.skip_batches:
                         raise _no_middleware(kind, one)
         if type(priority) is not int:
             raise RegistrationError(f"priority={priority!r}: write a whole number; the higher runs first")
@@ -290,7 +291,13 @@ class Registry:
             (command_type,), _Options(retry=Retry(attempts=1), timeout_s=timeout_s, in_thread=in_thread)
         )
 
-    def use(self, middleware: MiddlewareT, *, on: type[Message] | tuple[type[Message], ...] = ()) -> MiddlewareT:
+    def use(
+        self,
+        middleware: MiddlewareT,
+        *,
+        on: type[Message] | tuple[type[Message], ...] = (),
+        skip_batches: bool = False,
+    ) -> MiddlewareT:
         """Put a middleware around the handlers: `bus.use(Logging())`, or `@bus.use` on a function. The first is outermost.
 
         A middleware is `async def middleware(message, context, call_next)`. It is called for each call of a handler, so
@@ -305,14 +312,16 @@ class Registry:
         Args:
             middleware: an `async def`, or an object that is called as one.
             on: message types, and subclasses, that it is for. Default: all.
+            skip_batches: leave out those with a batch handler, of which there is no call for a single message; else it is
+                refused where it is for one.
 
         Raises:
             RegistrationError: it cannot be called so, is used already, or `on` names what is no message type; or it is for a
                 type with a batch handler, of which there is no call for a single message.
         """
-        made = layer(middleware, on)
+        made = layer(middleware, on, skip_batches=skip_batches)
         for kind, handlers in self._handlers.items():
-            if made.is_for(kind) and any(one.batching is not None for one in handlers):
+            if made.is_for(kind) and not skip_batches and any(one.batching is not None for one in handlers):
                 raise _no_middleware(kind, made)
         if any(known.middleware is middleware for known in self._layers):
             raise RegistrationError(f"{shown(middleware)} is used already; name all its types at once: on=(A, B)")
@@ -410,7 +419,10 @@ class Registry:
         return {wire_name(kind): self._plan(kind, handlers) for kind, handlers in self._handlers.items()}
 
     def _plan(self, message_type: type[Message], handlers: list[Registered]) -> Plan:
-        layers = tuple(one for one in self._layers if one.is_for(message_type))
+        batched = any(one.batching is not None for one in handlers)
+        layers = tuple(
+            one for one in self._layers if one.is_for(message_type) and not (batched and one.skip_batches)
+        )
         in_turn = sorted(handlers, key=lambda one: -one.priority)  # stable: of one priority as registered
         return Plan(message_type, tuple(self._composed(one, layers) for one in in_turn))
 
@@ -550,7 +562,7 @@ def _inspect(function: Handler, message_type: type[Message], *, takes_batch: boo
 def _no_middleware(kind: type[Message], one: Layer) -> RegistrationError:
     return RegistrationError(
         f"{kind.__name__} has a batch handler, and the middleware {shown(one.middleware)} is called for one message at a "
-        "time; name the types that it is for, without this one: bus.use(…, on=(Type, …))"
+        "time; say bus.use(…, skip_batches=True) to have it around all others, or name its types: bus.use(…, on=(Type, …))"
     )
 
 

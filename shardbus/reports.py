@@ -97,6 +97,18 @@ class Stalled(msgspec.Struct, frozen=True, tag="stalled"):
     what: str
 
 
+def told_left(dead: int, waiting: int, kept: str) -> str:
+    """What a bus that has ended leaves in its stores, for people; empty: nothing. `kept`: where; empty: in memory."""
+    if not (dead or waiting):
+        return ""
+    counted = ((dead, "dead letter"), (waiting, "waiting event"))
+    parts = [f"{count:,} {what}{'' if count == 1 else 's'}" for count, what in counted if count]
+    left = f"{' and '.join(parts)} {'is' if dead + waiting == 1 else 'are'}"
+    if not kept:
+        return f"{left} gone, with the memory in which they were; `serve --dead-letters URL` keeps them"
+    return f"{left} kept {kept}; the next `shardbus serve` there has them again"
+
+
 Report = Ready | BootFailed | Beat | AtRest | Drained | Stalled
 
 encode_report: Final = msgspec.msgpack.Encoder().encode

@@ -6,6 +6,7 @@ import asyncio
 
 import msgspec
 
+from shardbus.arguments import is_count, is_number, told_number
 from shardbus.errors import RegistrationError
 
 
@@ -39,12 +40,15 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
     on: type[BaseException] | tuple[type[BaseException], ...] = (Exception, asyncio.CancelledError)
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise RegistrationError(f"Retry(attempts={self.attempts}): a handler is called at least once")
-        if not (self.base_s >= 0 and self.factor >= 1 and self.cap_s >= self.base_s):
+        if not is_count(self.attempts) or self.attempts < 1:
             raise RegistrationError(
-                f"Retry(base_s={self.base_s:g}, factor={self.factor:g}, cap_s={self.cap_s:g}): needs 0 ≤ base_s ≤ cap_s "
-                "and factor ≥ 1"
+                f"Retry(attempts={self.attempts!r}): a handler is called at least once; give a whole number from 1 on"
+            )
+        numbers = (self.base_s, self.factor, self.cap_s)
+        if not (all(map(is_number, numbers)) and 0 <= self.base_s <= self.cap_s and self.factor >= 1):
+            base_s, factor, cap_s = map(told_number, numbers)
+            raise RegistrationError(
+                f"Retry(base_s={base_s}, factor={factor}, cap_s={cap_s}): needs numbers, 0 ≤ base_s ≤ cap_s and factor ≥ 1"
             )
         kinds = self.on if isinstance(self.on, tuple) else (self.on,)
         if not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):

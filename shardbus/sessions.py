@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from shardbus.errors import ClientClosed, UsageError
-from shardbus.messages import Command, Event, Message, key_getter
+from shardbus.messages import Command, Event, Message, key_getter, to_wire_key
 from shardbus.session_events import SessionEnded, SessionKept, SessionStarted
 from shardbus.streams import Stream
 from shardbus.subscriptions import Missed, Subscription
@@ -107,6 +107,7 @@ class Session:
     def __init__(self, host: Host, key: str, open_sessions: OpenSessions) -> None:
         if not isinstance(key, str) or not key:
             raise UsageError(f"session({key!r}): a session's key is a text")
+        to_wire_key(key)  # one that is too long is told here, not where it is entered
         self.key = key
         """The key that all its messages have."""
         self._host = host

@@ -314,6 +314,7 @@ class SqlStore:
             StoreError: it cannot be reached, is locked, was written by a shardbus with another schema, or holds rows of
                 a bus with another number of shards. Everything is released; `open()` may be called again.
         """
+        self._check_directory()  # the driver would leave a thread behind, which may outlive the event loop
         self._opened = True
         try:
             self._counts = await self._lay_out()
@@ -321,6 +322,12 @@ class SqlStore:
             await self.close()
             raise
         return self._counts
+
+    def _check_directory(self) -> None:
+        database = self._engine.url.database if self._sqlite else None
+        directory = os.path.dirname(database or "")
+        if directory and not os.path.isdir(directory):
+            raise StoreError(f"the store {self._name}: unable to open database file: there is no directory {directory}")
 
     @_to_its_end
     async def _lay_out(self) -> StoreCounts:

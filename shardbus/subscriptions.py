@@ -19,7 +19,7 @@ import msgspec
 
 from shardbus.config import Limits
 from shardbus.errors import ClientClosed, SubscriptionLost, UsageError
-from shardbus.messages import Event, WireKey, wire_name
+from shardbus.messages import Event, WireKey, from_wire_key, may_have_key, wire_name
 from shardbus.wire.codec import decode_batch, pack_keys
 from shardbus.wire.frames import (
     UNSUBSCRIBED,
@@ -493,6 +493,12 @@ def _check_types(event_types: Sequence[type[Event]], key: WireKey, types_max: in
             raise UsageError(f"subscribe takes types of events, and {kind!r} is none")
         if key is not None and kind.__shardbus_key__ is None:
             raise UsageError(f"{kind.__name__} has no key, so none of them has the key {key!r}")
+        if key is not None and not may_have_key(kind, key):
+            shown = from_wire_key(key)
+            raise UsageError(
+                f"key={shown!r} is a {type(shown).__name__}, and {kind.__name__} is declared with a key of another type, so "
+                "none of them has it; 42 is not '42'"
+            )
     if not 1 <= len(event_types) <= types_max:
         raise UsageError(f"subscribe to {len(event_types)} types of events: take 1 to {types_max}")
 

@@ -49,6 +49,7 @@ from shardbus.reports import (
     decode_report,
     encode_assignment,
     encode_boot,
+    told_left,
 )
 from shardbus.restart import GiveUp, RestartIn, RestartPolicy
 from shardbus.routing import ShardAddress, Table, even_slots
@@ -158,6 +159,7 @@ class Supervisor:
         self._rate: tuple[float, int, float] = (0.0, 0, 0.0)
         self._fold_timer: asyncio.TimerHandle | None = None
         self._spare: _Process | None = None
+        self._kept = ""  # where the stores are, where that outlives this process
         self._kernel_kills = kernel_kills()
         self._kernel_killed_at = -_MEMORY_S  # when that count was seen to change
 
@@ -172,6 +174,9 @@ class Supervisor:
         if self._options.until_stdin_closes:
             on_stdin_closed(lambda: None if self._stopping else self._on_signal())
         rundir = RunDir(self._options.address)
+        if self._store_url(rundir, 0) != MEMORY_URL:
+            on_ram = f"{rundir.state}, on RAM, until this machine ends"
+            self._kept = f"in {self._options.dead_letters or on_ram}"
         is_first = not rundir.shards_before()
         listener = ZmqListener()
         try:
@@ -258,7 +263,7 @@ class Supervisor:
             await self._wait(0.1)
         lines = self._not_drained()
         for peer, request in self._drain_asked:
-            self._answer(peer, request, lines)
+            self._answer(peer, request, {"left": lines, "stores": self.told_left()})
         if self._drain_asked:
             await asyncio.sleep(0.1)  # the last frames leave with the socket's own thread
 
@@ -666,6 +671,11 @@ class Supervisor:
             total = sum(one.evidence.book.counters().handled for one in self._workers)
             self._rate = (now, total, (total - handled) / (now - at) if at else 0.0)
             self._memory_ran_out()
+
+    def told_left(self) -> str:
+        """What is left in the stores, and where, in a line; empty: nothing is."""
+        stored = [worker.stored for worker in self._workers]
+        return told_left(sum(one.dead for one in stored), sum(one.waiting for one in stored), self._kept)
 
     def _ready_line(self) -> str:
         workers = f"{self._options.workers} worker{'s' if self._options.workers != 1 else ''}"

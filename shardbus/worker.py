@@ -163,6 +163,7 @@ async def _serve(
         beats = asyncio.get_running_loop().create_task(_beat_on(shard, pipe))
         left = await _drain(shard, spec.drain_s, pipe, end)
         beats.cancel()
+        pipe.send(encode_report(_beat(shard)))  # what its store holds in the end
         rows = shard.counts.dead + shard.counts.waiting
         pipe.send(encode_report(Drained(left[:20], len(left), shard.backlog, rows)))
         return 0

@@ -127,7 +127,9 @@ class Router(_Socket):
         except zmq.ZMQError as error:
             self._socket.close(0)
             if error.errno == zmq.EADDRINUSE:
-                raise ConfigError(f"{address} is in use: another program listens there") from error
+                raise ConfigError(
+                    f"{address} is in use: another program listens there; name another with --bind"
+                ) from error
             if error.errno == errno.ENODEV:
                 raise ConfigError(
                     f"cannot listen at {address}: its host cannot be found here; name an address of this machine, for "

@@ -22,7 +22,7 @@ FACE = "shardbus"
 # Lowest first. A module imports modules of earlier lines only; those on one line do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config",),
+    ("config", "arguments"),
     ("clock",),
     ("addresses",),
     ("messages",),

@@ -1,6 +1,7 @@
 """Time that a test controls: timers of the running event loop fire when `Clock.advance` comes to them, and not before.
 
-Owns what it puts in the place of the loop's `time`, `call_later` and `call_at`, for as long as its block is open: with them
+Owns what it puts in the place of the loop's `time`, `call_later` and `call_at`, and around its selector's `select`, for as
+long as its block is open: with them
 `asyncio.sleep` and `asyncio.timeout` stand still, too, the test's own as well. Threads and sockets go on as ever.
 """
 
@@ -21,6 +22,7 @@ import msgspec
 _NS: Final = 1_000_000_000
 _ROUNDING_NS: Final = 1000  # what comes so much behind the end of `advance` was meant to come at it
 _TURNS_MAX: Final = 1_000_000
+_RUN_UNTIL_COMPLETE: Final = asyncio.base_events._run_until_complete_cb  # type: ignore[attr-defined]
 _PATCHED: Final = ("time", "call_soon", "call_later", "call_at", "run_in_executor")
 
 
@@ -51,10 +53,18 @@ class Clock:
     Args:
         tick: is called whenever time has passed; it returns after how many seconds at the latest it is to be called
             again, None: that does not matter.
+        stuck: is called, once, when the loop has had nothing to do for `stuck_s` real seconds: whoever waits then waits for
+            time to pass, or for ever. Only with an event loop of asyncio's own.
     """
 
-    def __init__(self, tick: Callable[[], float | None]) -> None:
+    def __init__(
+        self, tick: Callable[[], float | None], stuck: Callable[[], None] = lambda: None, stuck_s: float = math.inf
+    ) -> None:
         self._tick = tick
+        self._stuck = stuck
+        self._stuck_s = stuck_s
+        self._idle_s = 0.0
+        self._selector: Any = None
         self._loop: Any = None
         # Whole nanoseconds: to a float of many seconds a nanosecond adds nothing, and whoever waits for that waits for ever.
         self._now_ns = 0
@@ -75,6 +85,10 @@ class Clock:
         ours = (lambda: self._now_ns / _NS, self._call_soon, self._call_later, self._call_at, self._run_in_executor)
         for name, function in zip(_PATCHED, ours, strict=True):
             setattr(self._loop, name, function)
+        self._selector = getattr(self._loop, "_selector", None)
+        if self._selector is not None and self._stuck_s < math.inf:
+            self._real_select = self._selector.select
+            self._selector.select = self._select
         return self
 
     def __exit__(
@@ -82,6 +96,20 @@ class Clock:
     ) -> None:
         for name in _PATCHED:
             delattr(self._loop, name)
+        if self._selector is not None and self._stuck_s < math.inf:
+            del self._selector.select
+
+    def main_task(self) -> asyncio.Task[Any] | None:
+        """The task that the loop runs until it is complete: the test's, or the program's."""
+        for task in asyncio.all_tasks(self._loop):
+            if any(callback is _RUN_UNTIL_COMPLETE for callback, _ in getattr(task, "_callbacks", None) or ()):
+                return task
+        return None
+
+    def next_s(self) -> float | None:
+        """After how many seconds the next timer is due; None: there is none."""
+        due_ns = [due for due, _, timer in self._timers if timer.callback is not None]
+        return (min(due_ns) - self._now_ns) / _NS if due_ns else None
 
     def now_ns(self) -> int:
         """Nanoseconds of a clock that never goes back."""
@@ -165,6 +193,21 @@ class Clock:
         timer = Timer(callback, args, contextvars.copy_context() if context is None else context, due_ns / _NS)
         heappush(self._timers, (due_ns, next(self._numbers), timer))
         return timer
+
+    def _select(self, timeout: float | None = None) -> Any:
+        """What wakes the loop. It stops here only when nothing is ready to run."""
+        if self._threads or (timeout is not None and timeout <= 0):
+            self._idle_s = 0.0
+            return self._real_select(timeout)
+        left_s = self._stuck_s - self._idle_s
+        if left_s <= 0:  # told already
+            return self._real_select(timeout)
+        began = time.monotonic()
+        events = self._real_select(left_s if timeout is None else min(timeout, left_s))
+        self._idle_s = 0.0 if events else self._idle_s + max(0.001, time.monotonic() - began)
+        if self._idle_s >= self._stuck_s:
+            self._stuck()
+        return events
 
     def _run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = self._real_executor(executor, function, *args)

@@ -13,6 +13,8 @@ the same way every time.
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -23,6 +25,7 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec.structs import replace
 
+from shardbus.arguments import check_count, is_number
 from shardbus.client import Client
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.context import Context, message_id
@@ -37,11 +40,15 @@ from shardbus.testing.cluster import CONTROL, Cluster, ClusterConnector
 from shardbus.wire.codec import decode_batch
 from shardbus.wire.frames import Data, Hello, decode_to_worker
 
+log = logging.getLogger("shardbus.testing")
+
 _SHARDS_MAX: Final = 64
 _BOOK: Final = {"keys": 4096, "publishers": 4, "log_bytes": 256 * 1024}
 _JOURNAL: Final = {"suspended": 256, "suspects": 256}
 _LIMITS: Final = replace(DEFAULT_LIMITS, ack_delay_s=0.0)  # acks come without time passing
 _BUSY_TICK_S: Final = 0.1  # a client's, while something of it is unfinished
+
+_WAITING_SHOWN: Final = 5  # handlers, where a test cannot go on
 
 When = Literal["before", "after"]
 
@@ -61,7 +68,10 @@ class Published(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Handled(msgspec.Struct, frozen=True, kw_only=True):
-    """A call of a handler of an event that has ended; `error` is what it raised, None: nothing."""
+    """A call of a handler of an event that has ended; `error` is what it raised, None: nothing.
+
+    Of a batch handler there is one for each event of the call; `error` is what it said of that.
+    """
 
     id: str
     event: Any
@@ -85,8 +95,12 @@ class Kit(Cluster):
     ticks = False
     lingers = True
 
-    def __init__(self, registry: Registry, shards: int, seed: int, limits: Limits) -> None:
-        self.clock = Clock(self._tick)
+    def __init__(self, registry: Registry, shards: int, seed: int, limits: Limits, stuck_s: float) -> None:
+        self.clock = Clock(self._tick, self._be_stuck, stuck_s)
+        self.stuck = ""
+        """Why the test cannot go on; empty: it can."""
+        self._stuck_s = stuck_s
+        self._running: dict[object, str] = {}  # handlers that were called and have not ended
         super().__init__(
             shards,
             now_ns=self.clock.now_ns,
@@ -133,7 +147,7 @@ class Kit(Cluster):
 
     async def advance(self, seconds: float) -> None:
         """Let time pass, and run all that is due meanwhile, each at its instant: retries, schedules, time-outs, `sleep`s."""
-        if not 0 <= seconds < float("inf"):
+        if not (is_number(seconds) and 0 <= seconds < math.inf):
             raise UsageError(f"advance({seconds!r}): time passes by seconds from 0 on")
         await self.clock.advance(seconds)
 
@@ -291,6 +305,24 @@ class Kit(Cluster):
             await asyncio.sleep(down_s)
         await self._begin(at)
 
+    def _be_stuck(self) -> None:
+        """End the test: it waits for something that does not come by itself."""
+        handlers = list(self._running.values())
+        told = "; ".join(handlers[:_WAITING_SHOWN]) or "none"
+        if len(handlers) > _WAITING_SHOWN:
+            told += f"; and {len(handlers) - _WAITING_SHOWN} more"
+        next_s = self.clock.next_s()
+        due = "no timer is set" if next_s is None else f"the next timer is due in {next_s:g} s"
+        self.stuck = (
+            f"the test waits and nothing goes on: time stands still until `await kit.advance(…)`, where {due}, and in "
+            f"{self._stuck_s:g} s nothing has come from outside. Handlers that wait: {told}. Await what needs time to pass "
+            "as a task beside `advance`"
+        )
+        log.error("%s", self.stuck)
+        task = self.clock.main_task()
+        if task is not None:
+            task.cancel(self.stuck)
+
     # -- inside: frames
 
     def carry(self, frame: bytes, deliver: Callable[[bytes], None]) -> None:
@@ -368,17 +400,38 @@ class Kit(Cluster):
     def _watched(self, handler: Registered, at: int, is_command: bool) -> Registered:
         incarnation = self.counters[at]
 
-        async def call(message: Any, context: Context) -> Any:
+        async def call(message: Any, context: Any) -> Any:  # of a batch handler, both are lists
             if handler.in_thread:
                 self.clock.thread_begins()
+            running = object()
+            first, its = (message[0], context[0]) if handler.batching else (message, context)
+            more = f" and {len(message) - 1} more" if handler.batching and len(message) > 1 else ""
+            what = f"{type(first).__name__} with the key {its.key!r}{more}"
+            self._running[running] = f"{handler.name} of {what} (shard {at}, attempt {its.attempt})"
             try:
                 outcome = handler.call(message, context) if handler.wants_context else handler.call(message)
                 return await outcome if hasattr(outcome, "__await__") else outcome
             finally:
+                del self._running[running]
                 if handler.in_thread:
                     self.clock.thread_ended()
 
-        async def watched(message: Any, context: Context) -> Any:
+        def note(message: Any, context: Any, outcome: Any) -> None:
+            together = zip(message, context, strict=True) if handler.batching else [(message, context)]
+            for number, (event, its) in enumerate(together):
+                error = outcome[number] if isinstance(outcome, list | tuple) and number < len(outcome) else outcome
+                self.handled.append(
+                    Handled(
+                        id=its.message_id,
+                        event=event,
+                        handler=handler.name,
+                        shard=at,
+                        attempt=its.attempt,
+                        error=error if isinstance(error, BaseException) else None,
+                    )
+                )
+
+        async def watched(message: Any, context: Any) -> Any:
             if is_command:
                 return await call(message, context)
             self._calls += 1
@@ -386,26 +439,15 @@ class Kit(Cluster):
             if fault is not None and (fault.what, fault.when) == ("kill", "before"):
                 await self._die(at, incarnation, fault.down_s)
             for again in range(2):
-                error: BaseException | None = None
                 try:
                     outcome = await call(message, context)
-                except BaseException as raised:
-                    error = raised
+                except BaseException as error:
+                    note(message, context, error)
                     raise
-                finally:
-                    self.handled.append(
-                        Handled(
-                            id=context.message_id,
-                            event=message,
-                            handler=handler.name,
-                            shard=at,
-                            attempt=context.attempt,
-                            error=error,
-                        )
-                    )
+                note(message, context, outcome if handler.batching else None)
                 if fault is None or fault.what != "duplicate" or again:
                     break
-                context = _redelivery(context)
+                context = [_redelivery(one) for one in context] if handler.batching else _redelivery(context)
             if fault is not None and fault.what == "kill":
                 await self._die(at, incarnation, fault.down_s)
             return outcome
@@ -439,6 +481,7 @@ async def run(
     seed: int = 0,
     limits: Limits = _LIMITS,
     middleware: tuple[PublishMiddleware, ...] = (),
+    stuck_s: float = 10.0,
 ) -> AsyncIterator[Kit]:
     """Run an application in the test's process: `async with testing.run(bus, shards=2) as kit`.
 
@@ -453,19 +496,28 @@ async def run(
         seed: of all that is left to chance.
         limits: the bounds of the bus.
         middleware: of `kit.client`, as for `shardbus.connect`.
+        stuck_s: real seconds after which a test is ended in which nothing goes on by itself; the error names the handlers
+            that wait, and their keys. `math.inf`: never, for a test that waits for other programs for so long.
 
     Raises:
-        UsageError: a number of shards out of range.
+        UsageError: a number of shards out of range; or the test waits for what never comes.
         BaseException: a defect of the bus, at the end of the block.
     """
-    if not 1 <= shards <= _SHARDS_MAX:
-        raise UsageError(f"shards={shards}: take 1 to {_SHARDS_MAX}")
+    check_count("shards", shards, 1, _SHARDS_MAX)
     make_client = client_class(middleware)
-    kit = Kit(bus, shards, seed, limits)
+    if not is_number(stuck_s) or not stuck_s > 0:
+        raise UsageError(f"stuck_s={stuck_s!r}: give seconds above 0, or math.inf")
+    kit = Kit(bus, shards, seed, limits, stuck_s)
     with kit.clock:
         try:
             await kit.open(make_client)
             yield kit
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not kit.stuck or task is None or task is not kit.clock.main_task():
+                raise
+            task.uncancel()
+            raise UsageError(kit.stuck) from None
         finally:
             await kit.close()
     if kit.broken:

@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 
-from shardbus import Breaker, Bus, Client, Command, Context, Event, Retry
+from shardbus import (
+    Breaker,
+    Bus,
+    Client,
+    Command,
+    CommandFailed,
+    Context,
+    Event,
+    RegistrationError,
+    Retry,
+    UsageError,
+)
 from shardbus.local import run_local
 from shardbus.testing import MemoryRows, MemoryStore
 
@@ -547,3 +558,94 @@ async def test_whatever_fails_each_key_has_its_outcomes_in_order(seed: int, rows
         assert first_calls[key] == sorted(first_calls[key])
         assert order[key] == list(range(1, sent[key] + 1))
     assert not rows.waiting
+
+
+# -- what its handlers send
+
+
+async def test_a_command_of_a_key_in_the_batch_is_refused_at_once_and_of_another_is_executed(bus: Bus, run: Run):
+    told: list[str] = []
+    replies: list[int] = []
+
+    @bus.on(Step, batch=8)
+    async def step(events: list[Step], contexts: list[Context]) -> None:
+        for context in (contexts[0], contexts[0].with_headers({"a": "b"})):
+            for event in events:
+                with pytest.raises(UsageError) as raised:
+                    await context.execute(Ask(key=event.key), timeout=3600)
+                told.append(str(raised.value))
+            replies.append(await context.execute(Ask(key="elsewhere"), timeout=3600))
+
+    @bus.command(Ask)
+    async def answer(command: Ask) -> int:
+        return 7
+
+    async with run(bus) as client:
+        await client.publish_many([Step(key=key) for key in ("a", "b", "c")])
+        assert (await client.flush(10)).handled == 3
+    assert replies == [7, 7]
+    assert [line.partition(" and ")[0] for line in told] == 2 * [
+        f"Ask has the key {key!r} of an event of the batch that is being handled," for key in ("a", "b", "c")
+    ]
+    assert all("Call what that command's handler calls, or publish an event" in line for line in told)
+
+
+class Through(Command[int], key="key"):
+    """Its handler executes a command of the key `to`."""
+
+    key: str
+    to: str
+
+
+async def test_a_ring_through_another_key_of_the_batch_is_refused_where_it_would_close(bus: Bus, run: Run):
+    told: list[str] = []
+
+    @bus.on(Step, batch=8)
+    async def step(events: list[Step], contexts: list[Context]) -> None:
+        with pytest.raises(CommandFailed) as raised:
+            await contexts[0].execute(Through(key="elsewhere", to=events[-1].key), timeout=3600)
+        told.append(raised.value.error)
+
+    @bus.command(Through)
+    async def through(command: Through, context: Context) -> int:
+        return await context.execute(Ask(key=command.to), timeout=3600)
+
+    bus.command(Ask)(lambda command: 7)
+    async with run(bus) as client:
+        await client.publish_many([Step(key=key) for key in ("a", "b", "c")])
+        assert (await client.flush(10)).handled == 3
+    assert [line.partition(",")[0] for line in told] == [
+        "Ask would close a ring: its key 'c' is held by a handler that waits"
+    ]
+
+
+# -- middleware
+
+
+async def test_a_middleware_may_leave_out_what_goes_together(bus: Bus, run: Run):
+    around: list[str] = []
+
+    async def middleware(message: Any, context: Context, call_next: Any) -> Any:
+        around.append(type(message).__name__)
+        return await call_next(message, context)
+
+    bus.on(Step, batch=8)(lambda events: None)
+    with pytest.raises(RegistrationError, match=r"Step has a batch handler, .* say bus\.use\(…, skip_batches=True\)"):
+        bus.use(middleware)
+    bus.use(middleware, skip_batches=True)
+    bus.on(Other)(lambda event: None)
+    bus.on(Loose, batch=8)(lambda events: None)
+    async with run(bus) as client:
+        for event in (Step(key="a"), Other(key="a"), Loose()):
+            await client.publish(event)
+        assert (await client.flush(10)).handled == 3
+    assert around == ["Other"]
+
+
+def test_a_batch_handler_behind_a_middleware_for_all_is_refused_with_what_to_say(bus: Bus):
+    async def middleware(message: Any, context: Context, call_next: Any) -> Any:
+        return await call_next(message, context)
+
+    bus.use(middleware)
+    with pytest.raises(RegistrationError, match="to have it around all others, or name its types"):
+        bus.on(Step, batch=8)

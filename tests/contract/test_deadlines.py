@@ -110,25 +110,6 @@ async def test_a_deadline_holds_across_a_restart_where_the_event_waits_in_the_st
     assert ([letter.reason for letter in letters], calls) == (["expired"], [0])
 
 
-async def test_where_an_event_that_is_late_has_a_key_that_parks_the_key_parks():
-    bus, handled, go_on = Bus("late"), list[int](), asyncio.Event()
-
-    @bus.on(Step, on_dead_letter="park")
-    async def step(event: Step) -> None:
-        handled.append(event.n)
-        await go_on.wait()
-
-    async with bus.local() as client:
-        for n in range(1, 4):
-            await client.publish(Step(key="a", n=n), deadline=0.01 if n == 2 else None)
-        await asyncio.sleep(0.05)
-        go_on.set()
-        assert (await client.flush(10)).waiting == 1
-        await client.redrive()
-        while handled != [1, 2, 3]:  # noqa: ASYNC110 - what it looks at tells nobody
-            await asyncio.sleep(0.001)
-
-
 async def test_handlers_see_how_much_time_is_left():
     bus, seen = Bus("late"), list[float | None]()
 

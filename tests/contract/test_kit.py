@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -373,3 +374,87 @@ async def test_what_a_handler_publishes_is_handled_in_the_same_settling_and_reco
         assert (await kit.client.flush()).handled == 1
         await kit.advance(3600.0)
         assert len(kit.handled) == 2
+
+
+# -- a test that cannot go on
+
+
+async def test_a_test_that_waits_for_what_never_comes_is_told_which_handlers_wait_for_which_keys():
+    stuck = Bus("stuck")
+
+    @stuck.on(Reminder)
+    async def wait(event: Reminder) -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(UsageError) as raised:  # noqa: PT012 - leaving the block raises
+        async with testing.run(stuck, stuck_s=0.05) as kit:
+            await kit.client.publish(Reminder(order="a"))
+            await kit.client.publish(Reminder(order="b"))
+            await kit.client.flush()
+    told = str(raised.value)
+    assert "the test waits and nothing goes on: time stands still until `await kit.advance(…)`" in told
+    for key in "ab":
+        assert f"wait of Reminder with the key '{key}' (shard 0, attempt 1)" in told
+
+
+async def test_a_test_that_waits_where_time_stands_still_is_told_when_something_is_due():
+    stuck = Bus("stuck")
+
+    @stuck.on(Reminder, retry=Retry(attempts=2, base_s=1000.0, cap_s=1000.0))
+    async def fail(event: Reminder) -> None:
+        raise ConnectionError
+
+    with pytest.raises(UsageError, match=r"where the next timer is due in [\d.]+ s, .* Handlers that wait: none"):
+        async with testing.run(stuck, stuck_s=0.05):
+            await asyncio.sleep(5)
+
+
+@pytest.mark.parametrize("stuck_s", [0, -1, "10", None, float("nan")])
+async def test_a_limit_for_a_test_that_is_none_is_refused(stuck_s: Any):
+    with pytest.raises(UsageError, match=r"stuck_s=.*: give seconds above 0, or math\.inf"):
+        async with testing.run(Bus("any"), stuck_s=stuck_s):
+            pass
+
+
+async def test_a_test_in_which_a_thread_works_is_not_stuck():
+    slow = Bus("slow")
+
+    @slow.on(Reminder, in_thread=True)
+    def work(event: Reminder) -> None:
+        time.sleep(0.2)
+
+    async with testing.run(slow, stuck_s=0.02) as kit:
+        await kit.client.publish(Reminder(order="a"))
+        await kit.settle()
+        assert len(kit.handled) == 1
+
+
+async def test_a_batch_handler_is_watched_event_by_event_and_may_be_called_twice():
+    batches = Bus("batches")
+    attempts: list[list[int]] = []
+
+    @batches.on(Ordered, batch=8, retry=Retry(attempts=1))
+    async def take(events: list[Ordered], contexts: list[Context]) -> list[Exception | None]:
+        attempts.append([one.attempt for one in contexts])
+        return [ValueError("bad") if event.n == 2 else None for event in events]
+
+    async with testing.run(batches) as kit:
+        kit.duplicate_at(1)
+        await kit.client.publish_many([Ordered(order=f"o{n}", n=n) for n in range(3)])
+        await kit.settle()
+        assert [(one.event.n, str(one.error)) for one in kit.handled] == [(0, "None"), (1, "None"), (2, "bad")] * 2
+        assert [one.error for one in await kit.dead_letters()] == ["bad"]
+    assert attempts == [[1, 1, 1], [2, 2, 2]]
+
+
+async def test_a_batch_handler_that_waits_for_ever_is_named_with_its_first_key():
+    batches = Bus("batches")
+
+    @batches.on(Ordered, batch=8)
+    async def take(events: list[Ordered]) -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(UsageError, match=r"take of Ordered with the key 'o0' and 2 more \(shard 0, attempt 1\)"):  # noqa: PT012 - leaving the block raises
+        async with testing.run(batches, stuck_s=0.05) as kit:
+            await kit.client.publish_many([Ordered(order=f"o{n}", n=n) for n in range(3)])
+            await kit.client.flush()

@@ -422,3 +422,54 @@ async def test_many_keys_may_be_parked_at_once_and_all_come_back_in_order(applic
         assert await client.redrive() == 200
         await until(lambda: len(application.ran) == 1000)
     assert all(application.of(key) == [0, 1, 2, 3, 4] for key in keys)
+
+
+# -- what was too late
+
+
+class Late(Event, key="key"):
+    key: str
+    n: int = 0
+
+
+@pytest.mark.parametrize("batch", [None, 8], ids=["one", "batch"])
+async def test_an_event_that_was_too_late_parks_nothing_because_nothing_has_failed(batch: int | None):
+    bus = Bus("late")
+    ran: list[int] = []
+
+    @bus.on(Step)
+    async def hold(event: Step) -> None:
+        await asyncio.sleep(0.05)
+
+    def take(events: Any) -> None:
+        ran.extend(one.n for one in (events if batch else [events]))
+
+    bus.on(Late, on_dead_letter="park", batch=batch)(take)
+    async with run_local(bus, stores=[MemoryStore()]) as client:
+        await client.publish(Step(key="a"))
+        await client.publish(Late(key="a", n=1), deadline=0.001)
+        await client.publish(Late(key="a", n=2))
+        ledger = await client.flush(10)
+        assert (ledger.handled, ledger.dead, ledger.waiting) == (2, 1, 0)
+        (letter,) = await client.dead_letters()
+        assert (letter.reason, letter.parked) == ("expired", False)
+    assert ran == [2]
+
+
+async def test_an_event_that_a_parking_handler_gave_up_parks_also_where_the_deadline_ends_the_rest():
+    bus = Bus("late")
+
+    @bus.on(Late, retry=ONCE, on_dead_letter="park")
+    async def give_up(event: Late) -> None:
+        raise ValueError("for good")
+
+    @bus.on(Late, retry=Retry(attempts=1000, base_s=0.01))
+    async def go_on(event: Late) -> None:
+        raise ConnectionError("again")
+
+    async with run_local(bus, stores=[MemoryStore()]) as client:
+        await client.publish(Late(key="a"), deadline=0.05)
+        assert (await client.flush(10)).dead == 1
+        (letter,) = await client.dead_letters()
+        assert (letter.reason, letter.parked) == ("expired", True)
+        assert await client.purge() == 1

@@ -662,3 +662,44 @@ async def test_a_batch_handler_publishes_through_the_context_of_each_of_its_even
         assert (await client.flush(10)).handled == 16
     assert max(batches) > 1
     assert len({context.causation_id for context in children}) == 8
+
+
+# -- headers
+
+
+async def test_as_many_headers_as_a_program_may_give_go_on_with_all_that_the_bus_adds():
+    own = {f"h{n}": "x" for n in range(26)}
+    bus = Bus("headers")
+    heard: list[dict[str, str]] = []
+    told: list[str] = []
+
+    @bus.on(Order)
+    async def order(event: Order, context: Context) -> None:
+        for headers in (own, own | {"one": "more"}):
+            try:
+                await context.publish(Shipped(parcel="p"), headers=headers)
+                await context.execute(Other(order="elsewhere"), headers=headers)
+            except UsageError as error:
+                told.append(str(error))
+        if context.attempt == 1:
+            raise ConnectionError("again, so that its children are marked as repeated")
+
+    @bus.on(Shipped)
+    async def shipped(event: Shipped, context: Context) -> None:
+        heard.append(dict(context.headers))
+
+    @bus.command(Other)
+    async def other(command: Other, context: Context) -> int:
+        heard.append(dict(context.headers))
+        return 1
+
+    trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=b"}
+    async with bus.local() as client:
+        await client.publish(Order(order="o"), headers={"correlation-id": "c", **trace})
+        assert (await client.flush(20)).handled == 1
+        with pytest.raises(UsageError, match="27 headers; the limit is 26; what is more belongs into the message"):
+            await client.publish(Order(order="o"), headers=own | {"one": "more"})
+    assert told == ["27 headers; the limit is 26; what is more belongs into the message"] * 2
+    assert len(heard) == 4
+    assert all(own.items() | trace.items() <= headers.items() for headers in heard)
+    assert max(map(len, heard)) == 32

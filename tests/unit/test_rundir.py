@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shardbus.addresses import Address, parse_address
-from shardbus.errors import BootError
+from shardbus.errors import BootError, ConfigError
 from shardbus.rundir import RunDir
 
 
@@ -61,3 +61,45 @@ def test_whoever_holds_a_lock_that_was_removed_meanwhile_takes_the_new_one(
     with pytest.raises(BootError):
         RunDir(address)
     taken.close(forget=True)
+
+
+def test_a_directory_with_other_things_in_it_is_not_taken(tmp_path: Path):
+    (tmp_path / "letters.txt").touch()
+    with pytest.raises(ConfigError) as raised:
+        RunDir(parse_address(f"ipc://{tmp_path}"))
+    assert str(raised.value) == (
+        f"{tmp_path} holds other things ('letters.txt'), and a bus owns its directory; name one that is empty or not there "
+        f"yet, for instance ipc://{tmp_path}/shardbus"
+    )
+
+
+def test_a_file_in_the_place_of_the_directory_is_told(tmp_path: Path):
+    (tmp_path / "bus").touch()
+    with pytest.raises(ConfigError, match=f"cannot use the directory {tmp_path}/bus: Not a directory"):
+        RunDir(parse_address(f"ipc://{tmp_path}/bus"))
+
+
+def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(path: str, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "makedirs", refuse)
+    with pytest.raises(ConfigError, match=f"cannot use the directory {tmp_path}/bus: Permission denied"):
+        RunDir(parse_address(f"ipc://{tmp_path}/bus"))
+
+
+def test_a_directory_that_cannot_be_closed_to_others_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(path: str, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    (tmp_path / "bus").mkdir(mode=0o755)
+    monkeypatch.setattr(os, "chmod", refuse)
+    with pytest.raises(ConfigError, match=f"cannot make {tmp_path}/bus private: Operation not permitted"):
+        RunDir(parse_address(f"ipc://{tmp_path}/bus"))
+
+
+def test_a_directory_of_another_user_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "bus").mkdir(mode=0o700)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000)
+    with pytest.raises(ConfigError, match="bus is not a directory of this user's; remove it, or name another with --bind"):
+        RunDir(parse_address(f"ipc://{tmp_path}/bus"))
