@@ -272,9 +272,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     Rates in events per second; `achieved_rate` is what reached its outcome within the measured window, as its publisher
     learnt from acks, over the window's length. `lost`: published, finished by nobody, and not waiting in a store.
-    `not_delivered`: not finished when the flush gave up. `waiting`: still in a store, at most. `duplicates`: all
-    repeats; `redelivered`: those that said so. `unchecked`: events of keys that the shards no longer remembered.
-    Times run from the intended instant: `send_lag_us` to the publish call, `latency_us` (the response time) to the end of
+    `not_delivered`: not finished when the flush gave up, and nothing shows that it is since. `waiting`: still in a store, at
+    most. An event that came again counts by its first outcome, so published = handled + dead-lettered + waiting + lost +
+    not delivered. `duplicates`: all repeats; `redelivered`: those that said so. `unchecked`: events of keys that the shards
+    no longer remembered. Times run from the intended instant: `send_lag_us` to the publish call, `latency_us` (the response time) to the end of
     the handler, or, for a command, to its reply. It is the sum of two, for each event: `queue_us`, to the beginning of the
     handler (with the send lag in it), and `service_us`, the handler's own time, of the attempt that settled the event.
     Nobody measures these two of a command. All three are null where they would mislead; `notes` say why.
@@ -374,13 +375,17 @@ def held_against(report: Report, expectations: Sequence[Expectation]) -> Report:
 
 
 class Account(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the published events are, by the evidence; see `Report` for the words."""
+    """Where the published events are, by the evidence; see `Report` for the words. All but `duplicates` add up to what was
+    published and not dropped. `unrecognised` are the repeats that no shard knew for such.
+    """
 
     handled: int
     dead_lettered: int
     waiting: int
     lost: int
+    not_delivered: int = 0
     duplicates: int
+    unrecognised: int = 0
 
 
 def account(result: DriverResult, totals: Totals, bus_waiting: int) -> Account:
@@ -391,16 +396,22 @@ def account(result: DriverResult, totals: Totals, bus_waiting: int) -> Account:
     More outcomes than events can only be repeats that no shard recognised: unannounced ones.
     """
     final = result.final
-    gap = final.published - final.dropped - final.in_flight - totals.distinct
-    waiting = min(max(0, gap), final.waiting, bus_waiting)
+    kept = final.published - final.dropped
+    unrecognised = max(0, totals.distinct - kept)
+    settled = totals.distinct - unrecognised
+    dead = min(totals.dead, settled)
     # What was in flight when the flush gave up may have been handled and not been heard of.
-    surplus = max(0, totals.distinct - (final.published - final.dropped))
+    not_delivered = min(final.in_flight, kept - settled)
+    gap = kept - settled - not_delivered
+    waiting = min(gap, final.waiting, bus_waiting)
     return Account(
-        handled=totals.distinct - totals.dead - surplus,
-        dead_lettered=totals.dead,
+        handled=settled - dead,
+        dead_lettered=dead,
         waiting=waiting,
-        lost=max(0, gap) - waiting,
-        duplicates=totals.repeats + surplus,
+        lost=gap - waiting,
+        not_delivered=not_delivered,
+        duplicates=totals.repeats + unrecognised,
+        unrecognised=unrecognised,
     )
 
 
@@ -506,14 +517,14 @@ def make_report(
     return Report(
         verdict=judgement.verdict,
         reasons=judgement.reasons,
-        notes=(*([silence] if silence else []), *_notes(result, totals, observed)),
+        notes=(*([silence] if silence else []), *_notes(result, totals, books, observed)),
         offered_rate=offered_rate,
         achieved_rate=achieved_rate,
         published=result.final.published,
         handled=books.handled,
         dead_lettered=books.dead_lettered,
         lost=books.lost,
-        not_delivered=result.final.in_flight,
+        not_delivered=books.not_delivered,
         waiting=books.waiting,
         duplicates=books.duplicates,
         redelivered=totals.announced,
@@ -560,7 +571,7 @@ def _why_no_latency(spec: LoadSpec, judgement: Judgement, *, lost: int, one_cloc
     return ""
 
 
-def _notes(result: DriverResult, totals: Totals, observed: Observed) -> Sequence[str]:
+def _notes(result: DriverResult, totals: Totals, books: Account, observed: Observed) -> Sequence[str]:
     notes = []
     if observed.unseen:
         notes.append(f"not always seen, so their processor time and memory may be too low: {', '.join(observed.unseen)}")
@@ -568,6 +579,17 @@ def _notes(result: DriverResult, totals: Totals, observed: Observed) -> Sequence
         notes.append(
             f"{totals.unchecked:,} events could not be checked for order and repeats: their keys were more than the shards "
             "remember"
+        )
+    final = result.final
+    if books.unrecognised and totals.dead:
+        notes.append(
+            f"the dead letters are not exact: {books.unrecognised:,} outcomes were more than there were events, and nobody "
+            "knows whether those were among them"
+        )
+    elif not (books.lost or final.waiting or final.in_flight) and final.dead != totals.dead:
+        notes.append(
+            f"by the acks, which tell the last outcome, {final.dead:,} events became dead letters, and by the first "
+            f"{totals.dead:,}: some came again after their worker had ended, and ended otherwise"
         )
     measured = sum(result.send_lag_us.values())
     unmeasured = measured - totals.samples

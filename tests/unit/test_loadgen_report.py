@@ -275,7 +275,7 @@ ACCOUNTS: list[tuple[str, Counts, Totals, int, Account]] = [
         counts(120, handled=100, in_flight=20),
         totals(105),
         0,
-        Account(handled=105, dead_lettered=0, waiting=0, lost=0, duplicates=0),
+        Account(handled=105, dead_lettered=0, waiting=0, lost=0, not_delivered=15, duplicates=0),
     ),
     (
         "dropped by a policy that was chosen is not lost",
@@ -289,7 +289,21 @@ ACCOUNTS: list[tuple[str, Counts, Totals, int, Account]] = [
         counts(120, handled=120),
         totals(123, repeats=2, announced=2),
         0,
-        Account(handled=120, dead_lettered=0, waiting=0, lost=0, duplicates=5),
+        Account(handled=120, dead_lettered=0, waiting=0, lost=0, duplicates=5, unrecognised=3),
+    ),
+    (
+        "… also where all were dead: no count is ever below zero",
+        counts(120, dead=120),
+        totals(130, dead=130),
+        0,
+        Account(handled=0, dead_lettered=120, waiting=0, lost=0, duplicates=10, unrecognised=10),
+    ),
+    (
+        "finished after the flush gave up, and dead by then",
+        counts(120, handled=90, dead=10, in_flight=20),
+        totals(118, dead=28),
+        0,
+        Account(handled=90, dead_lettered=28, waiting=0, lost=0, not_delivered=2, duplicates=0),
     ),
 ]
 
@@ -298,7 +312,32 @@ ACCOUNTS: list[tuple[str, Counts, Totals, int, Account]] = [
     ("final", "evidence", "bus_waiting", "expected"), [row[1:] for row in ACCOUNTS], ids=[row[0] for row in ACCOUNTS]
 )
 def test_account(final: Counts, evidence: Totals, bus_waiting: int, expected: Account) -> None:
-    assert account(result(final), evidence, bus_waiting) == expected
+    found = account(result(final), evidence, bus_waiting)
+    assert found == expected
+    everywhere = found.handled + found.dead_lettered + found.waiting + found.lost + found.not_delivered
+    assert everywhere == final.published - final.dropped
+
+
+DEAD_IN_DOUBT: list[tuple[str, Counts, Totals, str]] = [
+    ("the same by both", counts(120, handled=110, dead=10), totals(120, dead=10, samples=100), ""),
+    (
+        "more at the last outcome",
+        counts(120, handled=110, dead=10),
+        totals(120, dead=4, repeats=8, announced=8, samples=100),
+        "10 events became dead letters, and by the first 4",
+    ),
+    ("beside repeats that nobody knew", counts(120, dead=120), totals(130, dead=130), "dead letters are not exact: 10"),
+    ("of some, only the evidence tells", counts(120, handled=110, waiting=10), totals(120, dead=10, samples=100), ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("final", "evidence", "said"), [row[1:] for row in DEAD_IN_DOUBT], ids=[row[0] for row in DEAD_IN_DOUBT]
+)
+def test_a_count_of_dead_letters_that_is_in_doubt_is_told(final: Counts, evidence: Totals, said: str) -> None:
+    notes = [note for note in report(result(final), evidence).notes if "dead letters" in note]
+    assert len(notes) == bool(said)
+    assert said in "".join(notes)
 
 
 WORKER = WorkerState(shard=0, pid=1, restarts=0, handled=120, backlog=0, rss_bytes=60_000_000)

@@ -169,6 +169,49 @@ def test_a_record_that_was_being_folded_when_the_supervisor_was_killed_is_counte
     assert (found.distinct, found.repeats, found.missing) == (4, 0, 0)
 
 
+def test_an_event_is_dead_once_however_often_workers_are_killed_in_the_transaction_of_its_dead_letter():
+    both = Both()
+    for attempt in (1, 2, 3):
+        for ordinal in range(1, 51):
+            both.recorder.note(PUBLISHER, "a", ordinal, attempt, 0, 0, 0, dead=ordinal % 2 == 0)
+    found = both.evidence()
+    assert (found.distinct, found.dead, found.repeats, found.announced) == (50, 25, 100, 100)
+
+
+def test_the_first_outcome_of_an_event_is_the_one_that_counts():
+    both = Both()
+    for key, outcomes in (("a", (True, False)), ("b", (False, True))):
+        for attempt, dead in enumerate(outcomes, 1):
+            both.recorder.note(PUBLISHER, key, 1, attempt, 0, 0, 0, dead=dead)
+    found = both.evidence()
+    assert (found.distinct, found.dead, found.repeats) == (2, 1, 2)
+
+
+def test_a_dead_one_that_was_overtaken_counts_when_it_comes_and_one_beyond_all_counting_never():
+    both = Both()
+    for ordinal in (2, 1, 1, 2**41):
+        both.recorder.note(PUBLISHER, "a", ordinal, 1, 0, 0, 0, dead=True)
+    found = both.evidence()
+    assert (found.distinct, found.dead, found.out_of_order, found.repeats, found.unchecked) == (2, 2, 1, 1, 1)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_dead_ones_that_were_being_folded_when_the_supervisor_was_killed_are_counted_once(kept: int):
+    before = Both()
+    if kept:
+        before.note("a", 1)
+        before.fold()
+    for ordinal in range(1 + kept, 11):
+        before.recorder.note(PUBLISHER, "a", ordinal, 1, 0, 0, 0, dead=True)
+    before.recorder.flush()
+    words = memoryview(before.buffer).cast("Q")
+    tail = words[6]
+    before.fold()
+    words[6] = tail  # all of it is in, but for the word that says so
+    found = Both(before.buffer).evidence()
+    assert (found.distinct, found.dead, found.repeats) == (10, 10 - kept, 0)
+
+
 def test_a_full_log_is_folded_before_more_is_written():
     both = Both()
     for ordinal in range(1, 1001):
