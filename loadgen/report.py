@@ -275,7 +275,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     `not_delivered`: not finished when the flush gave up, and nothing shows that it is since. `waiting`: still in a store, at
     most. An event that came again counts by its first outcome, so published = handled + dead-lettered + waiting + lost +
     not delivered. `duplicates`: all repeats; `redelivered`: those that said so. `unchecked`: events of keys that the shards
-    no longer remembered. Times run from the intended instant: `send_lag_us` to the publish call, `latency_us` (the response time) to the end of
+    no longer remembered.
+    Times run from the intended instant: `send_lag_us` to the publish call, `latency_us` (the response time) to the end of
     the handler, or, for a command, to its reply. It is the sum of two, for each event: `queue_us`, to the beginning of the
     handler (with the send lag in it), and `service_us`, the handler's own time, of the attempt that settled the event.
     Nobody measures these two of a command. All three are null where they would mislead; `notes` say why.

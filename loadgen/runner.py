@@ -255,11 +255,13 @@ class _Run:
             for driver in drivers:
                 driver.go(start_ns)
             self._watcher.begin(spec, planned)
-            beside = [asyncio.create_task(self._watch()), *self._fault_tasks(start_ns)]
+            watching = asyncio.create_task(self._watch())
+            beside = [watching, *self._fault_tasks(start_ns)]
             try:
                 async with asyncio.TaskGroup() as group:
-                    for number, each in enumerate(lines):
-                        group.create_task(self._follow(number, each))
+                    following = [group.create_task(self._follow(number, each)) for number, each in enumerate(lines)]
+                    # A run that cannot be judged any more ends now; `_end` says why.
+                    watching.add_done_callback(lambda _: [task.cancel() for task in following])
             except* LoadError as several:
                 raise several.exceptions[0] from None
             finally:
@@ -276,8 +278,11 @@ class _Run:
         if None not in self._results:
             await self._observe(last=True)
         for task in (watching, *faults):
-            if not task.cancelled() and task.exception() is not None:
-                raise LoadError(f"the run could not be watched: {task.exception()!r}") from task.exception()
+            error = None if task.cancelled() else task.exception()
+            if isinstance(error, LoadError):
+                raise error
+            if error is not None:
+                raise LoadError(f"the run could not be watched: {error!r}") from error
 
     async def _follow(self, number: int, lines: AsyncIterator[DriverLine]) -> None:
         """Read what a driver says up to its result."""

@@ -22,7 +22,7 @@ KEYS_MAX: Final = 1_000_000  # keys of a load; more would cost the driver over 2
 PAYLOAD_BYTES_MAX: Final = 1_000_000  # a bus refuses messages above 1 MiB
 SECONDS_MAX: Final = 7 * 24 * 3600.0
 WORKERS_MAX: Final = 256
-DRIVERS_MAX: Final = 8  # publishers of one run; a shard keeps the evidence of 12
+DRIVERS_MAX: Final = 8  # publishers of one run; a shard keeps the evidence of 10 at once
 
 
 class LoadError(Exception):

@@ -83,7 +83,11 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     `distinct` events reached an outcome; `repeats` came again, `announced` of them said so; `out_of_order` came after a
     later one of their key; `missing` were overtaken and have not come; `unchecked` are of keys that were forgotten and
     came back. `dead` events were dead letters at their first outcome: no repeat counts again. `samples` events have times,
-    as (bucket, count): in `latency` their response times, in `service` and `queue` the two parts of them. A bucket counts no further than 4,294,967,295.
+    as (bucket, count): in `latency` their response times, in `service` and `queue` the two parts of them. A bucket
+    counts no further than 4,294,967,295.
+
+    Where more publishers at once stamp their events than a book has rows, some have none, or had to give it away; theirs is
+    not `complete`: more has happened than it says, so it proves no loss.
     """
 
     shard: int
@@ -99,6 +103,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     latency: list[tuple[int, int]]
     service: list[tuple[int, int]]
     queue: list[tuple[int, int]]
+    complete: bool = True
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,7 +125,7 @@ _HEAD_AT: Final = 5  # bytes that were ever appended to the log; the worker's
 _TAIL_AT: Final = 6  # of them, those that are folded; the supervisor's
 _COUNTERS_AT: Final = 8
 _ROW: Final = 16  # words a publisher
-_ID, _USED, _RETIRED, _REPEATS, _ANNOUNCED, _OUT_OF_ORDER, _MISSING, _UNCHECKED, _DEAD, _SAMPLES = (
+_ID, _USED, _RETIRED, _REPEATS, _ANNOUNCED, _OUT_OF_ORDER, _MISSING, _UNCHECKED, _DEAD, _SAMPLES, _INCOMPLETE = (
     0,
     2,
     3,
@@ -131,6 +136,7 @@ _ID, _USED, _RETIRED, _REPEATS, _ANNOUNCED, _OUT_OF_ORDER, _MISSING, _UNCHECKED,
     8,
     9,
     10,
+    11,
 )
 _TIMES_KEPT: Final = 3  # of an event: response, service, queue
 _HISTOGRAM_WORDS: Final = _TIMES_KEPT * BUCKETS // 2  # a publisher; two counts a word
@@ -139,6 +145,8 @@ _ORDINAL_MAX: Final = 2**40  # of one publisher's events of one key
 _TOGETHER_MIN: Final = 64  # times of fewer events are counted together with others
 _UNMARKED_MAX: Final = 16  # records that are folded before they are marked as such
 _UNWRITTEN_MAX: Final = 16_384  # events whose times may be lost with the supervisor
+_IN_USE_NS: Final = 1_000_000_000  # a row that was used since is nobody else's: to give it away and back costs milliseconds
+_WITHOUT_ROW_MAX: Final = 1024  # publishers that are remembered for having none, or for having lost it
 _OVERTAKEN_MAX: Final = 8192  # ordinals that were overtaken and are remembered one by one, for each publisher: 1 MB
 
 # A record: its size in bytes, publisher, events, bytes of keys, attempt, which are dead, which columns follow the keys.
@@ -349,6 +357,9 @@ class Book(_Mapped):
         }
         self._seen: list[tuple[PublisherBook, WireKey] | None] = [None] * keys
         self._books: dict[bytes, PublisherBook] = {}
+        # Of these something happened that is nowhere. A supervisor's successor does not know them: of a publisher that has
+        # lost its row and says nothing more, it then tells what a bus does that never saw it.
+        self._without_row: dict[bytes, None] = {}
         # A predecessor may have been killed while it folded what it had not marked as folded.
         self._doubtful_until = self.written if self._inherited else 0
 
@@ -421,6 +432,8 @@ class Book(_Mapped):
         _, publisher, events, key_bytes, attempt, dead, which = _RECORD.unpack_from(self._log, at)
         at += _RECORD.size
         book = self.publisher(publisher, now_ns)
+        if book is None:
+            return
         column = struct.Struct(f"<{events}q")
         ordinals_at = at + key_bytes
         times_at = ordinals_at + (column.size if which & _ORDINALS else 0)
@@ -449,18 +462,31 @@ class Book(_Mapped):
                 began_ns, ended_ns = instants_ns[:-1], instants_ns[1:]
             book.measure_all(intended_ns, began_ns, ended_ns)
 
-    def publisher(self, publisher: bytes, now_ns: int) -> PublisherBook:
-        """The book of a publisher, used now. When all rows are taken, the one that was used least recently is given away."""
+    def publisher(self, publisher: bytes, now_ns: int) -> PublisherBook | None:
+        """The book of a publisher, used now. When all rows are taken, the one that was used least recently is given away, if
+        that was not just now; else there is none.
+        """
         book = self._books.get(publisher)
         if book is None:
             row = self._row_of(publisher)
             if row is None:
-                row = self._vacate_row()
+                row = self._vacate_row(now_ns)
+                if row is None:
+                    self._lost_row(publisher)
+                    return None
                 self._rows[row * _ROW + _ID] = int.from_bytes(publisher[:8], "little")
                 self._rows[row * _ROW + _ID + 1] = int.from_bytes(publisher[8:], "little")
+                if publisher in self._without_row:
+                    del self._without_row[publisher]
+                    self._rows[row * _ROW + _INCOMPLETE] = 1
             book = self._books[publisher] = PublisherBook(self, row, publisher)
         self._rows[book.row * _ROW + _USED] = now_ns
         return book
+
+    def _lost_row(self, publisher: bytes) -> None:
+        self._without_row[publisher] = None
+        if len(self._without_row) > _WITHOUT_ROW_MAX:
+            del self._without_row[next(iter(self._without_row))]
 
     def _row_of(self, publisher: bytes) -> int | None:
         low, high = int.from_bytes(publisher[:8], "little"), int.from_bytes(publisher[8:], "little")
@@ -470,9 +496,14 @@ class Book(_Mapped):
                 return row
         return None
 
-    def _vacate_row(self) -> int:
+    def _vacate_row(self, now_ns: int) -> int | None:
         row = min(range(self._publishers), key=lambda candidate: self._rows[candidate * _ROW + _USED])
-        if self._rows[row * _ROW + _USED]:
+        used_ns = self._rows[row * _ROW + _USED]
+        if used_ns and 0 <= now_ns - used_ns < _IN_USE_NS:  # a clock that has started anew says nothing
+            return None
+        if used_ns:
+            low, high = self._rows[row * _ROW + _ID], self._rows[row * _ROW + _ID + 1]
+            self._lost_row(low.to_bytes(8, "little") + high.to_bytes(8, "little"))
             book = next((one for one in self._books.values() if one.row == row), None)
             if book is not None:
                 del self._books[book.publisher]
@@ -524,7 +555,7 @@ class Book(_Mapped):
         """What this shard can say of a publisher; None: it has seen nothing stamped of it."""
         row = self._row_of(publisher)
         if row is None:
-            return None
+            return _nothing_of(shard, publisher) if publisher in self._without_row else None
         if publisher in self._books:
             self._books[publisher].write_times()
         words = self._rows[row * _ROW : (row + 1) * _ROW].tolist()
@@ -548,6 +579,7 @@ class Book(_Mapped):
             latency=latency,
             service=service,
             queue=queue,
+            complete=not words[_INCOMPLETE],
         )
 
     def _counted(self, row: int, which: int) -> list[tuple[int, int]]:
@@ -725,6 +757,26 @@ class PublisherBook:
     def _add(self, field: int, by: int) -> None:
         at = self.row * _ROW + field
         self._book._rows[at] = (self._book._rows[at] + by) % 2**64
+
+
+def _nothing_of(shard: int, publisher: bytes) -> Evidence:
+    """The evidence of a publisher that has no row."""
+    return Evidence(
+        shard=shard,
+        publisher=publisher,
+        distinct=0,
+        repeats=0,
+        announced=0,
+        out_of_order=0,
+        missing=0,
+        unchecked=0,
+        dead=0,
+        samples=0,
+        latency=[],
+        service=[],
+        queue=[],
+        complete=False,
+    )
 
 
 def _bits(number: int, width: int) -> list[int]:
