@@ -36,6 +36,7 @@ from shardbus.processes import (
 from shardbus.quarantine import UNKNOWN_END, Ended
 from shardbus.reports import (
     END,
+    Alive,
     Assignment,
     AtRest,
     Beat,
@@ -59,7 +60,7 @@ from shardbus.zmq_transport import Router, ZmqListener
 log = logging.getLogger("shardbus.supervisor")
 
 SILENCE_S: Final = 5.0  # a worker whose loop is silent for longer is replaced
-BOOT_SILENCE_S: Final = 30.0
+BOOT_SILENCE_S: Final = 30.0  # while it boots: between two beats, so an import may take as long, and a lifespan any time
 _FOLD_S: Final = 0.05  # between two looks into the workers' logs
 _FOLD_SOON_S: Final = 0.005  # where one was fuller than this, because it may be full before the next look
 _FULL: Final = 0.2
@@ -105,7 +106,9 @@ class _Worker:
         self.address = ""
         self.ready = False
         self.ready_at = 0.0
+        self.started_at = 0.0
         self.heard_at = 0.0
+        self.told_slow = False  # it was told that it takes long to boot
         self.handled_before = 0
         self.fruitless = 0
         self.not_started = 0  # tries in a row in which the system gave no process
@@ -125,6 +128,10 @@ class _Worker:
     @property
     def restarts(self) -> int:
         return max(0, self.counter - 1)
+
+    def is_slow_to_boot(self, now: float) -> bool:
+        """Whether it boots for longer than one whose loop stands still may."""
+        return self.child is not None and not self.ready and now - self.started_at > BOOT_SILENCE_S
 
 
 class _Process:
@@ -351,7 +358,8 @@ class Supervisor:
         worker.at_rest = False
         worker.drained = None
         worker.judged = worker.journal.journal.deaths
-        worker.heard_at = time.monotonic()
+        worker.started_at = worker.heard_at = time.monotonic()
+        worker.told_slow = False
         worker.handled_before = worker.evidence.book.counters().handled
         assignment = Assignment(
             shard=worker.shard,
@@ -440,6 +448,8 @@ class Supervisor:
                 self._announce()
                 if worker.restarts:
                     self._start_spare(rundir)
+            case Alive():
+                pass
             case BootFailed(error=error):
                 worker.boot_error = error
             case Beat() as beat:
@@ -486,6 +496,11 @@ class Supervisor:
         if worker.counter == 1 and not was_ready:
             # Its very first start: nothing depends on it yet, so say so and stop.
             told = f"the worker of shard {worker.shard} ended before it was ready: {worker.last_exit}"
+            if worker.replaced:
+                told += (
+                    f", because its event loop stood still for {BOOT_SILENCE_S:g} s, in the application's import or "
+                    "lifespan; a lifespan may take any time where it awaits, or uses asyncio.to_thread"
+                )
             self._failure = worker.boot_error or told
             return
         handled = worker.evidence.book.counters().handled
@@ -557,6 +572,13 @@ class Supervisor:
                 worker.heard_at = now
                 worker.replaced = True
                 worker.child.kill()
+            elif worker.is_slow_to_boot(now) and not worker.told_slow:
+                worker.told_slow = True
+                log.warning(
+                    "shard %d has not been ready for %g s, and is waited for: its lifespan or its store takes long",
+                    worker.shard,
+                    BOOT_SILENCE_S,
+                )
 
     # -- clients
 

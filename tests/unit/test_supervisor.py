@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
@@ -14,11 +15,11 @@ import pytest
 import shardbus.supervisor
 from shardbus.addresses import Address, parse_address
 from shardbus.errors import BootError
-from shardbus.reports import Beat, Ready, Report, encode_report
+from shardbus.reports import Alive, Beat, Ready, Report, encode_report
 from shardbus.restart import RestartPolicy
 from shardbus.rundir import RunDir
 from shardbus.store import NOTHING_STORED
-from shardbus.supervisor import ServeOptions, Supervisor
+from shardbus.supervisor import BOOT_SILENCE_S, ServeOptions, Supervisor
 
 BEAT = Beat(backlog=7, busy_keys=0, publishers=0, store=NOTHING_STORED, store_failing="")
 SOON = RestartPolicy(deaths_max=4, delay_s=0.001, delay_s_max=0.001)
@@ -173,6 +174,30 @@ async def test_a_spare_that_cannot_be_made_is_tried_again_and_loses_no_report(ad
         assert supervisor.status()["workers"][0]["backlog"] == 7
         await until(lambda: len(machine.children) == 3)
         assert not machine.children[2].assigned
+
+
+async def test_a_worker_that_boots_for_long_and_beats_is_waited_for_and_told_of_once(
+    address: Address, machine: Machine, caplog: pytest.LogCaptureFixture
+):
+    async with running(address) as supervisor:
+        await until(lambda: machine.children)
+        (worker,) = supervisor._workers
+        for _ in range(3):
+            worker.started_at = worker.heard_at = time.monotonic() - 2 * BOOT_SILENCE_S
+            machine.children[0].says(Alive())
+            supervisor._check_silence(time.monotonic())
+        assert not worker.replaced
+        assert caplog.text.count("is waited for: its lifespan or its store takes long") == 1
+        await ready(supervisor, machine)
+
+
+async def test_a_worker_that_boots_and_does_not_beat_ends_the_bus_with_words(address: Address, machine: Machine):
+    supervisor = supervisor_at(address)
+    run = asyncio.create_task(supervisor.run(lambda line: None))
+    await until(lambda: machine.children)
+    supervisor._workers[0].heard_at -= 2 * BOOT_SILENCE_S
+    with pytest.raises(BootError, match="its event loop stood still for 30 s, in the application's import or lifespan"):
+        await run
 
 
 async def test_a_bus_whose_first_worker_cannot_be_started_says_so_and_ends(address: Address, machine: Machine):
