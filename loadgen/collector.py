@@ -43,6 +43,28 @@ def totals_of(evidence: Iterable[Evidence]) -> Totals:
     return Totals(**counts, latency_us=latency, service_us=service, queue_us=queue)
 
 
+class _Seen:
+    """What was heard last, by shard and publisher: evidence only grows, unless it was begun anew."""
+
+    def __init__(self) -> None:
+        self._distinct: dict[tuple[int, bytes], int] = {}
+
+    def check(self, evidence: Iterable[Evidence]) -> None:
+        """Refuse evidence that has lost what it had.
+
+        Raises:
+            LoadError: a shard has forgotten what it had told.
+        """
+        distinct = {(one.shard, one.publisher): one.distinct for one in evidence}
+        for (shard, publisher), before in self._distinct.items():
+            if distinct.get((shard, publisher), 0) < before:
+                raise LoadError(
+                    f"the evidence of shard {shard} has begun anew in the middle of the run, so nobody can tell what was "
+                    "lost: the bus was drained and served again; make the run again while it stays up"
+                )
+        self._distinct |= distinct
+
+
 def check_complete(evidence: Iterable[Evidence]) -> None:
     """Refuse evidence that proves nothing.
 
@@ -92,6 +114,7 @@ class Collector:
         self._machine = MachineMeter()
         self._supervisor = 0
         self._before: tuple[float, Counts, int | None] | None = None
+        self._seen = _Seen()
 
     async def state(self) -> BusState:
         """The bus now, or, where nobody answers in time, as it was last seen."""
@@ -111,7 +134,7 @@ class Collector:
             driver_pids: their processes.
 
         Raises:
-            LoadError: as `check_complete`.
+            LoadError: the evidence is not whole.
         """
         state = await self.state()
         gained = await self._gained()
@@ -154,7 +177,7 @@ class Collector:
         """The times since the last look, of all shards; keeps the histograms of the whole run.
 
         Raises:
-            LoadError: as `check_complete`.
+            LoadError: the evidence is not whole.
         """
         nothing: dict[str, Percentiles | None] = dict.fromkeys(_TIMES)
         if not self.publishers:
@@ -163,8 +186,12 @@ class Collector:
             evidence = await self._client.evidence(self.publishers, timeout=_ASK_S)
         except shardbus.BusUnreachable:
             return nothing
-        check_complete(evidence)
+        self._check(evidence)
         return self._take(evidence)
+
+    def _check(self, evidence: Sequence[Evidence]) -> None:
+        check_complete(evidence)
+        self._seen.check(evidence)
 
     def _take(self, evidence: Sequence[Evidence]) -> dict[str, Percentiles | None]:
         """Merge what is new of every shard."""
@@ -212,13 +239,13 @@ class Collector:
 
         Raises:
             BusUnreachable: nobody has answered by then.
-            LoadError: as `check_complete`.
+            LoadError: the evidence is not whole.
         """
         expected = final.published - final.dropped - final.in_flight
         deadline = time.monotonic() + deadline_s
         while True:
             evidence = await self._evidence(deadline)
-            check_complete(evidence)
+            self._check(evidence)
             totals = totals_of(evidence)
             if totals.distinct >= expected or not final.waiting or time.monotonic() >= deadline:
                 self._take(evidence)

@@ -44,6 +44,7 @@ class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
     handled: int
     backlog: int
     rss_bytes: int
+    state: str = "up"
 
 
 class BusState(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,10 +132,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """All that a verdict rests on.
 
     Of the whole run: `lost`, `in_flight` (published and not finished when the flush gave up), `duplicates`, `redelivered`,
-    `out_of_order`. Of the window: the offered and the achieved rate in events per second (offered None: unpaced), how many
-    events were `scheduled` and `sent`, the 99th percentile of the send lag, and the share of the time that publish waited
-    for room. `driver_cpu` is what each driver had of a core; `cpu_count` and `machine_load` (None: not looked at) are this
-    machine's.
+    `out_of_order`; `gone`: the bus was, and with it the evidence. Of the window: the offered and the achieved rate in events
+    per second (offered None: unpaced), how many events were `scheduled` and `sent`, the 99th percentile of the send lag, and
+    the share of the time that publish waited for room. `driver_cpu` is what each driver had of a core; `cpu_count` and
+    `machine_load` (None: not looked at) are this machine's.
     """
 
     lost: int
@@ -142,6 +143,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     duplicates: int
     redelivered: int
     out_of_order: int
+    gone: bool = False
     offered_rate: float | None
     achieved_rate: float
     scheduled: int | None
@@ -221,6 +223,11 @@ def _behind_max(facts: Facts) -> float:
 
 def _broken_promises(facts: Facts) -> list[str]:
     reasons = []
+    if facts.gone:
+        reasons.append(
+            "the bus was gone at the end of the run, and with it what would show losses, repeats and order; handled and "
+            "dead are what it had acknowledged"
+        )
     if facts.lost and facts.commands:
         reasons.append(f"{facts.lost:,} commands got no reply in time, or their worker died under them")
     elif facts.lost:
@@ -437,10 +444,9 @@ def together(results: Sequence[DriverResult]) -> DriverResult:
     )
 
 
-def totals_of_commands(result: DriverResult) -> Totals:
-    """The evidence of commands: they are not in the shards' books, but each has a reply or has not."""
+def totals_of_acks(result: DriverResult) -> Totals:
+    """What stands in for evidence where that is gone: what the publishers were told."""
     final = result.final
-    replies = Histogram(result.replies_us.items())
     return Totals(
         distinct=final.handled + final.dead,
         repeats=0,
@@ -449,14 +455,23 @@ def totals_of_commands(result: DriverResult) -> Totals:
         missing=0,
         unchecked=0,
         dead=final.dead,
-        samples=replies.total,
-        latency_us=replies.percentiles(),
+        samples=0,
+        latency_us=None,
+    )
+
+
+def totals_of_commands(result: DriverResult) -> Totals:
+    """The evidence of commands: they are not in the shards' books, but each has a reply or has not."""
+    replies = Histogram(result.replies_us.items())
+    return msgspec.structs.replace(
+        totals_of_acks(result), samples=replies.total, latency_us=replies.percentiles()
     )
 
 
 class Observed(msgspec.Struct, frozen=True, kw_only=True):
-    """What was seen beside drivers and evidence; see `Report`."""
+    """What was seen beside drivers and evidence; see `Report`. `gone`: the bus, before it could be asked for evidence."""
 
+    gone: bool = False
     faults: tuple[FaultRecord, ...] = ()
     processes: tuple[ProcessUse, ...] = ()
     machine_load: MachineLoad | None = None
@@ -485,7 +500,7 @@ def make_report(
         one_clock: whether the workers' clock is the driver's; otherwise no latency can be quoted.
         observed: what else was seen.
     """
-    books = account(result, totals, bus.waiting)
+    books = account(result, totals, result.final.waiting if observed.gone else bus.waiting)
     lag_us = percentiles_us(result.send_lag_us.items())
     window_s = result.window_s
     achieved_rate = (result.after.finished - result.before.finished) / window_s if window_s else 0.0
@@ -499,6 +514,7 @@ def make_report(
             duplicates=books.duplicates,
             redelivered=totals.announced,
             out_of_order=totals.out_of_order,
+            gone=observed.gone,
             offered_rate=offered_rate,
             achieved_rate=achieved_rate,
             scheduled=result.scheduled,
@@ -514,11 +530,12 @@ def make_report(
     )
     # A command's two instants are both read by its driver, wherever the bus runs.
     one_clock = one_clock or spec.commands
-    silence = _why_no_latency(spec, judgement, lost=books.lost + result.final.in_flight, one_clock=one_clock)
+    lost = books.lost + result.final.in_flight
+    silence = _why_no_latency(spec, judgement, gone=observed.gone, lost=lost, one_clock=one_clock)
     return Report(
         verdict=judgement.verdict,
         reasons=judgement.reasons,
-        notes=(*([silence] if silence else []), *_notes(result, totals, books, observed)),
+        notes=(*([silence] if silence else []), *_notes(result, totals, books, observed), *_down(bus)),
         offered_rate=offered_rate,
         achieved_rate=achieved_rate,
         published=result.final.published,
@@ -559,17 +576,28 @@ def _without_latency(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
     return tuple(msgspec.structs.replace(interval, **no_times) for interval in intervals)
 
 
-def _why_no_latency(spec: LoadSpec, judgement: Judgement, *, lost: int, one_clock: bool) -> str:
+def _why_no_latency(spec: LoadSpec, judgement: Judgement, *, gone: bool, lost: int, one_clock: bool) -> str:
     """Why a run quotes no latency; empty where it does."""
     if not spec.is_paced:
         return "no latency: at full speed it is the length of the queues, and says nothing of the bus"
     if judgement.verdict in ("generator-bound", "saturated"):
         return f"no latency: the run is {judgement.verdict}"
+    if gone:
+        return "no latency: the bus that had measured it is gone"
     if lost:
         return "no latency: the events that never arrived would have been the slowest"
     if not one_clock:
         return "no latency: the bus runs on another host, whose clock is another"
     return ""
+
+
+def _down(bus: BusState) -> Sequence[str]:
+    """Why events of some keys are not handled, where their shards have no worker."""
+    return [
+        f"shard {worker.shard} was {worker.state} at the end: nothing of its keys is handled until it has a worker"
+        for worker in bus.workers
+        if worker.state in ("down", "given-up")
+    ]
 
 
 def _notes(result: DriverResult, totals: Totals, books: Account, observed: Observed) -> Sequence[str]:
@@ -594,6 +622,6 @@ def _notes(result: DriverResult, totals: Totals, books: Account, observed: Obser
         )
     measured = sum(result.send_lag_us.values())
     unmeasured = measured - totals.samples
-    if unmeasured > totals.dead + result.final.in_flight + result.final.waiting:
+    if not observed.gone and unmeasured > totals.dead + result.final.in_flight + result.final.waiting:
         notes.append(f"{unmeasured:,} of {measured:,} events of the measured window have no latency")
     return notes

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 import msgspec
 
 import shardbus
-from loadgen.collector import Collector, totals_of
+from loadgen.collector import Collector
 from loadgen.expect import Expectation
 from loadgen.histogram import Histogram
 from loadgen.injector import Injector
@@ -31,6 +31,7 @@ from loadgen.report import (
     held_against,
     make_report,
     together,
+    totals_of_acks,
     totals_of_commands,
 )
 from loadgen.spec import DriverLine, DriverResult, FaultSpec, LoadError, LoadSpec, Part, Progress, Started
@@ -202,13 +203,14 @@ class _Run:
         await self._drive()
         machine_load = collector.machine_load()
         result = self._result()
+        gone = False
         if spec.commands:
             totals = totals_of_commands(result)
         else:
             try:
                 totals = await collector.settle(result.final, spec.flush_s)
             except shardbus.BusUnreachable:
-                totals = totals_of(())  # the bus is gone, and with it all that would show what it did: the verdict says so
+                gone, totals = True, totals_of_acks(result)  # the verdict says so
         found = {shard: histogram.percentiles() for shard, histogram in sorted(collector.by_shard.items())}
         return make_report(
             spec,
@@ -219,6 +221,7 @@ class _Run:
             one_clock=shares_clock(self._client.address),
             machine=this_machine(),
             observed=Observed(
+                gone=gone,
                 faults=tuple(self._faults),
                 processes=collector.processes(),
                 machine_load=machine_load,

@@ -152,8 +152,8 @@ def serve(
 ) -> None:
     """Run an application on all cores, until SIGTERM or Ctrl-C; without one, the built-in demo.
 
-    Prints one line on standard output when every worker is ready, however long a lifespan takes; logs to standard error. A first signal drains, a
-    second one ends at once. Exit code 0: everything was drained.
+    Prints one line on standard output when every worker is ready, however long a lifespan takes; logs to standard error. A
+    first signal drains, a second one ends at once. Exit code 0: everything was drained.
     """
     # With SQLAlchemy, which takes longer than everything else here: no other command is to wait for it.
     from shardbus.sql_store import shard_url

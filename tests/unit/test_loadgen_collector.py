@@ -69,6 +69,24 @@ async def test_a_run_for_whose_evidence_a_shard_had_no_room_is_not_judged(settle
         await (collector.settle(last.counts, 1.0) if settled else collector.interval([last], []))
 
 
+async def test_a_run_whose_evidence_begins_anew_in_the_middle_is_not_judged():
+    async with bus.local() as client:
+        collector = Collector(client, local=False)
+        collector.publishers = [client.publisher]
+        await client.publish_many([Tick(key="a"), Tick(key="a")], ordinals=[1, 2], intended_ns=[1, 1])
+        await client.flush(10.0)
+        await collector.interval([progress(1.0, 2, None)], [])
+    async with bus.local() as after:
+        await after.publish_many([Tick(key="a")], ordinals=[3], intended_ns=[1])
+        await after.flush(10.0)
+        collector._client = after
+        for publisher in (client.publisher, after.publisher):  # the bus has not seen it since, or has
+            collector.publishers = [publisher]
+            collector._seen._distinct = {(0, publisher): 5}
+            with pytest.raises(LoadError, match="the evidence of shard 0 has begun anew in the middle of the run"):
+                await collector.settle(progress(1.0, 2, None).counts, 1.0)
+
+
 def test_the_difference_of_growing_counts_is_what_came_in_between():
     assert difference({1: 5, 2: 3, 9: 1}, {1: 5, 2: 1}) == [(2, 2), (9, 1)]
     assert difference({1: 2}, {1: 5}) == [(1, 2)]  # begun anew

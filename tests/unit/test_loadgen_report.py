@@ -30,6 +30,7 @@ from loadgen.report import (
     judge,
     make_report,
     together,
+    totals_of_acks,
 )
 from loadgen.resources import MachineMeter
 from loadgen.spec import Counts, DriverResult, LoadSpec, Payload, Recording, Skew, Template
@@ -70,6 +71,7 @@ VERDICTS: list[tuple[str, dict[str, Any], Verdict, str]] = [
     ("a lost event", {"lost": 1}, "failed", "1 events were acknowledged, and nothing shows"),
     ("an event that was not finished", {"in_flight": 2}, "failed", "2 events were not finished"),
     ("an event overtaken", {"out_of_order": 3}, "failed", "3 events were handled after a later one"),
+    ("a bus that took its evidence with it", {"gone": True}, "failed", "the bus was gone at the end of the run"),
     ("an unannounced repeat", {"duplicates": 5, "redelivered": 4}, "failed", "1 of 5 repeats were not announced"),
     ("announced repeats are what a crash costs", {"duplicates": 5, "redelivered": 5}, "ok", ""),
     ("just enough achieved", {"achieved_rate": 19_800.0}, "ok", ""),
@@ -316,6 +318,38 @@ def test_account(final: Counts, evidence: Totals, bus_waiting: int, expected: Ac
     assert found == expected
     everywhere = found.handled + found.dead_lettered + found.waiting + found.lost + found.not_delivered
     assert everywhere == final.published - final.dropped
+
+
+def test_a_bus_that_is_gone_is_not_said_to_have_lost_what_it_had_acknowledged() -> None:
+    ran = result(counts(120, handled=90, dead=5, waiting=5, in_flight=20))
+    found = make_report(
+        LoadSpec(rate=100.0),
+        ran,
+        totals_of_acks(ran),
+        BusState(workers=(WORKER,), waiting=0),
+        address="ipc:///run/bus",
+        one_clock=True,
+        machine=MACHINE,
+        observed=Observed(gone=True),
+    )
+    assert (found.verdict, found.exit_code, found.latency_us) == ("failed", 1, None)
+    assert (found.handled, found.dead_lettered, found.waiting, found.lost, found.not_delivered) == (90, 5, 5, 0, 20)
+    assert "the bus was gone" in found.reasons[0]
+    assert "20 events were not finished" in found.reasons[1]
+    assert found.notes == ("no latency: the bus that had measured it is gone",)
+
+
+def test_a_shard_that_was_given_up_is_named() -> None:
+    down = msgspec.structs.replace(WORKER, shard=1, pid=0, state="given-up")
+    found = make_report(
+        LoadSpec(rate=100.0),
+        *ALL_WELL,
+        BusState(workers=(WORKER, down), waiting=0),
+        address="ipc:///run/bus",
+        one_clock=True,
+        machine=MACHINE,
+    )
+    assert found.notes == ("shard 1 was given-up at the end: nothing of its keys is handled until it has a worker",)
 
 
 DEAD_IN_DOUBT: list[tuple[str, Counts, Totals, str]] = [
