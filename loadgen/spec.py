@@ -288,10 +288,11 @@ class DriverResult(msgspec.Struct, frozen=True, kw_only=True, tag="result"):
 
     The window is the measured part, behind the warm-up. `before` and `after` are the ledger at its edges, `final` the
     ledger after the flush, which took `flush_s`. `scheduled` events should have been sent in the window (None: unpaced),
-    `sent` were. `send_lag_us` counts the measured ones by how late they went, in microseconds. `waited_s` of the window
-    passed inside publish calls that waited for room. `cpu_share` is the processor time that the driver took in the window
-    (1.0: one whole core), `rss_bytes` the most memory that it ever held. Commands, where it sent any, stand in the ledger as
-    events do: `dead` failed, `in_flight` got no reply; `replies_us` counts the measured ones by when their reply came.
+    `sent` were. `send_lag_us` counts the measured ones by how late the publish call of their batch began, in microseconds.
+    `waited_s` of the window passed inside publish calls that waited for room. `cpu_share` is the processor time that the
+    driver took in the window (1.0: one whole core), `rss_bytes` the most memory that it ever held. Commands, where it sent
+    any, stand in the ledger as events do: `dead` failed, `in_flight` got no reply; `replies_us` counts the measured ones by
+    when their reply came.
     """
 
     scheduled: int | None
