@@ -29,6 +29,7 @@ WAITED_SHARE_MAX: Final = 0.01  # of the window, spent waiting for room; above i
 DRIVER_CPU_MIN: Final = 0.8  # of a core; a driver that took as much was busy itself, not held up
 MACHINE_BUSY_MIN: Final = 0.9  # of all cores; above it, or with more to run than cores, whoever sleeps wakes up late
 STOLEN_MAX: Final = 0.05  # of all cores, taken by the host of a virtual machine
+PUBLISHERS_MAX: Final = 256  # of a shard, by the bus' own limits
 OWN_PACE_MIN: Final = 0.9  # of what was due while the generator did not wait; below it, it was too slow by itself
 
 
@@ -45,6 +46,7 @@ class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
     backlog: int
     rss_bytes: int
     state: str = "up"
+    publishers: int = 0
 
 
 class BusState(msgspec.Struct, frozen=True, kw_only=True):
@@ -535,7 +537,11 @@ def make_report(
     return Report(
         verdict=judgement.verdict,
         reasons=judgement.reasons,
-        notes=(*([silence] if silence else []), *_notes(result, totals, books, observed), *_down(bus)),
+        notes=(
+            *([silence] if silence else []),
+            *_notes(result, totals, books, observed),
+            *_closed(bus, books.not_delivered),
+        ),
         offered_rate=offered_rate,
         achieved_rate=achieved_rate,
         published=result.final.published,
@@ -591,13 +597,19 @@ def _why_no_latency(spec: LoadSpec, judgement: Judgement, *, gone: bool, lost: i
     return ""
 
 
-def _down(bus: BusState) -> Sequence[str]:
-    """Why events of some keys are not handled, where their shards have no worker."""
-    return [
+def _closed(bus: BusState, not_delivered: int) -> Sequence[str]:
+    """Why a shard takes nothing, where it has no worker, or may have had no room for this publisher."""
+    notes = [
         f"shard {worker.shard} was {worker.state} at the end: nothing of its keys is handled until it has a worker"
         for worker in bus.workers
         if worker.state in ("down", "given-up")
     ]
+    notes += [
+        f"shard {worker.shard} had {worker.publishers:,} publishers at the end, and takes no other until one has finished"
+        for worker in bus.workers
+        if not_delivered and worker.publishers >= PUBLISHERS_MAX
+    ]
+    return notes
 
 
 def _notes(result: DriverResult, totals: Totals, books: Account, observed: Observed) -> Sequence[str]:

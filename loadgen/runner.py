@@ -42,6 +42,7 @@ _PURGE_S: Final = 5.0
 _SILENCE_S: Final = 20.0  # a driver speaks every second; on a machine in trouble, rather less often
 _READY_S: Final = 600.0  # a long recording is read before its driver is ready
 _HEAD_START_NS: Final = 100_000_000  # from the word to go until the schedule begins
+_INTERVAL_S: Final = 1.0  # between two looks at the bus
 _INTERVALS_MAX: Final = 3600  # of one run; a longer one has longer intervals
 
 
@@ -299,7 +300,7 @@ class _Run:
             raise LoadError("a driver process ended without a result; what it wrote stands above")
 
     async def _watch(self) -> None:
-        interval_s = max(1.0, self._spec.planned_s / _INTERVALS_MAX)
+        interval_s = max(_INTERVAL_S, self._spec.planned_s / _INTERVALS_MAX)
         while True:
             await asyncio.sleep(interval_s)
             await self._observe()

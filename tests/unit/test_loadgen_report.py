@@ -14,6 +14,7 @@ from loadgen.machine import Machine, MachineLoad, shares_clock, this_machine
 from loadgen.pacer import Stage
 from loadgen.report import (
     EXIT_CODES,
+    PUBLISHERS_MAX,
     Account,
     BusState,
     Facts,
@@ -35,6 +36,7 @@ from loadgen.report import (
 from loadgen.resources import MachineMeter
 from loadgen.spec import Counts, DriverResult, LoadSpec, Payload, Recording, Skew, Template
 from loadgen.tables import csv_of, load_text, rows_of
+from shardbus.config import DEFAULT_LIMITS
 
 FAST = Percentiles(p50=100, p90=150, p99=200, p99_9=250, max=300)
 SHORT = Percentiles(p50=20, p90=30, p99=40, p99_9=50, max=60)
@@ -350,6 +352,22 @@ def test_a_shard_that_was_given_up_is_named() -> None:
         machine=MACHINE,
     )
     assert found.notes == ("shard 1 was given-up at the end: nothing of its keys is handled until it has a worker",)
+
+
+def test_a_shard_that_had_no_room_for_one_more_publisher_is_named() -> None:
+    assert DEFAULT_LIMITS.sessions_max == PUBLISHERS_MAX
+    crowded = msgspec.structs.replace(WORKER, publishers=PUBLISHERS_MAX)
+    for left, told in ((0, 0), (20, 1)):
+        found = make_report(
+            LoadSpec(rate=100.0),
+            result(counts(120, handled=120 - left, in_flight=left)),
+            totals(120 - left, samples=100),
+            BusState(workers=(crowded,), waiting=0),
+            address="ipc:///run/bus",
+            one_clock=True,
+            machine=MACHINE,
+        )
+        assert sum("shard 0 had 256 publishers at the end, and takes no other" in note for note in found.notes) == told
 
 
 DEAD_IN_DOUBT: list[tuple[str, Counts, Totals, str]] = [
