@@ -91,17 +91,19 @@ class Child:
                 )
             undo.callback(self._process.wait)
             undo.callback(self._process.kill)
+            ours.setblocking(False)
+            self._loop.add_reader(ours, self._read)
+            undo.callback(self._loop.remove_reader, ours)
             if hasattr(os, "pidfd_open"):
                 self._pidfd = os.pidfd_open(self._process.pid)
+                undo.callback(os.close, self._pidfd)
                 self._loop.add_reader(self._pidfd, self._ended)
             else:
                 self._watch = self._loop.create_task(self._poll())
             undo.pop_all()
         self.pid = self._process.pid
         self._reports = ours
-        ours.setblocking(False)
         self._frames = _Frames()
-        self._loop.add_reader(ours, self._read)
 
     def _read(self) -> None:
         try:
