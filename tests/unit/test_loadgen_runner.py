@@ -78,6 +78,7 @@ async def test_a_run_that_cannot_be_judged_any_more_ends_at_once_and_says_why(mo
     client = cast("shardbus.Client", None)
     spec = LoadSpec(rate=1.0, duration_s=3.0, warmup_s=0.0)
     run = _Run(spec, client, _Silent(), Blind(client, local=False), lives_on=True)
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(20.0) as limit:
         with pytest.raises(LoadError, match=r"^no room for it$"):
             await run.measure()
+    assert not limit.expired()
