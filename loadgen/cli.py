@@ -308,7 +308,7 @@ def cli(
 
     Without --type it sends events of the built-in demo application. Every option is also read from LOADGEN_…, for instance
     LOADGEN_RATE. Exit code 0: ok; 1: events were lost, overtaken, repeated unannounced or not finished, or an --expect was
-    not met; 2: the run could not be made; 3: this machine could not offer the rate; 4: the bus did not keep up.
+    not met; 2: the run could not be made or judged; 3: this machine could not offer the rate; 4: the bus did not keep up.
     """
     for option, path in (("--json", json_path), ("--csv", csv_path), ("--hgrm", hgrm_path)):
         _check_target(option, path)

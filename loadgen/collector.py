@@ -22,7 +22,7 @@ from loadgen.machine import MachineLoad
 from loadgen.meters import merged
 from loadgen.report import BusState, Interval, ProcessUse, Totals, WorkerState
 from loadgen.resources import MachineMeter, Usage, Watched
-from loadgen.spec import Counts, Progress
+from loadgen.spec import Counts, LoadError, Progress
 from shardbus.metrics import Evidence, bucket_bounds_us
 
 _POLL_S: Final = 0.2
@@ -41,6 +41,44 @@ def totals_of(evidence: Iterable[Evidence]) -> Totals:
         percentiles_us(pair for table in _tables(shards, of).values() for pair in table.items()) for of in _TIMES
     )
     return Totals(**counts, latency_us=latency, service_us=service, queue_us=queue)
+
+
+class _Seen:
+    """What was heard last, by shard and publisher: evidence only grows, unless it was begun anew."""
+
+    def __init__(self) -> None:
+        self._distinct: dict[tuple[int, bytes], int] = {}
+
+    def check(self, evidence: Iterable[Evidence]) -> None:
+        """Refuse evidence that has lost what it had.
+
+        Raises:
+            LoadError: a shard has forgotten what it had told.
+        """
+        distinct = {(one.shard, one.publisher): one.distinct for one in evidence}
+        for (shard, publisher), before in self._distinct.items():
+            if distinct.get((shard, publisher), 0) < before:
+                raise LoadError(
+                    f"the evidence of shard {shard} has begun anew in the middle of the run, so nobody can tell what was "
+                    "lost: the bus was drained and served again; make the run again while it stays up"
+                )
+        self._distinct |= distinct
+
+
+def check_complete(evidence: Iterable[Evidence]) -> None:
+    """Refuse evidence that proves nothing.
+
+    Raises:
+        LoadError: a shard had no room for some of it.
+    """
+    without = [one for one in evidence if not one.complete]
+    if without:
+        publishers = len({one.publisher for one in without})
+        raise LoadError(
+            f"shard {without[0].shard} had no room for the evidence of {publishers} of this run's publishers, so nobody can "
+            "tell what was lost: too many publishers stamp their events at once, as another loadgen at this bus does; make "
+            "one run after the other, or each with fewer --drivers"
+        )
 
 
 def _tables(evidence: Iterable[Evidence], of: str = "latency") -> dict[int, Counter[int]]:
@@ -76,6 +114,7 @@ class Collector:
         self._machine = MachineMeter()
         self._supervisor = 0
         self._before: tuple[float, Counts, int | None] | None = None
+        self._seen = _Seen()
 
     async def state(self) -> BusState:
         """The bus now, or, where nobody answers in time, as it was last seen."""
@@ -93,6 +132,9 @@ class Collector:
         Args:
             drivers: each driver's latest word.
             driver_pids: their processes.
+
+        Raises:
+            LoadError: the evidence is not whole.
         """
         state = await self.state()
         gained = await self._gained()
@@ -132,7 +174,11 @@ class Collector:
         self._look(self.latest, driver_pids)
 
     async def _gained(self) -> dict[str, Percentiles | None]:
-        """The times since the last look, of all shards; keeps the histograms of the whole run."""
+        """The times since the last look, of all shards; keeps the histograms of the whole run.
+
+        Raises:
+            LoadError: the evidence is not whole.
+        """
         nothing: dict[str, Percentiles | None] = dict.fromkeys(_TIMES)
         if not self.publishers:
             return nothing
@@ -140,7 +186,12 @@ class Collector:
             evidence = await self._client.evidence(self.publishers, timeout=_ASK_S)
         except shardbus.BusUnreachable:
             return nothing
+        self._check(evidence)
         return self._take(evidence)
+
+    def _check(self, evidence: Sequence[Evidence]) -> None:
+        check_complete(evidence)
+        self._seen.check(evidence)
 
     def _take(self, evidence: Sequence[Evidence]) -> dict[str, Percentiles | None]:
         """Merge what is new of every shard."""
@@ -188,11 +239,13 @@ class Collector:
 
         Raises:
             BusUnreachable: nobody has answered by then.
+            LoadError: the evidence is not whole.
         """
         expected = final.published - final.dropped - final.in_flight
         deadline = time.monotonic() + deadline_s
         while True:
             evidence = await self._evidence(deadline)
+            self._check(evidence)
             totals = totals_of(evidence)
             if totals.distinct >= expected or not final.waiting or time.monotonic() >= deadline:
                 self._take(evidence)

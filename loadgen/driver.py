@@ -258,7 +258,7 @@ class Driver:
             if over or self._over:
                 return
             if due.count:
-                await self._send_due(arrivals, min(due.count, BATCH), now_ns, measured=measured)
+                await self._send_due(arrivals, min(due.count, BATCH), measured=measured)
                 # What was published leaves with this turn: where sending takes longer than the next event is away, there
                 # would be no other before a batch is full. And a nap, or every event would be a frame of its own.
                 await asyncio.sleep(0)
@@ -272,17 +272,19 @@ class Driver:
         if not arrivals.due(self._sent, self._warm_ns - 1).count:
             self._warm_count = self._sent
 
-    async def _send_due(self, arrivals: Arrivals, count: int, now_ns: int, *, measured: bool) -> None:
+    async def _send_due(self, arrivals: Arrivals, count: int, *, measured: bool) -> None:
         load = self._source.take(count)
         taken = len(load.messages)
         if not taken:
             self._over = True
             return
-        intended_ns = None
-        if measured:
-            intended_ns = arrivals.intended_ns(self._sent, taken)
-            self._lags.add(intended_ns, now_ns)
-        await self._wait.measure(self._send(load, intended_ns))
+        intended_ns = arrivals.intended_ns(self._sent, taken) if measured else None
+        called_ns = time.monotonic_ns()  # to build the events was the generator's own time
+        try:
+            await self._wait.measure(self._send(load, intended_ns))
+        finally:
+            if intended_ns is not None:
+                self._lags.add(intended_ns, called_ns)
         self._sent += taken
 
     async def _send_at_will(self) -> None:

@@ -29,6 +29,7 @@ WAITED_SHARE_MAX: Final = 0.01  # of the window, spent waiting for room; above i
 DRIVER_CPU_MIN: Final = 0.8  # of a core; a driver that took as much was busy itself, not held up
 MACHINE_BUSY_MIN: Final = 0.9  # of all cores; above it, or with more to run than cores, whoever sleeps wakes up late
 STOLEN_MAX: Final = 0.05  # of all cores, taken by the host of a virtual machine
+PUBLISHERS_MAX: Final = 256  # of a shard, by the bus' own limits
 OWN_PACE_MIN: Final = 0.9  # of what was due while the generator did not wait; below it, it was too slow by itself
 
 
@@ -44,6 +45,8 @@ class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
     handled: int
     backlog: int
     rss_bytes: int
+    state: str = "up"
+    publishers: int = 0
 
 
 class BusState(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,10 +134,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """All that a verdict rests on.
 
     Of the whole run: `lost`, `in_flight` (published and not finished when the flush gave up), `duplicates`, `redelivered`,
-    `out_of_order`. Of the window: the offered and the achieved rate in events per second (offered None: unpaced), how many
-    events were `scheduled` and `sent`, the 99th percentile of the send lag, and the share of the time that publish waited
-    for room. `driver_cpu` is what each driver had of a core; `cpu_count` and `machine_load` (None: not looked at) are this
-    machine's.
+    `out_of_order`; `gone`: the bus was, and with it the evidence. Of the window: the offered and the achieved rate in events
+    per second (offered None: unpaced), how many events were `scheduled` and `sent`, the 99th percentile of the send lag, and
+    the share of the time that publish waited for room. `driver_cpu` is what each driver had of a core; `cpu_count` and
+    `machine_load` (None: not looked at) are this machine's.
     """
 
     lost: int
@@ -142,6 +145,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     duplicates: int
     redelivered: int
     out_of_order: int
+    gone: bool = False
     offered_rate: float | None
     achieved_rate: float
     scheduled: int | None
@@ -221,6 +225,11 @@ def _behind_max(facts: Facts) -> float:
 
 def _broken_promises(facts: Facts) -> list[str]:
     reasons = []
+    if facts.gone:
+        reasons.append(
+            "the bus was gone at the end of the run, and with it what would show losses, repeats and order; handled and "
+            "dead are what it had acknowledged"
+        )
     if facts.lost and facts.commands:
         reasons.append(f"{facts.lost:,} commands got no reply in time, or their worker died under them")
     elif facts.lost:
@@ -272,8 +281,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     Rates in events per second; `achieved_rate` is what reached its outcome within the measured window, as its publisher
     learnt from acks, over the window's length. `lost`: published, finished by nobody, and not waiting in a store.
-    `not_delivered`: not finished when the flush gave up. `waiting`: still in a store, at most. `duplicates`: all
-    repeats; `redelivered`: those that said so. `unchecked`: events of keys that the shards no longer remembered.
+    `not_delivered`: not finished when the flush gave up, and nothing shows that it is since. `waiting`: still in a store, at
+    most. An event that came again counts by its first outcome, so published = handled + dead-lettered + waiting + lost +
+    not delivered. `duplicates`: all repeats; `redelivered`: those that said so. `unchecked`: events of keys that the shards
+    no longer remembered.
     Times run from the intended instant: `send_lag_us` to the publish call, `latency_us` (the response time) to the end of
     the handler, or, for a command, to its reply. It is the sum of two, for each event: `queue_us`, to the beginning of the
     handler (with the send lag in it), and `service_us`, the handler's own time, of the attempt that settled the event.
@@ -374,13 +385,17 @@ def held_against(report: Report, expectations: Sequence[Expectation]) -> Report:
 
 
 class Account(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the published events are, by the evidence; see `Report` for the words."""
+    """Where the published events are, by the evidence; see `Report` for the words. All but `duplicates` add up to what was
+    published and not dropped. `unrecognised` are the repeats that no shard knew for such.
+    """
 
     handled: int
     dead_lettered: int
     waiting: int
     lost: int
+    not_delivered: int = 0
     duplicates: int
+    unrecognised: int = 0
 
 
 def account(result: DriverResult, totals: Totals, bus_waiting: int) -> Account:
@@ -391,16 +406,22 @@ def account(result: DriverResult, totals: Totals, bus_waiting: int) -> Account:
     More outcomes than events can only be repeats that no shard recognised: unannounced ones.
     """
     final = result.final
-    gap = final.published - final.dropped - final.in_flight - totals.distinct
-    waiting = min(max(0, gap), final.waiting, bus_waiting)
+    kept = final.published - final.dropped
+    unrecognised = max(0, totals.distinct - kept)
+    settled = totals.distinct - unrecognised
+    dead = min(totals.dead, settled)
     # What was in flight when the flush gave up may have been handled and not been heard of.
-    surplus = max(0, totals.distinct - (final.published - final.dropped))
+    not_delivered = min(final.in_flight, kept - settled)
+    gap = kept - settled - not_delivered
+    waiting = min(gap, final.waiting, bus_waiting)
     return Account(
-        handled=totals.distinct - totals.dead - surplus,
-        dead_lettered=totals.dead,
+        handled=settled - dead,
+        dead_lettered=dead,
         waiting=waiting,
-        lost=max(0, gap) - waiting,
-        duplicates=totals.repeats + surplus,
+        lost=gap - waiting,
+        not_delivered=not_delivered,
+        duplicates=totals.repeats + unrecognised,
+        unrecognised=unrecognised,
     )
 
 
@@ -425,10 +446,9 @@ def together(results: Sequence[DriverResult]) -> DriverResult:
     )
 
 
-def totals_of_commands(result: DriverResult) -> Totals:
-    """The evidence of commands: they are not in the shards' books, but each has a reply or has not."""
+def totals_of_acks(result: DriverResult) -> Totals:
+    """What stands in for evidence where that is gone: what the publishers were told."""
     final = result.final
-    replies = Histogram(result.replies_us.items())
     return Totals(
         distinct=final.handled + final.dead,
         repeats=0,
@@ -437,14 +457,23 @@ def totals_of_commands(result: DriverResult) -> Totals:
         missing=0,
         unchecked=0,
         dead=final.dead,
-        samples=replies.total,
-        latency_us=replies.percentiles(),
+        samples=0,
+        latency_us=None,
+    )
+
+
+def totals_of_commands(result: DriverResult) -> Totals:
+    """The evidence of commands: they are not in the shards' books, but each has a reply or has not."""
+    replies = Histogram(result.replies_us.items())
+    return msgspec.structs.replace(
+        totals_of_acks(result), samples=replies.total, latency_us=replies.percentiles()
     )
 
 
 class Observed(msgspec.Struct, frozen=True, kw_only=True):
-    """What was seen beside drivers and evidence; see `Report`."""
+    """What was seen beside drivers and evidence; see `Report`. `gone`: the bus, before it could be asked for evidence."""
 
+    gone: bool = False
     faults: tuple[FaultRecord, ...] = ()
     processes: tuple[ProcessUse, ...] = ()
     machine_load: MachineLoad | None = None
@@ -473,7 +502,7 @@ def make_report(
         one_clock: whether the workers' clock is the driver's; otherwise no latency can be quoted.
         observed: what else was seen.
     """
-    books = account(result, totals, bus.waiting)
+    books = account(result, totals, result.final.waiting if observed.gone else bus.waiting)
     lag_us = percentiles_us(result.send_lag_us.items())
     window_s = result.window_s
     achieved_rate = (result.after.finished - result.before.finished) / window_s if window_s else 0.0
@@ -487,6 +516,7 @@ def make_report(
             duplicates=books.duplicates,
             redelivered=totals.announced,
             out_of_order=totals.out_of_order,
+            gone=observed.gone,
             offered_rate=offered_rate,
             achieved_rate=achieved_rate,
             scheduled=result.scheduled,
@@ -502,18 +532,23 @@ def make_report(
     )
     # A command's two instants are both read by its driver, wherever the bus runs.
     one_clock = one_clock or spec.commands
-    silence = _why_no_latency(spec, judgement, lost=books.lost + result.final.in_flight, one_clock=one_clock)
+    lost = books.lost + result.final.in_flight
+    silence = _why_no_latency(spec, judgement, gone=observed.gone, lost=lost, one_clock=one_clock)
     return Report(
         verdict=judgement.verdict,
         reasons=judgement.reasons,
-        notes=(*([silence] if silence else []), *_notes(result, totals, observed)),
+        notes=(
+            *([silence] if silence else []),
+            *_notes(result, totals, books, observed),
+            *_closed(bus, books.not_delivered),
+        ),
         offered_rate=offered_rate,
         achieved_rate=achieved_rate,
         published=result.final.published,
         handled=books.handled,
         dead_lettered=books.dead_lettered,
         lost=books.lost,
-        not_delivered=result.final.in_flight,
+        not_delivered=books.not_delivered,
         waiting=books.waiting,
         duplicates=books.duplicates,
         redelivered=totals.announced,
@@ -547,12 +582,14 @@ def _without_latency(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
     return tuple(msgspec.structs.replace(interval, **no_times) for interval in intervals)
 
 
-def _why_no_latency(spec: LoadSpec, judgement: Judgement, *, lost: int, one_clock: bool) -> str:
+def _why_no_latency(spec: LoadSpec, judgement: Judgement, *, gone: bool, lost: int, one_clock: bool) -> str:
     """Why a run quotes no latency; empty where it does."""
     if not spec.is_paced:
         return "no latency: at full speed it is the length of the queues, and says nothing of the bus"
     if judgement.verdict in ("generator-bound", "saturated"):
         return f"no latency: the run is {judgement.verdict}"
+    if gone:
+        return "no latency: the bus that had measured it is gone"
     if lost:
         return "no latency: the events that never arrived would have been the slowest"
     if not one_clock:
@@ -560,7 +597,22 @@ def _why_no_latency(spec: LoadSpec, judgement: Judgement, *, lost: int, one_cloc
     return ""
 
 
-def _notes(result: DriverResult, totals: Totals, observed: Observed) -> Sequence[str]:
+def _closed(bus: BusState, not_delivered: int) -> Sequence[str]:
+    """Why a shard takes nothing, where it has no worker, or may have had no room for this publisher."""
+    notes = [
+        f"shard {worker.shard} was {worker.state} at the end: nothing of its keys is handled until it has a worker"
+        for worker in bus.workers
+        if worker.state in ("down", "given-up")
+    ]
+    notes += [
+        f"shard {worker.shard} had {worker.publishers:,} publishers at the end, and takes no other until one has finished"
+        for worker in bus.workers
+        if not_delivered and worker.publishers >= PUBLISHERS_MAX
+    ]
+    return notes
+
+
+def _notes(result: DriverResult, totals: Totals, books: Account, observed: Observed) -> Sequence[str]:
     notes = []
     if observed.unseen:
         notes.append(f"not always seen, so their processor time and memory may be too low: {', '.join(observed.unseen)}")
@@ -569,8 +621,19 @@ def _notes(result: DriverResult, totals: Totals, observed: Observed) -> Sequence
             f"{totals.unchecked:,} events could not be checked for order and repeats: their keys were more than the shards "
             "remember"
         )
+    final = result.final
+    if books.unrecognised and totals.dead:
+        notes.append(
+            f"the dead letters are not exact: {books.unrecognised:,} outcomes were more than there were events, and nobody "
+            "knows whether those were among them"
+        )
+    elif not (books.lost or final.waiting or final.in_flight) and final.dead != totals.dead:
+        notes.append(
+            f"by the acks, which tell the last outcome, {final.dead:,} events became dead letters, and by the first "
+            f"{totals.dead:,}: some came again after their worker had ended, and ended otherwise"
+        )
     measured = sum(result.send_lag_us.values())
     unmeasured = measured - totals.samples
-    if unmeasured > totals.dead + result.final.in_flight + result.final.waiting:
+    if not observed.gone and unmeasured > totals.dead + result.final.in_flight + result.final.waiting:
         notes.append(f"{unmeasured:,} of {measured:,} events of the measured window have no latency")
     return notes

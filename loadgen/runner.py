@@ -15,7 +15,7 @@ from typing import Final, Protocol
 import msgspec
 
 import shardbus
-from loadgen.collector import Collector, totals_of
+from loadgen.collector import Collector
 from loadgen.expect import Expectation
 from loadgen.histogram import Histogram
 from loadgen.injector import Injector
@@ -31,6 +31,7 @@ from loadgen.report import (
     held_against,
     make_report,
     together,
+    totals_of_acks,
     totals_of_commands,
 )
 from loadgen.spec import DriverLine, DriverResult, FaultSpec, LoadError, LoadSpec, Part, Progress, Started
@@ -41,6 +42,7 @@ _PURGE_S: Final = 5.0
 _SILENCE_S: Final = 20.0  # a driver speaks every second; on a machine in trouble, rather less often
 _READY_S: Final = 600.0  # a long recording is read before its driver is ready
 _HEAD_START_NS: Final = 100_000_000  # from the word to go until the schedule begins
+_INTERVAL_S: Final = 1.0  # between two looks at the bus
 _INTERVALS_MAX: Final = 3600  # of one run; a longer one has longer intervals
 
 
@@ -202,13 +204,14 @@ class _Run:
         await self._drive()
         machine_load = collector.machine_load()
         result = self._result()
+        gone = False
         if spec.commands:
             totals = totals_of_commands(result)
         else:
             try:
                 totals = await collector.settle(result.final, spec.flush_s)
             except shardbus.BusUnreachable:
-                totals = totals_of(())  # the bus is gone, and with it all that would show what it did: the verdict says so
+                gone, totals = True, totals_of_acks(result)  # the verdict says so
         found = {shard: histogram.percentiles() for shard, histogram in sorted(collector.by_shard.items())}
         return make_report(
             spec,
@@ -219,6 +222,7 @@ class _Run:
             one_clock=shares_clock(self._client.address),
             machine=this_machine(),
             observed=Observed(
+                gone=gone,
                 faults=tuple(self._faults),
                 processes=collector.processes(),
                 machine_load=machine_load,
@@ -255,11 +259,13 @@ class _Run:
             for driver in drivers:
                 driver.go(start_ns)
             self._watcher.begin(spec, planned)
-            beside = [asyncio.create_task(self._watch()), *self._fault_tasks(start_ns)]
+            watching = asyncio.create_task(self._watch())
+            beside = [watching, *self._fault_tasks(start_ns)]
             try:
                 async with asyncio.TaskGroup() as group:
-                    for number, each in enumerate(lines):
-                        group.create_task(self._follow(number, each))
+                    following = [group.create_task(self._follow(number, each)) for number, each in enumerate(lines)]
+                    # A run that cannot be judged any more ends now; `_end` says why.
+                    watching.add_done_callback(lambda _: [task.cancel() for task in following])
             except* LoadError as several:
                 raise several.exceptions[0] from None
             finally:
@@ -276,8 +282,11 @@ class _Run:
         if None not in self._results:
             await self._observe(last=True)
         for task in (watching, *faults):
-            if not task.cancelled() and task.exception() is not None:
-                raise LoadError(f"the run could not be watched: {task.exception()!r}") from task.exception()
+            error = None if task.cancelled() else task.exception()
+            if isinstance(error, LoadError):
+                raise error
+            if error is not None:
+                raise LoadError(f"the run could not be watched: {error!r}") from error
 
     async def _follow(self, number: int, lines: AsyncIterator[DriverLine]) -> None:
         """Read what a driver says up to its result."""
@@ -291,7 +300,7 @@ class _Run:
             raise LoadError("a driver process ended without a result; what it wrote stands above")
 
     async def _watch(self) -> None:
-        interval_s = max(1.0, self._spec.planned_s / _INTERVALS_MAX)
+        interval_s = max(_INTERVAL_S, self._spec.planned_s / _INTERVALS_MAX)
         while True:
             await asyncio.sleep(interval_s)
             await self._observe()

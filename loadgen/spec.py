@@ -22,7 +22,7 @@ KEYS_MAX: Final = 1_000_000  # keys of a load; more would cost the driver over 2
 PAYLOAD_BYTES_MAX: Final = 1_000_000  # a bus refuses messages above 1 MiB
 SECONDS_MAX: Final = 7 * 24 * 3600.0
 WORKERS_MAX: Final = 256
-DRIVERS_MAX: Final = 8  # publishers of one run; a shard keeps the evidence of 12
+DRIVERS_MAX: Final = 8  # publishers of one run; a shard keeps the evidence of 10 at once
 
 
 class LoadError(Exception):
@@ -291,10 +291,11 @@ class DriverResult(msgspec.Struct, frozen=True, kw_only=True, tag="result"):
 
     The window is the measured part, behind the warm-up. `before` and `after` are the ledger at its edges, `final` the
     ledger after the flush, which took `flush_s`. `scheduled` events should have been sent in the window (None: unpaced),
-    `sent` were. `send_lag_us` counts the measured ones by how late they went, in microseconds. `waited_s` of the window
-    passed inside publish calls that waited for room. `cpu_share` is the processor time that the driver took in the window
-    (1.0: one whole core), `rss_bytes` the most memory that it ever held. Commands, where it sent any, stand in the ledger as
-    events do: `dead` failed, `in_flight` got no reply; `replies_us` counts the measured ones by when their reply came.
+    `sent` were. `send_lag_us` counts the measured ones by how late the publish call of their batch began, in microseconds.
+    `waited_s` of the window passed inside publish calls that waited for room. `cpu_share` is the processor time that the
+    driver took in the window (1.0: one whole core), `rss_bytes` the most memory that it ever held. Commands, where it sent
+    any, stand in the ledger as events do: `dead` failed, `in_flight` got no reply; `replies_us` counts the measured ones by
+    when their reply came.
     """
 
     scheduled: int | None

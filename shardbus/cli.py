@@ -168,8 +168,8 @@ def serve(
 ) -> None:
     """Run an application on all cores, until SIGTERM or Ctrl-C; without one, the built-in demo.
 
-    Prints one line on standard output when every worker is ready; logs to standard error. A first signal drains, a
-    second one ends at once. Exit code 0: everything was drained.
+    Prints one line on standard output when every worker is ready, however long a lifespan takes; logs to standard error. A
+    first signal drains, a second one ends at once. Exit code 0: everything was drained.
     """
     forks = ForkServer(WORKER)  # first, because it imports what workers need while this process does other things
     click.get_current_context().call_on_close(forks.close)

@@ -17,6 +17,8 @@ from typing import Final, Generic, Protocol, TypeVar
 from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Book, Recorder, book_bytes
 
+# A row takes 0.33 MB of each shard's mapping, and a container has 64 MB on RAM unless it is given more: ten are enough for
+# one loadgen with all its drivers, and who has none is told so.
 _BOOK: Final = {"keys": 65_536, "publishers": 10}
 _FULL_S: Final = 0.0005
 EVIDENCE_BYTES: Final = book_bytes(**_BOOK) + journal_bytes()

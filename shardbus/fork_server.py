@@ -39,14 +39,15 @@ class ForkServer:
     """The supervisor's end. Made from the main thread, before the event loop, so that it imports beside its maker.
 
     Args:
-        module: what is run as `python -m`; it calls `serve_forks` when its first argument is `FORK`.
+        module: what is run as `python -m`; it calls `serve_forks` when its first argument is `FORK`. None: there is no
+            server, as on systems that have no way for it, and `fork` says so.
     """
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str | None) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._end: socket.socket | None = None
         self._starts_until = 0.0
-        if sys.platform != "linux" or not hasattr(socket, "send_fds"):
+        if module is None or sys.platform != "linux" or not hasattr(socket, "send_fds"):
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:

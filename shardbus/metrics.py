@@ -82,8 +82,12 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     `distinct` events reached an outcome; `repeats` came again, `announced` of them said so; `out_of_order` came after a
     later one of their key; `missing` were overtaken and have not come; `unchecked` are of keys that were forgotten and
-    came back. `samples` events have times, as (bucket, count): in `latency` their response times, in `service` and
-    `queue` the two parts of them. A bucket counts no further than 4,294,967,295.
+    came back. `dead` events were dead letters at their first outcome: no repeat counts again. `samples` events have times,
+    as (bucket, count): in `latency` their response times, in `service` and `queue` the two parts of them. A bucket
+    counts no further than 4,294,967,295.
+
+    Where more publishers at once stamp their events than a book has rows, some have none, or had to give it away; theirs is
+    not `complete`: more has happened than it says, so it proves no loss.
     """
 
     shard: int
@@ -99,6 +103,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     latency: list[tuple[int, int]]
     service: list[tuple[int, int]]
     queue: list[tuple[int, int]]
+    complete: bool = True
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,14 +118,14 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 COUNTERS: Final = Counters.__struct_fields__
-_MAGIC: Final = 0x5348415244423033  # "SHARDB03"
+_MAGIC: Final = 0x5348415244423034  # "SHARDB04"
 _HEADER: Final = 16  # words: magic, keys, publishers, size of the log, place in the ring of keys, head, tail, counters
 _KEY_RING_AT: Final = 4
 _HEAD_AT: Final = 5  # bytes that were ever appended to the log; the worker's
 _TAIL_AT: Final = 6  # of them, those that are folded; the supervisor's
 _COUNTERS_AT: Final = 8
 _ROW: Final = 16  # words a publisher
-_ID, _USED, _RETIRED, _REPEATS, _ANNOUNCED, _OUT_OF_ORDER, _MISSING, _UNCHECKED, _DEAD, _SAMPLES = (
+_ID, _USED, _RETIRED, _REPEATS, _ANNOUNCED, _OUT_OF_ORDER, _MISSING, _UNCHECKED, _DEAD, _SAMPLES, _INCOMPLETE = (
     0,
     2,
     3,
@@ -131,6 +136,7 @@ _ID, _USED, _RETIRED, _REPEATS, _ANNOUNCED, _OUT_OF_ORDER, _MISSING, _UNCHECKED,
     8,
     9,
     10,
+    11,
 )
 _TIMES_KEPT: Final = 3  # of an event: response, service, queue
 _HISTOGRAM_WORDS: Final = _TIMES_KEPT * BUCKETS // 2  # a publisher; two counts a word
@@ -139,9 +145,12 @@ _ORDINAL_MAX: Final = 2**40  # of one publisher's events of one key
 _TOGETHER_MIN: Final = 64  # times of fewer events are counted together with others
 _UNMARKED_MAX: Final = 16  # records that are folded before they are marked as such
 _UNWRITTEN_MAX: Final = 16_384  # events whose times may be lost with the supervisor
+_IN_USE_NS: Final = 1_000_000_000  # a row that was used since is nobody else's: to give it away and back costs milliseconds
+_WITHOUT_ROW_MAX: Final = 1024  # publishers that are remembered for having none, or for having lost it
 _OVERTAKEN_MAX: Final = 8192  # ordinals that were overtaken and are remembered one by one, for each publisher: 1 MB
 
-# A record: its size in bytes, publisher, events, bytes of keys, attempt, dead ones, which columns follow the keys.
+# A record: its size in bytes, publisher, events, bytes of keys, attempt, which are dead, which columns follow the keys.
+# The dead ones are a set of bits, the first event's the lowest: only events that were noted one by one can be dead.
 # The first field alone, with the highest bit set, is a gap up to the end of the ring.
 _RECORD: Final = struct.Struct("<Q16sIIIII4x")
 _GAP: Final = 1 << 63
@@ -150,6 +159,7 @@ _GAP: Final = 1 << 63
 _ORDINALS, _TIMES, _BEGINNINGS = 1, 2, 4
 _LOG_BYTES: Final = 1280 * 1024  # at 500,000 events/s of short keys: 0.19 s, with intended instants 0.09 s
 _GATHERED_MAX: Final = 32  # events that were noted one by one, to a record: what a killed worker may take with it
+assert _GATHERED_MAX <= 32  # a bit each
 _RECORD_BYTES_MAX: Final = _RECORD.size + KEYS_BYTES_MAX + 4 * 8 * (DEFAULT_LIMITS.batch_events_max + 1)
 # Where one would not fit before the end of the ring, it leaves that as a gap, and has to fit into the rest.
 assert 2 * _RECORD_BYTES_MAX <= _LOG_BYTES
@@ -210,7 +220,7 @@ class Recorder(_Mapped):
         self._intended_ns: list[int] = []
         self._began_ns: list[int] = []
         self._ended_ns: list[int] = []
-        self._dead = 0
+        self._dead = 0  # a bit for each that is
 
     def count(self, counter: str, by: int = 1) -> None:
         """Add to one of `COUNTERS`."""
@@ -239,12 +249,12 @@ class Recorder(_Mapped):
         if self._of != (publisher, attempt) or len(self._noted_keys) >= _GATHERED_MAX:
             self.flush()
             self._of = (publisher, attempt)
+        self._dead |= dead << len(self._noted_keys)
         self._noted_keys.append(key)
         self._ordinals.append(ordinal)
         self._intended_ns.append(0 if dead else intended_ns)
         self._began_ns.append(began_ns)
         self._ended_ns.append(ended_ns)
-        self._dead += dead
 
     def flush(self) -> None:
         """Write what was noted one by one: before an ack says that it is finished."""
@@ -347,6 +357,9 @@ class Book(_Mapped):
         }
         self._seen: list[tuple[PublisherBook, WireKey] | None] = [None] * keys
         self._books: dict[bytes, PublisherBook] = {}
+        # Of these something happened that is nowhere. A supervisor's successor does not know them: of a publisher that has
+        # lost its row and says nothing more, it then tells what a bus does that never saw it.
+        self._without_row: dict[bytes, None] = {}
         # A predecessor may have been killed while it folded what it had not marked as folded.
         self._doubtful_until = self.written if self._inherited else 0
 
@@ -419,6 +432,8 @@ class Book(_Mapped):
         _, publisher, events, key_bytes, attempt, dead, which = _RECORD.unpack_from(self._log, at)
         at += _RECORD.size
         book = self.publisher(publisher, now_ns)
+        if book is None:
+            return
         column = struct.Struct(f"<{events}q")
         ordinals_at = at + key_bytes
         times_at = ordinals_at + (column.size if which & _ORDINALS else 0)
@@ -427,9 +442,15 @@ class Book(_Mapped):
             ordinals: Sequence[int] = column.unpack_from(self._log, ordinals_at)
             if doubtful:
                 # What is in already would look like a repeat.
-                pairs = zip(keys, ordinals, strict=True)
-                ordinals = [ordinal if ordinal > book.last_of(key) else 0 for key, ordinal in pairs]
-            book.note_all(keys, ordinals, attempt)
+                fresh = [ordinal > book.last_of(key) for key, ordinal in zip(keys, ordinals, strict=True)]
+                keys, ordinals = list(compress(keys, fresh)), list(compress(ordinals, fresh))
+                dead_ones = list(compress(_bits(dead, events), fresh))
+            else:
+                dead_ones = _bits(dead, events) if dead else []
+            if any(dead_ones):
+                book.note_some_dead(keys, ordinals, attempt, dead_ones)
+            else:
+                book.note_all(keys, ordinals, attempt)
         if which & _TIMES:
             intended_ns = column.unpack_from(self._log, times_at)
             times_at += column.size
@@ -440,21 +461,32 @@ class Book(_Mapped):
                 instants_ns = struct.unpack_from(f"<{events + 1}q", self._log, times_at)
                 began_ns, ended_ns = instants_ns[:-1], instants_ns[1:]
             book.measure_all(intended_ns, began_ns, ended_ns)
-        if dead:
-            book.note_dead(dead)
 
-    def publisher(self, publisher: bytes, now_ns: int) -> PublisherBook:
-        """The book of a publisher, used now. When all rows are taken, the one that was used least recently is given away."""
+    def publisher(self, publisher: bytes, now_ns: int) -> PublisherBook | None:
+        """The book of a publisher, used now. When all rows are taken, the one that was used least recently is given away, if
+        that was not just now; else there is none.
+        """
         book = self._books.get(publisher)
         if book is None:
             row = self._row_of(publisher)
             if row is None:
-                row = self._vacate_row()
+                row = self._vacate_row(now_ns)
+                if row is None:
+                    self._lost_row(publisher)
+                    return None
                 self._rows[row * _ROW + _ID] = int.from_bytes(publisher[:8], "little")
                 self._rows[row * _ROW + _ID + 1] = int.from_bytes(publisher[8:], "little")
+                if publisher in self._without_row:
+                    del self._without_row[publisher]
+                    self._rows[row * _ROW + _INCOMPLETE] = 1
             book = self._books[publisher] = PublisherBook(self, row, publisher)
         self._rows[book.row * _ROW + _USED] = now_ns
         return book
+
+    def _lost_row(self, publisher: bytes) -> None:
+        self._without_row[publisher] = None
+        if len(self._without_row) > _WITHOUT_ROW_MAX:
+            del self._without_row[next(iter(self._without_row))]
 
     def _row_of(self, publisher: bytes) -> int | None:
         low, high = int.from_bytes(publisher[:8], "little"), int.from_bytes(publisher[8:], "little")
@@ -464,9 +496,14 @@ class Book(_Mapped):
                 return row
         return None
 
-    def _vacate_row(self) -> int:
+    def _vacate_row(self, now_ns: int) -> int | None:
         row = min(range(self._publishers), key=lambda candidate: self._rows[candidate * _ROW + _USED])
-        if self._rows[row * _ROW + _USED]:
+        used_ns = self._rows[row * _ROW + _USED]
+        if used_ns and 0 <= now_ns - used_ns < _IN_USE_NS:  # a clock that has started anew says nothing
+            return None
+        if used_ns:
+            low, high = self._rows[row * _ROW + _ID], self._rows[row * _ROW + _ID + 1]
+            self._lost_row(low.to_bytes(8, "little") + high.to_bytes(8, "little"))
             book = next((one for one in self._books.values() if one.row == row), None)
             if book is not None:
                 del self._books[book.publisher]
@@ -518,7 +555,7 @@ class Book(_Mapped):
         """What this shard can say of a publisher; None: it has seen nothing stamped of it."""
         row = self._row_of(publisher)
         if row is None:
-            return None
+            return _nothing_of(shard, publisher) if publisher in self._without_row else None
         if publisher in self._books:
             self._books[publisher].write_times()
         words = self._rows[row * _ROW : (row + 1) * _ROW].tolist()
@@ -542,6 +579,7 @@ class Book(_Mapped):
             latency=latency,
             service=service,
             queue=queue,
+            complete=not words[_INCOMPLETE],
         )
 
     def _counted(self, row: int, which: int) -> list[tuple[int, int]]:
@@ -555,6 +593,7 @@ class PublisherBook:
 
     __slots__ = (
         "_book",
+        "_dead",
         "_instants_ns",
         "_overtaken",
         "_samples",
@@ -578,6 +617,7 @@ class PublisherBook:
         self._unwritten_keys: list[Sequence[WireKey]] = []
         # How often response, service and queue times fell into each bucket, and of how many events, since they were written.
         self._times: tuple[Counter[int], ...] = tuple(Counter() for _ in range(_TIMES_KEPT))
+        self._dead = 0  # since the ordinals were written
         self._samples = 0
         self._instants_ns: tuple[list[int], ...] = ([], [], [])  # intended, beginnings and ends that are not counted yet
         self.last = book.last
@@ -593,8 +633,34 @@ class PublisherBook:
             elif ordinal:
                 self.irregular(key, ordinal, attempt)
 
+    def note_some_dead(
+        self, keys: Sequence[WireKey], ordinals: Sequence[int], attempt: int, dead: Sequence[int]
+    ) -> None:
+        """As `note_all`, of events some of which became dead letters: 1 for each that did, else 0.
+
+        A worker that is killed in the transaction of its dead letters has written their evidence, and its successor writes
+        it again. So one counts when its event is counted as distinct, or cannot be told from others for want of an ordinal.
+        """
+        known = self.known
+        self._unwritten_keys.append(keys)
+        for key, ordinal, is_dead in zip(keys, ordinals, dead, strict=True):
+            if known.get(key) == ordinal - 1:
+                known[key] = ordinal
+                self._dead += is_dead
+            elif not ordinal or self.irregular(key, ordinal, attempt):
+                self._dead += is_dead
+
     def write_ordinals(self) -> None:
-        """Write the last ordinals of the keys that were noted since the last time."""
+        """Write the last ordinals of the keys that were noted since the last time, and how many of those were dead.
+
+        A kill between the two has the dead ones of up to 16 records counted as handled.
+        """
+        self._write_last()
+        if self._dead:
+            self._add(_DEAD, self._dead)
+            self._dead = 0
+
+    def _write_last(self) -> None:
         unwritten, self._unwritten_keys = self._unwritten_keys, []
         known, last, positions = self.known, self.last, self.positions
         if sum(map(len, unwritten)) >= len(known):
@@ -638,16 +704,16 @@ class PublisherBook:
             self._book._place(self, key)
         return self.known[key]
 
-    def irregular(self, key: WireKey, ordinal: int, attempt: int) -> None:
-        """An outcome that is not simply the next of a key that this process knows."""
+    def irregular(self, key: WireKey, ordinal: int, attempt: int) -> bool:
+        """An outcome that is not simply the next of a key that this process knows; whether it is counted as distinct."""
         if ordinal > _ORDINAL_MAX:  # nobody counts so far; sums of such numbers would not fit
             self._add(_UNCHECKED, 1)
-            return
+            return False
         last = self.last_of(key)
         if ordinal == last + 1:
             self.known[key] = ordinal
         elif ordinal <= last:
-            self._come_back(key, ordinal, attempt)
+            return self._come_back(key, ordinal, attempt)
         elif last == 0 and self._word(_RETIRED):
             # Keys of this publisher were forgotten, and this may be one: its past was counted when it was retired.
             self._add(_RETIRED, 1 - ordinal)
@@ -658,20 +724,18 @@ class PublisherBook:
             room = _OVERTAKEN_MAX - len(self._overtaken)
             self._overtaken.update((key, number) for number in range(last + 1, min(ordinal, last + 1 + room)))
             self.known[key] = ordinal
+        return True
 
-    def _come_back(self, key: WireKey, ordinal: int, attempt: int) -> None:
+    def _come_back(self, key: WireKey, ordinal: int, attempt: int) -> bool:
         if (key, ordinal) in self._overtaken:
             self._overtaken.discard((key, ordinal))
             self._add(_MISSING, -1)
             self._add(_OUT_OF_ORDER, 1)
-        else:
-            self._add(_REPEATS, 1)
-            if attempt > 1:
-                self._add(_ANNOUNCED, 1)
-
-    def note_dead(self, by: int) -> None:
-        """Stamped events became dead letters."""
-        self._add(_DEAD, by)
+            return True
+        self._add(_REPEATS, 1)
+        if attempt > 1:
+            self._add(_ANNOUNCED, 1)
+        return False
 
     def write_times(self) -> None:
         """Add what was measured since the last time to the histograms."""
@@ -693,6 +757,31 @@ class PublisherBook:
     def _add(self, field: int, by: int) -> None:
         at = self.row * _ROW + field
         self._book._rows[at] = (self._book._rows[at] + by) % 2**64
+
+
+def _nothing_of(shard: int, publisher: bytes) -> Evidence:
+    """The evidence of a publisher that has no row."""
+    return Evidence(
+        shard=shard,
+        publisher=publisher,
+        distinct=0,
+        repeats=0,
+        announced=0,
+        out_of_order=0,
+        missing=0,
+        unchecked=0,
+        dead=0,
+        samples=0,
+        latency=[],
+        service=[],
+        queue=[],
+        complete=False,
+    )
+
+
+def _bits(number: int, width: int) -> list[int]:
+    """The lowest bits of a number, the lowest first."""
+    return [number >> at & 1 for at in range(width)]
 
 
 def _signed(word: int) -> int:

@@ -71,6 +71,9 @@ class Child:
         forks: a server of the same module, which has it ready.
         on_report: called with each report that the child sends.
         on_exit: called once, when it is dead and reaped, with its exit code (negative: the signal).
+
+    Raises:
+        OSError: the system has no process or descriptor for it now; nothing was left behind.
     """
 
     def __init__(
@@ -85,33 +88,41 @@ class Child:
         self._on_report = on_report
         self._on_exit = on_exit
         self._process: Forked | subprocess.Popen[bytes]
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            pid = forks.fork(argument, theirs.fileno())
-        if pid is not None:
-            self._process = Forked(pid)
-        else:
-            ours.close()  # a copy that comes too late may have the other end, and ends with this one
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", module, argument, str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,  # Ctrl-C is the supervisor's to interpret
-                )
-        self._reports = ours
-        ours.setblocking(False)
-        self._frames = _Frames()
-        self._loop.add_reader(ours, self._read)
-        self.pid = self._process.pid
         self._watch: asyncio.Task[None] | None = None
         self._pidfd = -1
-        if hasattr(os, "pidfd_open"):
-            self._pidfd = os.pidfd_open(self.pid)
-            self._loop.add_reader(self._pidfd, self._ended)
-        else:
-            self._watch = self._loop.create_task(self._poll())
+        with contextlib.ExitStack() as undo:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            undo.callback(ours.close)
+            with theirs:
+                pid = forks.fork(argument, theirs.fileno())
+            if pid is not None:
+                self._process = Forked(pid)
+            else:
+                ours.close()  # a copy that comes too late may have the other end, and ends with this one
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+                undo.callback(ours.close)
+                with theirs:
+                    self._process = subprocess.Popen(
+                        [sys.executable, "-m", module, argument, str(theirs.fileno())],
+                        stdin=subprocess.DEVNULL,
+                        pass_fds=(theirs.fileno(),),
+                        start_new_session=True,  # Ctrl-C is the supervisor's to interpret
+                    )
+            undo.callback(self._process.wait)
+            undo.callback(self._process.kill)
+            ours.setblocking(False)
+            self._loop.add_reader(ours, self._read)
+            undo.callback(self._loop.remove_reader, ours)
+            if hasattr(os, "pidfd_open"):
+                self._pidfd = os.pidfd_open(self._process.pid)
+                undo.callback(os.close, self._pidfd)
+                self._loop.add_reader(self._pidfd, self._ended)
+            else:
+                self._watch = self._loop.create_task(self._poll())
+            undo.pop_all()
+        self.pid = self._process.pid
+        self._reports = ours
+        self._frames = _Frames()
 
     def _read(self) -> None:
         try:

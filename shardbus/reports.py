@@ -52,6 +52,10 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The worker takes messages."""
 
 
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """The worker's loop turns, whatever it does: it boots, or it closes."""
+
+
 class BootFailed(msgspec.Struct, frozen=True, tag="boot-failed"):
     """The worker cannot start, and ends; `error` is for people."""
 
@@ -109,7 +113,7 @@ def told_left(dead: int, waiting: int, kept: str) -> str:
     return f"{left} kept {kept}; the next `shardbus serve` there has them again"
 
 
-Report = Ready | BootFailed | Beat | AtRest | Drained | Stalled
+Report = Ready | Alive | BootFailed | Beat | AtRest | Drained | Stalled
 
 encode_report: Final = msgspec.msgpack.Encoder().encode
 decode_report: Final = msgspec.msgpack.Decoder(Report).decode

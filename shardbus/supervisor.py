@@ -38,6 +38,7 @@ from shardbus.quarantine import UNKNOWN_END, Ended
 from shardbus.reports import (
     END,
     WORKER,
+    Alive,
     Assignment,
     AtRest,
     Beat,
@@ -61,7 +62,7 @@ from shardbus.zmq_transport import Router, ZmqListener
 log = logging.getLogger("shardbus.supervisor")
 
 SILENCE_S: Final = 5.0  # a worker whose loop is silent for longer is replaced
-BOOT_SILENCE_S: Final = 30.0
+BOOT_SILENCE_S: Final = 30.0  # while it boots: between two beats, so an import may take as long, and a lifespan any time
 _FOLD_S: Final = 0.05  # between two looks into the workers' logs
 _FOLD_SOON_S: Final = 0.005  # where one was fuller than this, because it may be full before the next look
 _FULL: Final = 0.2
@@ -71,6 +72,8 @@ _CHECK_S: Final = 0.5
 _NARROWING_MAX: Final = 24  # deaths in a row that count as progress because they tell who ended the worker
 _MEMORY_S: Final = 5.0  # for so long after the kernel has ended a process for want of memory, a SIGKILL is taken for its own
 _CLIENTS_MAX: Final = 4096
+_SPARE_RETRY_S: Final = 5.0  # between two tries to start a spare process
+_STARTS: Final = RestartPolicy(deaths_max=20)  # a machine that has no process to give has some again within 70 s, or trouble
 _LAYOUT: Final = 1
 _encode: Final = msgspec.msgpack.Encoder().encode
 
@@ -105,9 +108,12 @@ class _Worker:
         self.address = ""
         self.ready = False
         self.ready_at = 0.0
+        self.started_at = 0.0
         self.heard_at = 0.0
+        self.told_slow = False  # it was told that it takes long to boot
         self.handled_before = 0
         self.fruitless = 0
+        self.not_started = 0  # tries in a row in which the system gave no process
         self.narrowing = 0  # deaths in a row that made no progress but named somebody
         self.replaced = False  # it was silent, so it is being ended
         self.ended = UNKNOWN_END  # how the last one ended that had taken the journal over
@@ -125,6 +131,10 @@ class _Worker:
     def restarts(self) -> int:
         return max(0, self.counter - 1)
 
+    def is_slow_to_boot(self, now: float) -> bool:
+        """Whether it boots for longer than one whose loop stands still may."""
+        return self.child is not None and not self.ready and now - self.started_at > BOOT_SILENCE_S
+
 
 class _Process:
     """A started process: a spare one until it is some worker's."""
@@ -138,13 +148,24 @@ class Supervisor:
     """Runs a bus until it is told to stop. Make one, then await `run`.
 
     Args:
+        options: what to serve, and how.
         forks: of `WORKER`, started early, because it takes as long as all else until the bus is ready.
+        policy: whether and when a worker that died is started again.
+        starts: likewise of one for which the system has no process.
     """
 
-    def __init__(self, options: ServeOptions, forks: ForkServer, *, policy: RestartPolicy | None = None) -> None:
+    def __init__(
+        self,
+        options: ServeOptions,
+        forks: ForkServer,
+        *,
+        policy: RestartPolicy | None = None,
+        starts: RestartPolicy = _STARTS,
+    ) -> None:
         self._options = options
         self._forks = forks
         self._policy = policy or RestartPolicy()
+        self._starts = starts
         self._incarnation = os.urandom(16)
         self._version = 0
         self._workers: list[_Worker] = []
@@ -192,7 +213,7 @@ class Supervisor:
                 self._start(worker, rundir)
             await self._until(lambda: self._failure or self._stopping or all(one.ready for one in self._workers))
             if not self._failure and not self._stopping:
-                self._spare = self._spawn(rundir)
+                self._start_spare(rundir)
                 on_ready(self._ready_line())
             await self._serve()
             if self._failure:
@@ -343,6 +364,12 @@ class Supervisor:
     # -- workers
 
     def _start(self, worker: _Worker, rundir: RunDir) -> None:
+        try:
+            process, self._spare = self._spare or self._spawn(rundir), None
+        except OSError as error:
+            self._on_no_process(worker, rundir, error)
+            return
+        worker.not_started = 0
         worker.counter += 1
         worker.epoch = self._incarnation + worker.shard.to_bytes(2, "big") + worker.counter.to_bytes(6, "big")
         worker.address = self._options.address.worker(worker.shard, worker.counter, self._incarnation)
@@ -354,7 +381,8 @@ class Supervisor:
         worker.at_rest = False
         worker.drained = None
         worker.judged = worker.journal.journal.deaths
-        worker.heard_at = time.monotonic()
+        worker.started_at = worker.heard_at = time.monotonic()
+        worker.told_slow = False
         worker.handled_before = worker.evidence.book.counters().handled
         assignment = Assignment(
             shard=worker.shard,
@@ -374,7 +402,6 @@ class Supervisor:
             waits_for_store=worker.counter > 1,
             drain_s=self._options.drain_s,
         )
-        process, self._spare = self._spare or self._spawn(rundir), None
         process.worker, worker.child = worker, process.child
         if worker.child is not None:
             worker.child.tell(encode_assignment(assignment))
@@ -407,6 +434,28 @@ class Supervisor:
         process.child = Child(WORKER, encode_boot(boot).decode(), self._forks, on_report, on_exit)
         return process
 
+    def _start_spare(self, rundir: RunDir) -> None:
+        """Have a spare process stand by; where the system gives none, try again later: no shard depends on it yet."""
+        if self._spare is not None or self._stopping or self._failure:
+            return
+        try:
+            self._spare = self._spawn(rundir)
+        except OSError as error:
+            log.warning("no spare worker can be started (%s); trying again in %g s", error, _SPARE_RETRY_S)
+            asyncio.get_running_loop().call_later(_SPARE_RETRY_S, self._start_spare, rundir)
+
+    def _on_no_process(self, worker: _Worker, rundir: RunDir, error: OSError) -> None:
+        """The system has no process for a worker: as a death before any progress, but the machine's fault and no worker's,
+        so it is counted apart, and with more patience.
+        """
+        worker.last_exit = f"no process can be started: {error}"
+        self._changed.set()
+        if worker.counter == 0:
+            self._failure = f"the worker of shard {worker.shard} cannot be started: {error}"
+            return
+        worker.not_started += 1
+        self._go_on(worker, rundir, "has no worker", self._starts.decide(worker.not_started))
+
     def _on_report(self, worker: _Worker, rundir: RunDir, data: bytes) -> None:
         report = decode_report(data)
         if not isinstance(report, Stalled):  # that is a thread's word; the loop itself is silent
@@ -420,8 +469,10 @@ class Supervisor:
                 if worker.child is not None and len(usable) > self._options.workers:
                     worker.child.pin(usable[1 + worker.shard])  # the first core is left to publishers
                 self._announce()
-                if self._spare is None and worker.restarts and not self._stopping:
-                    self._spare = self._spawn(rundir)
+                if worker.restarts:
+                    self._start_spare(rundir)
+            case Alive():
+                pass
             case BootFailed(error=error):
                 worker.boot_error = error
             case Beat() as beat:
@@ -468,6 +519,11 @@ class Supervisor:
         if worker.counter == 1 and not was_ready:
             # Its very first start: nothing depends on it yet, so say so and stop.
             told = f"the worker of shard {worker.shard} ended before it was ready: {worker.last_exit}"
+            if worker.replaced:
+                told += (
+                    f", because its event loop stood still for {BOOT_SILENCE_S:g} s, in the application's import or "
+                    "lifespan; a lifespan may take any time where it awaits, or uses asyncio.to_thread"
+                )
             self._failure = worker.boot_error or told
             return
         handled = worker.evidence.book.counters().handled
@@ -478,9 +534,13 @@ class Supervisor:
         worker.narrowing = 0 if progressed else worker.narrowing + narrows
         narrows = narrows and worker.narrowing <= _NARROWING_MAX
         worker.fruitless = 0 if progressed or narrows else worker.fruitless + 1
-        match self._policy.decide(worker.fruitless):
+        self._go_on(worker, rundir, "ended", self._policy.decide(worker.fruitless))
+
+    def _go_on(self, worker: _Worker, rundir: RunDir, what: str, decision: RestartIn | GiveUp) -> None:
+        """Do what a policy has decided of a worker that `what` says the end of."""
+        match decision:
             case RestartIn(delay_s=delay_s):
-                log.warning("shard %d ended (%s); starting it again in %g s", worker.shard, worker.last_exit, delay_s)
+                log.warning("shard %d %s (%s); starting it again in %g s", worker.shard, what, worker.last_exit, delay_s)
                 if delay_s <= 0:
                     self._start(worker, rundir)
                 else:
@@ -535,6 +595,13 @@ class Supervisor:
                 worker.heard_at = now
                 worker.replaced = True
                 worker.child.kill()
+            elif worker.is_slow_to_boot(now) and not worker.told_slow:
+                worker.told_slow = True
+                log.warning(
+                    "shard %d has not been ready for %g s, and is waited for: its lifespan or its store takes long",
+                    worker.shard,
+                    BOOT_SILENCE_S,
+                )
 
     # -- clients
 

@@ -2,9 +2,10 @@
 
 Started by the supervisor as `python -m shardbus.worker_process BOOT DESCRIPTOR`, or as a copy of one that has imported all
 but the application (`shardbus/fork_server.py`). It imports that, and then waits for the shard that it is to serve: so a
-spare one stands by, and a dead worker's successor is there at once. Reports that it is ready, then beats once a second
-from the very event loop that runs the handlers, so that a loop that hangs is silent. SIGTERM drains it: it comes to rest,
-and ends when all workers have, because handlers of others may publish to it.
+spare one stands by, and a dead worker's successor is there at once. It beats once a second, from its first moment to its
+last, from the very event loop that runs the handlers, so that a loop that hangs is silent, and one that awaits what takes
+long, a lifespan or a large store, is not. SIGTERM drains it: it comes to rest, and ends when all workers have, because
+handlers of others may publish to it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from shardbus.quarantine import PULSE_S
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.reports import (
     END,
+    Alive,
     Assignment,
     AtRest,
     Beat,
@@ -81,6 +83,7 @@ async def run_worker(boot: Boot, descriptor: int, make_outgoing: MakeOutgoing) -
             assigned.set_result(message)
 
     pipe = ReportPipe(descriptor, on_message=on_message, on_parent_gone=lambda: os._exit(1))
+    alive = asyncio.get_running_loop().create_task(_stay_alive(pipe))
     try:
         registry = load_application(boot.application)
         spec = decode_assignment(await assigned)
@@ -96,8 +99,15 @@ async def run_worker(boot: Boot, descriptor: int, make_outgoing: MakeOutgoing) -
     except (BootError, ConfigError, StoreError) as error:
         pipe.send(encode_report(BootFailed(str(error))))
     finally:
+        alive.cancel()
         pipe.close()
     return EXIT_BOOT
+
+
+async def _stay_alive(pipe: ReportPipe) -> None:
+    while True:
+        pipe.send(encode_report(Alive()))
+        await asyncio.sleep(BEAT_S)
 
 
 async def _serve(

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any, cast
 
+import pytest
+
+import shardbus
 from loadgen.collector import Collector, Processes
 from loadgen.histogram import Histogram, difference, percentiles_us
 from loadgen.resources import Watched
-from loadgen.spec import Counts, Progress
+from loadgen.spec import Counts, LoadError, Progress
 from shardbus.demo import Tick, bus
+from shardbus.metrics import Evidence
 
 
 def progress(at_s: float, finished: int, scheduled: int | None) -> Progress:
@@ -42,6 +47,44 @@ async def test_an_interval_has_what_came_since_the_last_one_and_the_whole_is_the
         assert await collector.interval([progress(3, 30, 60)], []) is None
         silent = await collector.interval([progress(4, 30, 60)], [])
         assert (silent.latency_us, silent.service_p99_us, silent.queue_p99_us) == (None, None, None)
+
+
+@pytest.mark.parametrize("settled", [True, False], ids=["at the end", "meanwhile"])
+async def test_a_run_for_whose_evidence_a_shard_had_no_room_is_not_judged(settled: bool):
+    none: dict[str, Any] = dict.fromkeys(Evidence.__struct_fields__, 0)
+    none |= {"publisher": b"p" * 16, "latency": [], "service": [], "queue": []}
+    mine = [Evidence(**{**none, "shard": at, "complete": at != 1}) for at in (0, 1)]
+
+    class Full:
+        async def evidence(self, publishers: list[bytes], **_: float) -> list[Evidence]:
+            return [one for one in mine if one.publisher in publishers]
+
+        async def status(self, **_: float) -> dict[str, Any]:
+            return {"workers": [], "waiting": 0}
+
+    collector = Collector(cast("shardbus.Client", Full()), local=False)
+    collector.publishers = [b"p" * 16]
+    last = progress(1.0, 10, None)
+    with pytest.raises(LoadError, match=r"shard 1 had no room for the evidence of 1 of this run's .* fewer --drivers"):
+        await (collector.settle(last.counts, 1.0) if settled else collector.interval([last], []))
+
+
+async def test_a_run_whose_evidence_begins_anew_in_the_middle_is_not_judged():
+    async with bus.local() as client:
+        collector = Collector(client, local=False)
+        collector.publishers = [client.publisher]
+        await client.publish_many([Tick(key="a"), Tick(key="a")], ordinals=[1, 2], intended_ns=[1, 1])
+        await client.flush(10.0)
+        await collector.interval([progress(1.0, 2, None)], [])
+    async with bus.local() as after:
+        await after.publish_many([Tick(key="a")], ordinals=[3], intended_ns=[1])
+        await after.flush(10.0)
+        collector._client = after
+        for publisher in (client.publisher, after.publisher):  # the bus has not seen it since, or has
+            collector.publishers = [publisher]
+            collector._seen._distinct = {(0, publisher): 5}
+            with pytest.raises(LoadError, match="the evidence of shard 0 has begun anew in the middle of the run"):
+                await collector.settle(progress(1.0, 2, None).counts, 1.0)
 
 
 def test_the_difference_of_growing_counts_is_what_came_in_between():

@@ -43,6 +43,31 @@ async def test_a_paced_run_sends_what_was_scheduled_and_measures_all_but_the_war
 
 
 @PUBLISH
+async def test_the_making_of_its_events_is_in_the_send_lag_and_what_publish_takes_is_not(call, monkeypatch):
+    spec = LoadSpec(rate=100.0, warmup_s=0.0, duration_s=0.1, keys=10, call=call)
+    async with bus.local() as client:
+        driver = Driver(spec, client, plan_of(spec))
+        take, send, early_ns = driver._source.take, driver._send, [0]
+        clock = time.monotonic_ns
+
+        def slow_take(count):
+            early_ns[0] += 20_000_000  # ns that this takes
+            return take(count)
+
+        async def slow_send(load, intended_ns):
+            await send(load, intended_ns)
+            early_ns[0] += 20_000_000_000
+
+        monkeypatch.setattr(time, "monotonic_ns", lambda: clock() + early_ns[0])
+        monkeypatch.setattr(driver._source, "take", slow_take)
+        monkeypatch.setattr(driver, "_send", slow_send)
+        result = await driver.run()
+    assert result.sent == sum(result.send_lag_us.values()) > 0
+    assert min(result.send_lag_us) >= 20_000
+    assert max(result.send_lag_us) < 20_000_000
+
+
+@PUBLISH
 async def test_an_unpaced_run_measures_no_latency_and_loses_nothing(call):
     result, totals = await drive(LoadSpec(rate=None, warmup_s=0.1, duration_s=0.2, keys=100, call=call))
     assert (result.scheduled, result.send_lag_us, totals.samples) == (None, {}, 0)

@@ -14,6 +14,7 @@ from loadgen.machine import Machine, MachineLoad, shares_clock, this_machine
 from loadgen.pacer import Stage
 from loadgen.report import (
     EXIT_CODES,
+    PUBLISHERS_MAX,
     Account,
     BusState,
     Facts,
@@ -30,10 +31,12 @@ from loadgen.report import (
     judge,
     make_report,
     together,
+    totals_of_acks,
 )
 from loadgen.resources import MachineMeter
 from loadgen.spec import Counts, DriverResult, LoadSpec, Payload, Recording, Skew, Template
 from loadgen.tables import csv_of, load_text, rows_of
+from shardbus.config import DEFAULT_LIMITS
 
 FAST = Percentiles(p50=100, p90=150, p99=200, p99_9=250, max=300)
 SHORT = Percentiles(p50=20, p90=30, p99=40, p99_9=50, max=60)
@@ -70,6 +73,7 @@ VERDICTS: list[tuple[str, dict[str, Any], Verdict, str]] = [
     ("a lost event", {"lost": 1}, "failed", "1 events were acknowledged, and nothing shows"),
     ("an event that was not finished", {"in_flight": 2}, "failed", "2 events were not finished"),
     ("an event overtaken", {"out_of_order": 3}, "failed", "3 events were handled after a later one"),
+    ("a bus that took its evidence with it", {"gone": True}, "failed", "the bus was gone at the end of the run"),
     ("an unannounced repeat", {"duplicates": 5, "redelivered": 4}, "failed", "1 of 5 repeats were not announced"),
     ("announced repeats are what a crash costs", {"duplicates": 5, "redelivered": 5}, "ok", ""),
     ("just enough achieved", {"achieved_rate": 19_800.0}, "ok", ""),
@@ -275,7 +279,7 @@ ACCOUNTS: list[tuple[str, Counts, Totals, int, Account]] = [
         counts(120, handled=100, in_flight=20),
         totals(105),
         0,
-        Account(handled=105, dead_lettered=0, waiting=0, lost=0, duplicates=0),
+        Account(handled=105, dead_lettered=0, waiting=0, lost=0, not_delivered=15, duplicates=0),
     ),
     (
         "dropped by a policy that was chosen is not lost",
@@ -289,7 +293,21 @@ ACCOUNTS: list[tuple[str, Counts, Totals, int, Account]] = [
         counts(120, handled=120),
         totals(123, repeats=2, announced=2),
         0,
-        Account(handled=120, dead_lettered=0, waiting=0, lost=0, duplicates=5),
+        Account(handled=120, dead_lettered=0, waiting=0, lost=0, duplicates=5, unrecognised=3),
+    ),
+    (
+        "… also where all were dead: no count is ever below zero",
+        counts(120, dead=120),
+        totals(130, dead=130),
+        0,
+        Account(handled=0, dead_lettered=120, waiting=0, lost=0, duplicates=10, unrecognised=10),
+    ),
+    (
+        "finished after the flush gave up, and dead by then",
+        counts(120, handled=90, dead=10, in_flight=20),
+        totals(118, dead=28),
+        0,
+        Account(handled=90, dead_lettered=28, waiting=0, lost=0, not_delivered=2, duplicates=0),
     ),
 ]
 
@@ -298,7 +316,80 @@ ACCOUNTS: list[tuple[str, Counts, Totals, int, Account]] = [
     ("final", "evidence", "bus_waiting", "expected"), [row[1:] for row in ACCOUNTS], ids=[row[0] for row in ACCOUNTS]
 )
 def test_account(final: Counts, evidence: Totals, bus_waiting: int, expected: Account) -> None:
-    assert account(result(final), evidence, bus_waiting) == expected
+    found = account(result(final), evidence, bus_waiting)
+    assert found == expected
+    everywhere = found.handled + found.dead_lettered + found.waiting + found.lost + found.not_delivered
+    assert everywhere == final.published - final.dropped
+
+
+def test_a_bus_that_is_gone_is_not_said_to_have_lost_what_it_had_acknowledged() -> None:
+    ran = result(counts(120, handled=90, dead=5, waiting=5, in_flight=20))
+    found = make_report(
+        LoadSpec(rate=100.0),
+        ran,
+        totals_of_acks(ran),
+        BusState(workers=(WORKER,), waiting=0),
+        address="ipc:///run/bus",
+        one_clock=True,
+        machine=MACHINE,
+        observed=Observed(gone=True),
+    )
+    assert (found.verdict, found.exit_code, found.latency_us) == ("failed", 1, None)
+    assert (found.handled, found.dead_lettered, found.waiting, found.lost, found.not_delivered) == (90, 5, 5, 0, 20)
+    assert "the bus was gone" in found.reasons[0]
+    assert "20 events were not finished" in found.reasons[1]
+    assert found.notes == ("no latency: the bus that had measured it is gone",)
+
+
+def test_a_shard_that_was_given_up_is_named() -> None:
+    down = msgspec.structs.replace(WORKER, shard=1, pid=0, state="given-up")
+    found = make_report(
+        LoadSpec(rate=100.0),
+        *ALL_WELL,
+        BusState(workers=(WORKER, down), waiting=0),
+        address="ipc:///run/bus",
+        one_clock=True,
+        machine=MACHINE,
+    )
+    assert found.notes == ("shard 1 was given-up at the end: nothing of its keys is handled until it has a worker",)
+
+
+def test_a_shard_that_had_no_room_for_one_more_publisher_is_named() -> None:
+    assert DEFAULT_LIMITS.sessions_max == PUBLISHERS_MAX
+    crowded = msgspec.structs.replace(WORKER, publishers=PUBLISHERS_MAX)
+    for left, told in ((0, 0), (20, 1)):
+        found = make_report(
+            LoadSpec(rate=100.0),
+            result(counts(120, handled=120 - left, in_flight=left)),
+            totals(120 - left, samples=100),
+            BusState(workers=(crowded,), waiting=0),
+            address="ipc:///run/bus",
+            one_clock=True,
+            machine=MACHINE,
+        )
+        assert sum("shard 0 had 256 publishers at the end, and takes no other" in note for note in found.notes) == told
+
+
+DEAD_IN_DOUBT: list[tuple[str, Counts, Totals, str]] = [
+    ("the same by both", counts(120, handled=110, dead=10), totals(120, dead=10, samples=100), ""),
+    (
+        "more at the last outcome",
+        counts(120, handled=110, dead=10),
+        totals(120, dead=4, repeats=8, announced=8, samples=100),
+        "10 events became dead letters, and by the first 4",
+    ),
+    ("beside repeats that nobody knew", counts(120, dead=120), totals(130, dead=130), "dead letters are not exact: 10"),
+    ("of some, only the evidence tells", counts(120, handled=110, waiting=10), totals(120, dead=10, samples=100), ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("final", "evidence", "said"), [row[1:] for row in DEAD_IN_DOUBT], ids=[row[0] for row in DEAD_IN_DOUBT]
+)
+def test_a_count_of_dead_letters_that_is_in_doubt_is_told(final: Counts, evidence: Totals, said: str) -> None:
+    notes = [note for note in report(result(final), evidence).notes if "dead letters" in note]
+    assert len(notes) == bool(said)
+    assert said in "".join(notes)
 
 
 WORKER = WorkerState(shard=0, pid=1, restarts=0, handled=120, backlog=0, rss_bytes=60_000_000)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 import loadgen.runner
-from loadgen.runner import run_async
-from loadgen.spec import FaultSpec, LoadError, LoadSpec, Recording
+import shardbus
+from loadgen.collector import Collector
+from loadgen.report import BusState, Interval
+from loadgen.runner import _Run, _Silent, run_async
+from loadgen.spec import Counts, DriverLine, FaultSpec, LoadError, LoadSpec, Part, Progress, Recording, Started
 
 
 @pytest.fixture
@@ -37,3 +44,41 @@ async def test_a_recording_that_is_not_there_is_told_before_a_bus_is_started(tmp
     recording = Recording(path=f"{tmp_path}/missing.jsonl", type="A", key="b")
     with pytest.raises(LoadError, match=r"missing\.jsonl cannot be read"):
         await run_async(LoadSpec(rate=5.0, application="shop:bus", recording=recording))
+
+
+class Endless:
+    """A driver that is never done."""
+
+    def go(self, start_ns: int) -> None: ...
+
+    async def lines(self, silence_s: float, *, first_s: float) -> AsyncIterator[DriverLine]:
+        yield Started(publisher="00" * 16, pid=os.getpid())
+        counts = Counts(published=9, handled=9, dead=0, waiting=0, dropped=0, in_flight=0)
+        yield Progress(at_s=1.0, warming_up=False, counts=counts)
+        await asyncio.Event().wait()
+
+
+class Blind(Collector):
+    """Asks a bus that has no room for the evidence of this run."""
+
+    async def state(self) -> BusState:
+        return self.latest
+
+    async def interval(self, *_: Any) -> Interval | None:
+        raise LoadError("no room for it")
+
+
+async def test_a_run_that_cannot_be_judged_any_more_ends_at_once_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.asynccontextmanager
+    async def started_driver(part: Part) -> AsyncIterator[Endless]:
+        yield Endless()
+
+    monkeypatch.setattr(loadgen.runner, "started_driver", started_driver)
+    monkeypatch.setattr(loadgen.runner, "_INTERVAL_S", 0.001)
+    client = cast("shardbus.Client", None)
+    spec = LoadSpec(rate=1.0, duration_s=3.0, warmup_s=0.0)
+    run = _Run(spec, client, _Silent(), Blind(client, local=False), lives_on=True)
+    async with asyncio.timeout(20.0) as limit:
+        with pytest.raises(LoadError, match=r"^no room for it$"):
+            await run.measure()
+    assert not limit.expired()

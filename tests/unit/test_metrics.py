@@ -25,6 +25,7 @@ from shardbus.wire.codec import pack_keys
 
 PUBLISHER = b"p" * 16
 OTHER = b"q" * 16
+SECOND_NS = 1_000_000_000  # a row that was not used for so long may be given away
 SIZES = {"keys": 8, "publishers": 2, "log_bytes": 1024}
 
 
@@ -39,7 +40,7 @@ class Both:
 
     def fold(self) -> None:
         self.folds += 1
-        self.book.fold(self.folds)
+        self.book.fold(self.folds * SECOND_NS)
 
     def note(self, key: WireKey, ordinal: int, attempt: int = 1, *, publisher: bytes = PUBLISHER) -> None:
         self.recorder.note(publisher, key, ordinal, attempt, 0, 0, 0, dead=False)
@@ -169,6 +170,49 @@ def test_a_record_that_was_being_folded_when_the_supervisor_was_killed_is_counte
     assert (found.distinct, found.repeats, found.missing) == (4, 0, 0)
 
 
+def test_an_event_is_dead_once_however_often_workers_are_killed_in_the_transaction_of_its_dead_letter():
+    both = Both()
+    for attempt in (1, 2, 3):
+        for ordinal in range(1, 51):
+            both.recorder.note(PUBLISHER, "a", ordinal, attempt, 0, 0, 0, dead=ordinal % 2 == 0)
+    found = both.evidence()
+    assert (found.distinct, found.dead, found.repeats, found.announced) == (50, 25, 100, 100)
+
+
+def test_the_first_outcome_of_an_event_is_the_one_that_counts():
+    both = Both()
+    for key, outcomes in (("a", (True, False)), ("b", (False, True))):
+        for attempt, dead in enumerate(outcomes, 1):
+            both.recorder.note(PUBLISHER, key, 1, attempt, 0, 0, 0, dead=dead)
+    found = both.evidence()
+    assert (found.distinct, found.dead, found.repeats) == (2, 1, 2)
+
+
+def test_a_dead_one_that_was_overtaken_counts_when_it_comes_and_one_beyond_all_counting_never():
+    both = Both()
+    for ordinal in (2, 1, 1, 2**41):
+        both.recorder.note(PUBLISHER, "a", ordinal, 1, 0, 0, 0, dead=True)
+    found = both.evidence()
+    assert (found.distinct, found.dead, found.out_of_order, found.repeats, found.unchecked) == (2, 2, 1, 1, 1)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_dead_ones_that_were_being_folded_when_the_supervisor_was_killed_are_counted_once(kept: int):
+    before = Both()
+    if kept:
+        before.note("a", 1)
+        before.fold()
+    for ordinal in range(1 + kept, 11):
+        before.recorder.note(PUBLISHER, "a", ordinal, 1, 0, 0, 0, dead=True)
+    before.recorder.flush()
+    words = memoryview(before.buffer).cast("Q")
+    tail = words[6]
+    before.fold()
+    words[6] = tail  # all of it is in, but for the word that says so
+    found = Both(before.buffer).evidence()
+    assert (found.distinct, found.dead, found.repeats) == (10, 10 - kept, 0)
+
+
 def test_a_full_log_is_folded_before_more_is_written():
     both = Both()
     for ordinal in range(1, 1001):
@@ -248,11 +292,54 @@ def test_the_row_that_was_used_least_recently_is_given_away():
         both.recorder.note(publisher, "a", 1, 1, 1000, 2000, 8000, dead=False)
         both.recorder.flush()
         both.fold()
-    assert both.book.evidence(0, PUBLISHER) is None
+    gone = both.book.evidence(0, PUBLISHER)
+    assert gone is not None
+    assert (gone.complete, gone.distinct, gone.latency) == (False, 0, [])
+    assert both.book.evidence(0, b"s" * 16) is None  # never seen
     for publisher in (OTHER, b"r" * 16):
         found = both.evidence(publisher)
-        assert (found.distinct, found.samples) == (1, 1)
+        assert (found.complete, found.distinct, found.samples) == (True, 1, 1)
         assert (found.latency, found.service, found.queue) == ([(7, 1)], [(6, 1)], [(1, 1)])
+
+
+def test_publishers_beyond_the_rows_cost_those_that_have_one_nothing_and_are_told_so():
+    both = Both()
+    publishers = [bytes([number]) * 16 for number in range(1, 6)]
+    for ordinal in range(1, 4):
+        for publisher in publishers:
+            both.recorder.note(publisher, "a", ordinal, 1, 0, 0, 0, dead=False)
+        both.recorder.flush()
+        both.book.fold(ordinal)
+    told = [both.book.evidence(0, publisher) for publisher in publishers]
+    assert [one is not None and one.complete for one in told] == [True, True, False, False, False]
+    assert [one is not None and (one.distinct, one.missing) for one in told[:2]] == [(3, 0), (3, 0)]
+
+
+@pytest.mark.parametrize("had_a_row", [True, False])
+def test_a_publisher_that_gets_a_row_later_is_not_taken_for_one_that_lost_events(had_a_row: bool):
+    both = Both()
+    if had_a_row:
+        both.note("a", 1)
+        both.fold()
+    both.note("a", 1, publisher=OTHER)
+    both.note("a", 1, publisher=b"r" * 16)
+    both.fold()
+    if not had_a_row:
+        both.note("a", 1)  # while both rows are in use
+        both.book.fold(both.folds * SECOND_NS)
+    both.note("a", 2)
+    found = both.evidence()
+    assert not found.complete
+    assert not Both(both.buffer).evidence().complete  # a successor of the supervisor knows it, too
+
+
+def test_a_row_of_a_clock_that_has_started_anew_may_be_given_away():
+    both = Both()
+    for publisher in (PUBLISHER, OTHER):
+        both.note("a", 1, publisher=publisher)
+    both.book.fold(10**6 * SECOND_NS)
+    both.note("a", 1, publisher=b"r" * 16)
+    assert both.evidence(b"r" * 16).complete
 
 
 def test_latencies_are_counted_and_those_of_dead_ones_are_not():
