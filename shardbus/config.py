@@ -62,6 +62,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     store_write_rows_max: int = 256  # rows of a kind in a transaction; more gain nothing and hold the others up
     blocked_peers_max: int = 4096  # peers that sent garbage and are ignored; the oldest is forgotten
 
+    # -- scheduled events, of a shard
+    ahead_rows_max: int = 65_536  # in memory: before they are due and until their rows are gone; more stay in the store
+    ahead_bytes_max: int = 64 * 1024 * 1024  # likewise, of their bodies, and 512 a row
+    ahead_s_max: float = 5.0  # how long before it is due one may be read into memory
+    due_events_max: int = 16_384  # that have begun and have not ended; what is due beyond these waits
+
     # -- subscriptions and streaming replies
     subscriptions_client_max: int = 4096  # of one client; one more is refused
     subscriptions_max: int = 16_384  # of one worker; one more is refused
@@ -93,6 +99,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         assert self.credit_events_max >= self.sessions_max * 2 * self.batch_events_max
         assert self.ack_delay_s * 10 <= self.ping_interval_s
         assert self.event_bytes_max + 1024 <= self.store_bytes_max  # one row of the largest fits
+        assert self.ahead_rows_max >= self.due_events_max
+        assert self.ahead_rows_max >= 2 * 512  # pages
+        assert self.ahead_bytes_max >= 2 * (1024 * 1024 + 512 * 512)  # likewise
+        assert self.ahead_s_max >= 0.5  # a mark is written a third of a second ahead
         assert self.ping_interval_s * 3 <= self.session_silence_s
         assert self.taken_interval_s * 3 <= self.subscription_silence_s
         # A feed is never so small that it is full before its reader would say that it took something.
