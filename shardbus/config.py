@@ -65,6 +65,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     blocked_peers_max: int = 4096  # peers that sent garbage and are ignored; the oldest is forgotten
     session_states_max: int = 65_536  # open sessions of one worker; when full, the one that is idle for longest ends
 
+    # -- scheduled events, of a shard
+    ahead_rows_max: int = 65_536  # in memory: before they are due and until their rows are gone; more stay in the store
+    ahead_bytes_max: int = 64 * 1024 * 1024  # likewise, of their bodies, and 512 a row
+    ahead_s_max: float = 5.0  # how long before it is due one may be read into memory
+    due_events_max: int = 16_384  # that have begun and have not ended; what is due beyond these waits
+
     # -- subscriptions and streaming replies
     subscriptions_client_max: int = 4096  # of one client; one more is refused
     subscriptions_max: int = 16_384  # of one worker; one more is refused
@@ -98,6 +104,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         assert self.credit_events_max >= self.sessions_max * 2 * self.batch_events_max
         assert self.ack_delay_s * 10 <= self.ping_interval_s
         assert self.event_bytes_max + 1024 <= self.store_bytes_max  # one row of the largest fits
+        assert self.ahead_rows_max >= self.due_events_max
+        assert self.ahead_rows_max >= 2 * 512  # pages
+        assert self.ahead_bytes_max >= 2 * (1024 * 1024 + 512 * 512)  # likewise
+        assert self.ahead_s_max >= 0.5  # a mark is written a third of a second ahead
         assert self.ping_interval_s * 3 <= self.session_silence_s
         assert self.session_states_max > 0
         assert self.taken_interval_s * 3 <= self.subscription_silence_s

@@ -60,6 +60,7 @@ class Delivery:
         "position",
         "publisher",
         "runs",
+        "scheduled",
         "seq",
         "session",
         "todo",
@@ -96,6 +97,7 @@ class Delivery:
         self.deadline_ns = deadline_ns  # it is too late then, by the worker's clock; 0: never
         self.position = position  # its row in the store; 0: none
         self.message = message  # decoded already; None: not yet, or it does not decode
+        self.scheduled = 0  # its row among the scheduled events, while that stands for it; 0: none
         self.due_ns = 0  # not before, by the worker's clock
         self.began_ns = 0  # where it has an intended instant: when the handlers of its last attempt began
         self.todo: dict[str, int] | None = None  # handlers still to run → how often each has failed; None: all, never

@@ -13,6 +13,9 @@ A lane that grows too long in memory goes to the shard's store, whole, with the 
 it, and a successor of a killed worker finds it there in order. Later events of the key follow it there until the lane is
 empty.
 
+Scheduled events that are due come from the host, one by one, in turn with batches. What becomes of them is no different from
+what becomes of a publisher's; as a publisher would, their rows in the store stand for them until they have ended.
+
 What is about to run is written into the journal first, once a stride, so that a successor finds the handler that ended the
 process. There, batches with a suspect in them are run one message a stride, and suspects when the quarantine lets them.
 
@@ -153,11 +156,11 @@ class LaneHost(Protocol):
     def amend(self, delivery: Delivery) -> None:
         """A waiting event goes on waiting, with another attempt, due time or handlers: write that."""
 
-    def begun(self, position: int) -> None:
-        """The handlers of a waiting event begin."""
+    def take_due(self) -> Delivery | None:
+        """The next scheduled event that is due; None: there is none now."""
 
-    def forget(self, position: int) -> None:
-        """A waiting event reached its outcome; its row may go."""
+    def forget(self, delivery: Delivery) -> None:
+        """A waiting event, or a scheduled one that was due, was handled; its row may go."""
 
     def defer(self, delivery: Delivery, failure: Failure | None, *, parks: bool) -> None:
         """It reached its outcome, and what its handlers have published is not finished: settle it when that is.
@@ -245,10 +248,12 @@ class Lanes:
         self._cursor: Inbound | None = None
         self._served: WorkerSession | None = None  # whose turn it is, and until when
         self._share_ends_ns = 0
-        self._batches_turn = False  # or that of lanes, and until when
+        self._new_turn = False  # of what has just come; or that of lanes; and until when
         self._side_ends_ns = 0
         self._busy: dict[WireKey, _Lane] = {}
         self._ready: deque[_Lane] = deque()
+        self._due = False  # the host may have scheduled events that are due
+        self._due_next = False  # and it is their turn, before the batches'
         self._leader: object | None = None
         self._leading: asyncio.Task[None] | None = None  # the leader's task, or the last one's
         self._armed = False
@@ -271,6 +276,11 @@ class Lanes:
         self._inbox.push(inbound)
         if not self._armed:
             self._turn()
+
+    def due(self) -> None:
+        """Take scheduled events from the host, in turn with batches, until it has none."""
+        self._due = True
+        self._arm()
 
     def adopt(
         self, key: WireKey, count: int, due_ns: int = 0, *, after: int = 0, last: int = 0, parked: bool = False
@@ -327,29 +337,14 @@ class Lanes:
         return lane is None or lane.stored or self._spill(lane)
 
     def rejoin(self, key: WireKey, position: int) -> bool:
-        """A waiting event that was dead or scheduled joins the end of its lane, and makes that where there is none, which it
-        returns; the store has, or will have, its row."""
+        """A waiting event that was dead joins the end of its lane, and makes that where there is none, which it returns; the
+        store has, or will have, its row."""
         lane = self._busy.get(key) if key is not None else None
         if lane is None:
             self.adopt(key, 1, after=position - 1, last=position)
             return True
         self._stretch(lane, position)
         return False
-
-    def hold(self, delivery: Delivery) -> Callable[[], None] | None:
-        """Make a lane of a waiting event whose row is not committed yet, so that it need not be read back; returns what to
-        call then, and it runs. None: its key has a lane."""
-        key = delivery.key
-        if key is not None and key in self._busy:
-            return None
-        lane = _Lane(key, None)
-        if key is None:
-            self._loose.add(lane)
-        else:
-            self._busy[key] = lane
-        lane.stored = True
-        self._queue(lane, delivery)
-        return lambda: self._continue(lane)
 
     def _stretch(self, lane: _Lane, position: int) -> None:
         """Add an event to the end of a lane that lies in the store only."""
@@ -395,7 +390,7 @@ class Lanes:
 
     def idle(self) -> bool:
         """Whether nothing runs, and nothing is queued but what the store has and will give back in its time."""
-        if self._tasks or self._inbox or self._cursor or self._ready or self._gatherings:
+        if self._tasks or self._inbox or self._cursor or self._ready or self._due or self._gatherings:
             return False
         return all(lane.asleep for lane in (*self._busy.values(), *self._loose))
 
@@ -477,7 +472,7 @@ class Lanes:
         """Whether there is something to run that may begin now."""
         if self._hush is not None:
             return self._solo is not None and not self._tasks
-        return bool(self._cursor or self._inbox or self._ready or self._gatherings.departing)
+        return bool(self._cursor or self._inbox or self._ready or self._due or self._gatherings.departing)
 
     def _arm(self) -> None:
         if not self._armed and not self._closing:
@@ -528,13 +523,17 @@ class Lanes:
             if _differ(context, self._clean):
                 end_ns = 0
         while self._leader is token and not self._closing and self._hush is None and end_ns:
-            if departing and (overdue > 0 or not (ready or self._inbox or self._cursor is not None)):
+            if departing and (overdue > 0 or not (ready or self._due or self._inbox or self._cursor is not None)):
                 overdue -= 1
                 await self._run_gathered(next(iter(departing)), token)
-            elif ready and not self._is_turn_of_batches():
+            elif ready and not self._is_turn_of_new():
                 lane = ready.popleft()
                 await self._run_head(lane, token)
+            elif self._due and (self._due_next or not (self._cursor is not None or self._inbox)):
+                self._due_next = False
+                await self._run_due(token, context, min(end_ns, self._now() + _SHARE_NS))
             elif self._cursor is not None or self._inbox:
+                self._due_next = True
                 cursor = self._next_batch()
                 if cursor is not None and cursor.together is not None and self._may_go_together(cursor):
                     await self._run_together(cursor, token)
@@ -548,16 +547,76 @@ class Lanes:
             self._leader = None
             self._journal.rest()
 
-    def _is_turn_of_batches(self) -> bool:
-        """Whether what has just come goes before the heads of lanes: where there is both, a share each by turns, so that a
-        key which catches up holds up no other."""
-        if self._cursor is None and not self._inbox:
+    def _is_turn_of_new(self) -> bool:
+        """Whether what has just come, or is due, goes before the heads of lanes: where there is both, a share each by turns,
+        so that a key which catches up holds up no other."""
+        if self._cursor is None and not (self._inbox or self._due):
             return False
         now_ns = self._now()
         if now_ns >= self._side_ends_ns:
-            self._batches_turn = not self._batches_turn
+            self._new_turn = not self._new_turn
             self._side_ends_ns = now_ns + _SHARE_NS
-        return self._batches_turn
+        return self._new_turn
+
+    async def _run_due(self, token: object, context: contextvars.Context, end_ns: int) -> None:
+        """Run scheduled events that are due, until there are none, or a share of the leader's slice is used up.
+
+        They come as those of a publisher would: what stands behind a busy key stays in memory, and its row in the store.
+        """
+        while True:
+            self._due = False  # first, because it may be said again meanwhile
+            delivery = self._host.take_due()
+            if delivery is None:
+                return
+            self._due = True
+            key = delivery.key
+            if key is not None and key in self._busy:
+                self._append(self._busy[key], delivery)
+            elif self._quarantine.suspects and delivery.identity in self._quarantine.suspects:
+                self._set_apart(delivery)
+            else:
+                began_ns = 0
+                if self._quarantine.suspects:
+                    began_ns = self._journal.running[ALIVE] = self._now()
+                self._journal.lead(delivery.publisher, delivery.seq, delivery.seq + 1, began_ns)
+                if delivery.plan.simple is not None and not (
+                    self._quarantine.suspects or self._feeds.index or delivery.ordinal or delivery.intended_ns
+                ):
+                    await self._run_simple(delivery, token)
+                else:
+                    await self._deliver(delivery, token)
+            if self._leader is not token or self._now() >= end_ns or _differ(context, self._clean):
+                return
+
+    async def _run_simple(self, delivery: Delivery, token: object) -> None:
+        """As `_deliver`, of an event with one plain handler; half as much, where many are due at once."""
+        plan = delivery.plan
+        assert plan.simple is not None
+        try:
+            message = plan.decode(delivery.body)
+        except BaseException:  # whatever a message's own checks raise: they do it again
+            await self._deliver(delivery, token)
+            return
+        self._running = delivery
+        try:
+            await plan.simple(message)
+        except BaseException as error:  # the handler's
+            if self._is_ours(error):
+                raise
+            self._absorb(error)
+            if self._leader is token:
+                self._running = None
+            round_ = _Round(delivery)
+            round_.ran = True
+            self._handler_failed(round_, plan.handlers[0], error, "failed")
+            self._settle(delivery, self._outcome(delivery, round_))
+        else:
+            if self._leader is not token:
+                self._settle(delivery, None)
+                return
+            self._running = None
+            self._host.handled(1)
+            self._host.forget(delivery)
 
     def _next_batch(self) -> Inbound | None:
         """The batch to go on with: of the publisher whose turn it is, as long as that is, and then of the next."""
@@ -758,8 +817,6 @@ class Lanes:
         lane.running = head
         if head.key is None:
             self._loose.discard(lane)
-        if head.position:
-            self._host.begun(head.position)
         began_ns = 0
         if self._quarantine.suspects:  # it matters for them only
             began_ns = self._journal.running[ALIVE] = self._now()
@@ -1375,8 +1432,8 @@ class Lanes:
         elif outcome is not None:
             self._host.bury(delivery, outcome, parks=parks)
         else:
-            if delivery.position:
-                self._host.forget(delivery.position)
+            if delivery.position or delivery.scheduled:
+                self._host.forget(delivery)
             if delivery.session is not None:
                 delivery.session.finish(delivery.seq)
                 self._host.touched(delivery.session)

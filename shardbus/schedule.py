@@ -1,194 +1,193 @@
-"""When what a shard has scheduled is due: one timer for the earliest, and pages of the store when it rings.
+"""When what a shard has scheduled is due: reads of the store ahead of that, and one timer.
 
-Owns that timer, and how much of what is due may be on its way: scheduled events lie in the store, however many they are, and
-only a page of them, and the lanes that they have made and not begun yet, are in memory. Times are the wall clock's, because
-they outlive processes; `tick` looks at it, too, because it may be set forward.
+Owns that timer. What is to be read, and what may begin, is decided in `lookahead`. Times are the wall clock's, because they
+outlive processes; `tick` looks at it, too, because it may be set forward.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from shardbus.clock import NowNs
+from shardbus.config import Limits
+from shardbus.lookahead import LookAhead
 from shardbus.store import ScheduledEvent, Store, StoredScheduled, StoreError
 from shardbus.store_writer import StoreWriter
 
-_PAGE_ROWS: Final = 256
-_PAGE_BYTES: Final = 1024 * 1024  # of their bodies
-_WINDOW: Final = 1024  # lanes that due events have made and that have not begun; when full, what is due stays scheduled
-_RUNNING_MAX: Final = 16_384  # that have begun and wait for something; above it, they count among the others
-_AGAIN_S: Final = 1.0  # what cannot join its lane, because the store has no room for that, tries again
+_SOON_NS: Final = 10_000_000  # rows of what has ended wait for those of what is due so soon
+_REST_NS: Final = 50_000_000  # but no longer
 _TIMER_S_MAX: Final = 86_400.0  # event loops take no timer of years
-_NEVER_NS: Final = 2**63 - 1
 _NS: Final = 1_000_000_000
-
-Identity = tuple[bytes, int]
-Join = Callable[[ScheduledEvent, int, Callable[[], None]], tuple[int, bool] | None]
-"""Have an event join the end of its lane, and its row too; call back once that is committed. Returns its position, and
-whether it made the lane; None: it cannot join now."""
 
 
 class Schedule:
-    """The scheduled events of one shard. `start`, then `add`, `cancel` and `ended`; `close`.
+    """The scheduled events of one shard. `start`, then `add`, `cancel`, and `take` as `wake` says; `close`.
 
-    Its reads are the store writer's, behind what that writes.
+    Whatever was taken has `ended`, and then `remove` or `gone` is called for its row. Reads are the store writer's, behind
+    what that writes.
     """
 
-    def __init__(self, store: Store, writer: StoreWriter, wall: NowNs, join: Join) -> None:
-        self.next_due_ns = 0
-        """When the next one is due, since 1970; 0: there is none. Exact but while some are on their way."""
+    def __init__(self, store: Store, writer: StoreWriter, limits: Limits, wall: NowNs, wake: Callable[[], None]) -> None:
         self._store = store
         self._writer = writer
         self._wall = wall
-        self._join = join
+        self._wake = wake
+        self._ahead = LookAhead(limits)
         self._timer: asyncio.TimerHandle | None = None
-        self._looking = False
-        self._again = False  # something that is due came while it looked
-        self._stalled = False  # the window is full
-        self._left_behind = False  # something could not join its lane
-        self._after = (0, 0)  # how far this look has come
-        self._leaving: dict[int, Identity] = {}  # rows that were read and are not committed as waiting yet
-        self._made: set[int] = set()  # positions of those that have made lanes and have not begun; up to the window
-        self._running: set[int] = set()
+        self._reading = False
+        self._marking = False
+        self._more = False  # something was taken, and more is to be, soon
+        self._hurried_ns = 0
         self._closed = False
+        writer.when_left(self._left)
         self._clean = contextvars.copy_context()
 
     async def start(self) -> None:
-        """Find the first. Before the writer runs, which is the store's only caller from then on."""
-        self._expect(await self._store.next_due(0))
+        """Find the first. Before the writer runs, which is the store's only caller from then on; then call `tick`."""
+        state = await self._store.schedule_state()
+        self._ahead.begin(state.next_due_ns, state.row_max, state.begun_until_ns)
 
     def close(self) -> None:
         """Let nothing begin any more."""
         self._closed = True
         self._cancel_timer()
+        self._rest()
+
+    @property
+    def next_due_ns(self) -> int:
+        """When the next one is due that has not begun, since 1970; 0: there is none."""
+        return self._ahead.next_due_ns
+
+    @property
+    def begun(self) -> int:
+        """How many have begun whose rows are not gone."""
+        return self._ahead.begun
 
     def add(self, event: ScheduledEvent, then: Callable[[], None]) -> None:
         """Write an event; call `then` once it is committed."""
 
         def committed() -> None:
             then()
-            self._expect(event.due_ns)
+            if self._ahead.stored(event.due_ns):
+                self._go_on()
 
+        self._write_mark(self._ahead.mark_for(event.due_ns, self._wall()))  # in one transaction with it
         self._writer.add_scheduled(event, committed)
 
-    def begun(self, position: int) -> None:
-        """The handlers of a waiting event begin: where it had made its lane, there is room for another."""
-        if position in self._made and len(self._running) < _RUNNING_MAX:
-            self._running.add(position)
-            self._make_room(position)
+    def take(self) -> tuple[StoredScheduled, bool] | None:
+        """The next event that is due, and whether it may have begun before; None: there is none now."""
+        now_ns = self._wall()
+        taken = None if self._closed else self._ahead.take(now_ns)
+        if taken is not None:
+            self._more = True
+            return taken
+        next_ns = self._ahead.next_due_ns
+        if not 0 < next_ns - now_ns < _SOON_NS or now_ns - self._hurried_ns > _REST_NS:
+            self._hurried_ns = now_ns
+            self._rest()
+        self._go_on()
+        return None
 
-    def ended(self, position: int) -> None:
-        """A waiting event was handled, is dead, or waits again."""
-        self._running.discard(position)
-        self._make_room(position)
+    def ended(self, row: int) -> None:
+        """The handlers of an event have ended, or its lane goes to the store."""
+        if self._ahead.ended(row):
+            self._go_on()
 
-    def _make_room(self, position: int) -> None:
-        if position in self._made:
-            self._made.remove(position)
-            if self._stalled and len(self._made) <= _WINDOW // 2:
-                self._stalled = False
-                self._look()
+    def remove(self, row: int) -> None:
+        """An event has reached its outcome: remove its row, soon."""
+        self.ended(row)
+        self._writer.add_leaving(row, more=self._more)
+
+    def gone(self, row: int) -> None:
+        """Its row is gone."""
+        self._left((row,))
 
     def tick(self) -> None:
         """Look at the wall clock; call it about once a second."""
-        if self._timer is not None and self.next_due_ns <= self._wall():
-            self._ring()
+        self._writer.hurry()
+        self._go_on()
 
     async def cancel(self, publisher: bytes, seq: int) -> bool:
-        """Remove an event that is not due; False: it was, or there is none. To be called from a read of the writer's."""
-        if (publisher, seq) in self._leaving.values() or not await self._writer.unschedule(publisher, seq):
+        """Remove an event that has not begun; False: it has, or there is none. To be called from a read of the writer's.
+
+        Raises:
+            StoreError: it was not removed.
+        """
+        if not self._ahead.withdraw(publisher, seq):
             return False
+        rows: list[int] | None = None
         try:
-            next_ns = await self._store.next_due(0)
-        except StoreError:
-            return True  # it is done; the timer rings for nothing, and looks then
-        if not self._looking and not self._stalled:
-            self.next_due_ns = 0
-            self._cancel_timer()
-            self._expect(next_ns)
-        return True
+            rows = await self._writer.unschedule(publisher, seq)
+        finally:
+            known = self._ahead.withdrawn(rows or ())
+            self._go_on()
+        if not known:
+            try:
+                self._ahead.nothing_before(await self._store.next_due(self._ahead.reach_ns))
+            except StoreError:
+                pass  # it is done; the timer rings for nothing, and looks then
+        return rows is not None
 
     # -- inside
 
-    def _expect(self, due_ns: int) -> None:
-        """Something is due at that time (0: nothing)."""
-        if not due_ns or self._closed:
-            return
-        if self._looking:
-            self._again = True
-        elif not self.next_due_ns or due_ns < self.next_due_ns:
-            self.next_due_ns = due_ns
-            self._cancel_timer()
-            if not self._stalled:  # else it looks when there is room
-                self._arm((due_ns - self._wall()) / _NS)
+    def _left(self, rows: Sequence[int]) -> None:
+        if self._ahead.gone(rows):
+            self._go_on()
 
-    def _arm(self, delay_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(min(max(0.0, delay_s), _TIMER_S_MAX), self._ring, context=self._clean)
+    def _rest(self) -> None:
+        """Nothing more is taken for now: what has ended goes at once."""
+        self._more = False
+        self._writer.hurry()
+
+    def _go_on(self) -> None:
+        """Do what is to be done now, and set the timer for the rest."""
+        if self._closed:
+            return
+        now_ns = self._wall()
+        if not self._reading and self._ahead.wants(now_ns):
+            self._reading = True
+            self._writer.add_read(self._read)
+        self._write_mark(self._ahead.mark_wanted(now_ns))
+        if self._ahead.is_due(now_ns):
+            self._wake()
+        self._cancel_timer()
+        wake_ns = self._ahead.wake_ns(now_ns)
+        if wake_ns:
+            delay_s = min((wake_ns - now_ns) / _NS, _TIMER_S_MAX)
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._ring, context=self._clean)
+
+    def _ring(self) -> None:
+        self._timer = None
+        self._go_on()
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _ring(self) -> None:
-        self._cancel_timer()
-        wait_ns = self.next_due_ns - self._wall()
-        if wait_ns > 0:  # the clock was set back, or the timer could not be that long
-            self._arm(wait_ns / _NS)
-        else:
-            self._look()
+    def _write_mark(self, mark_ns: int) -> None:
+        if mark_ns and not self._marking:
+            self._marking = True
+            self._writer.add_mark(mark_ns, partial(self._marked, mark_ns))
 
-    def _look(self) -> None:
-        if self._looking or self._closed:
-            return
-        self._looking = True
-        self._again = self._left_behind = False
-        self._after = (0, 0)
-        self._writer.add_read(self._read)
+    def _marked(self, mark_ns: int) -> None:
+        self._marking = False
+        self._ahead.marked(mark_ns)
+        self._go_on()
 
     async def _read(self) -> None:
-        """A page of what is due; one page between two transactions, so that what was read is written first."""
-        if self._closed:
-            return
-        now_ns = self._wall()
-        limit = min(_PAGE_ROWS, _WINDOW - len(self._made))
-        page = await self._store.due(now_ns, self._after, limit, _PAGE_BYTES) if limit > 0 else []
-        for found in page:
-            self._after = (found.event.due_ns, found.row)
-            if found.row not in self._leaving:
-                self._begin(found)
-        if page and len(self._made) < _WINDOW:
-            self._writer.add_read(self._read)
-            return
-        next_ns = await self._store.next_due(now_ns)
-        self._looking = False
-        self.next_due_ns = next_ns
-        if len(self._made) >= _WINDOW:
-            self._stalled = True
-            self.next_due_ns = now_ns
-        elif self._again:
-            self._look()
-        elif self._left_behind:
-            self.next_due_ns = now_ns
-            self._arm(_AGAIN_S if not next_ns else min(_AGAIN_S, (next_ns - now_ns) / _NS))
-        elif next_ns:
-            self._arm((next_ns - now_ns) / _NS)
-
-    def _begin(self, found: StoredScheduled) -> None:
-        def committed() -> None:
-            del self._leaving[found.row]
-
-        envelope = found.event.envelope
-        self._leaving[found.row] = (envelope.publisher, envelope.seq)
-        joined = self._join(found.event, found.row, committed)
-        if joined is None:
-            del self._leaving[found.row]
-            self._left_behind = True
-            return
-        position, made_lane = joined
-        if made_lane:
-            self._made.add(position)
+        """A page; one between two transactions, so that others are not held up."""
+        page = None if self._closed else self._ahead.page(self._wall())
+        if page is not None:
+            if page.new:
+                found = await self._store.due_above(page.above, page.until_ns, page.rows, page.bytes)
+            else:
+                found = await self._store.due(page.until_ns, page.after, page.rows, page.bytes)
+            if not self._ahead.took(page, found):
+                self._ahead.nothing_before(await self._store.next_due(self._ahead.reach_ns))
+        self._reading = False
+        self._go_on()

@@ -83,7 +83,6 @@ _ASKED_MAX: Final = 256
 _ANSWERS_MAX: Final = 64  # of up to a megabyte
 _ASKED_S: Final = 20.0  # somebody who wants an answer asks again sooner
 _PAGE_ROWS_MAX: Final = 256  # dead letters a question and answer
-_HELD_BYTES_MAX: Final = 4096  # of a scheduled event that is due; a larger one is read back when its turn comes
 _PAGE_BYTES_MAX: Final = 1024 * 1024  # of their bodies, so that a page of large ones neither blocks nor bloats a worker
 
 
@@ -151,7 +150,7 @@ class Shard:
         # A successor does not run again what the store says has ended, so the evidence of that comes first.
         self._writer = StoreWriter(store, limits, now, broken, before=recorder.flush)
         self._store = store
-        self._schedule = Schedule(store, self._writer, wall, self._join)
+        self._schedule = Schedule(store, self._writer, limits, wall, self.lanes.due)
         self._position = 0
         self._adopted_position = 0  # rows up to here were written by a predecessor, and may have run
         self._adopts = False
@@ -203,6 +202,7 @@ class Shard:
             parked.discard(lane.key)
         for key in parked:
             self.lanes.adopt(key, 0, parked=True)
+        self._schedule.tick()
 
     def _judge(self) -> None:
         """Conclude what the predecessor's death says, and begin the journal anew."""
@@ -272,8 +272,9 @@ class Shard:
 
     @property
     def counts(self) -> StoreCounts:
-        """What the store holds."""
-        return self._writer.counts
+        """What the store holds; what was scheduled and has begun is waiting, and no longer scheduled."""
+        counts, begun = self._writer.counts, self._schedule.begun
+        return replace(counts, scheduled=counts.scheduled - begun) if begun else counts
 
     @property
     def next_due_ns(self) -> int:
@@ -781,8 +782,8 @@ class Shard:
             if parks:
                 self.lanes.parked(delivery.key)
 
-        self._schedule.ended(delivery.position)
-        self._writer.add_dead(letter, delivery.position, committed)
+        row, then = self._instead(delivery, committed)
+        self._writer.add_dead(letter, delivery.position, then, begun=row)
 
     def _tell(self, delivery: Delivery, failure: Failure) -> None:
         """Log a dead letter: the first of its kind, and after that one a minute, with how many there were.
@@ -817,15 +818,16 @@ class Shard:
 
     def can_keep(self, deliveries: Sequence[Delivery]) -> bool:
         """Whether the store has room for them, and works."""
-        size = sum([len(delivery.body) for delivery in deliveries]) + ROW_OVERHEAD_BYTES * len(deliveries)
-        return self._writer.has_room(len(deliveries), size)
+        sizes = [len(delivery.body) for delivery in deliveries if not delivery.scheduled]  # else it has one
+        return self._writer.has_room(len(sizes), sum(sizes) + ROW_OVERHEAD_BYTES * len(sizes))
 
     def keep(self, deliveries: Sequence[Delivery]) -> None:
         """Write events as waiting, in order; finish each once that is committed."""
         for delivery in deliveries:
             self._position += 1
             delivery.position = self._position
-            self._writer.add_waiting(self._waiting_event(delivery), self._kept(delivery))
+            row, then = self._instead(delivery, self._kept(delivery))
+            self._writer.add_waiting(self._waiting_event(delivery), then, begun=row)
         self.recorder.count("stored", len(deliveries))
 
     def put_off(self, delivery: Delivery) -> bool:
@@ -837,29 +839,8 @@ class Shard:
         self.recorder.count("stored")
         return True
 
-    def _join(self, event: ScheduledEvent, row: int, then: Callable[[], None]) -> tuple[int, bool] | None:
-        """Have a scheduled event that is due join the end of its lane; see `schedule.Join`."""
-        key = event.envelope.key
-        if not self.lanes.can_rejoin(key):
-            return None
-        self._position += 1
-        position = self._position
-        waiting = WaitingEvent(position=position, envelope=event.envelope)
-        go_on = self.lanes.hold(self._from_store(waiting)) if len(event.envelope.body) <= _HELD_BYTES_MAX else None
-        if go_on is None:
-            self._writer.add_waiting(waiting, then, begun=row)
-            return position, self.lanes.rejoin(key, position)
-
-        def committed() -> None:
-            then()
-            go_on()
-
-        self._writer.add_waiting(waiting, committed, begun=row)
-        return position, True
-
     def amend(self, delivery: Delivery) -> None:
         """Write what has changed of an event that goes on waiting."""
-        self._schedule.ended(delivery.position)
         self._writer.add_changed(self._waiting_event(delivery))
 
     def _waiting_event(self, delivery: Delivery) -> WaitingEvent:
@@ -890,14 +871,35 @@ class Shard:
 
         return committed
 
-    def begun(self, position: int) -> None:
-        """A waiting event is no longer on its way to its handlers."""
-        self._schedule.begun(position)
+    def forget(self, delivery: Delivery) -> None:
+        """Remove a waiting event, or a scheduled one, that was handled."""
+        if delivery.position:
+            self._writer.add_done(delivery.position)
+        else:
+            self._schedule.remove(delivery.scheduled)
 
-    def forget(self, position: int) -> None:
-        """Remove a waiting event that reached its outcome."""
-        self._schedule.ended(position)
-        self._writer.add_done(position)
+    def take_due(self) -> Delivery | None:
+        """The next scheduled event that is due. Its row stands for it until it has ended, as a publisher does."""
+        taken = self._schedule.take()
+        if taken is None:
+            return None
+        found, is_repeat = taken
+        delivery = self._from_envelope(found.event.envelope, is_repeat=is_repeat)
+        delivery.scheduled = found.row
+        return delivery
+
+    def _instead(self, delivery: Delivery, then: Callable[[], None]) -> tuple[int, Callable[[], None]]:
+        """The row of a scheduled event in whose place something is written now (0: none), and what to call once it is."""
+        row, delivery.scheduled = delivery.scheduled, 0
+        if not row:
+            return 0, then
+        self._schedule.ended(row)
+
+        def committed() -> None:
+            self._schedule.gone(row)
+            then()
+
+        return row, committed
 
     # -- what waits for its children
 
@@ -909,7 +911,8 @@ class Shard:
         """
         children, session = delivery.children, delivery.session
         assert children is not None  # else it were not tied
-        self._schedule.ended(delivery.position)
+        if delivery.scheduled:
+            self._schedule.ended(delivery.scheduled)
         delivery.deadline_ns = 0
         self._position += 1
         of_worker = session is not None and is_worker(session.publisher, self.epoch)
@@ -966,7 +969,8 @@ class Shard:
         delivery.position = one.place
         self._deferred.stored(one)
         self.recorder.count("stored")
-        self._writer.add_late(self._waiting_event(delivery), partial(self._deferred_kept, one))
+        row, then = self._instead(delivery, partial(self._deferred_kept, one))
+        self._writer.add_late(self._waiting_event(delivery), then, begun=row)
         return True
 
     def _deferred_kept(self, one: Deferred) -> None:
@@ -991,8 +995,8 @@ class Shard:
         if one.failure is not None:
             self.bury(delivery, one.failure, parks=one.parks)
             return
-        if delivery.position:
-            self.forget(delivery.position)
+        if delivery.position or delivery.scheduled:
+            self.forget(delivery)
         self._finish(delivery)
 
     def _finish(self, delivery: Delivery) -> None:
@@ -1010,9 +1014,16 @@ class Shard:
         self._writer.add_read(read, upto)
 
     def _from_store(self, row: WaitingEvent) -> Delivery:
-        envelope = row.envelope
-        inherited = row.position <= self._adopted_position
-        delivery = Delivery(
+        delivery = self._from_envelope(row.envelope, is_repeat=row.position <= self._adopted_position)
+        delivery.position = row.position
+        delivery.deadline_ns = self._by_our_clock(row.deadline_ns)
+        delivery.due_ns = self._by_our_clock(row.due_ns)
+        delivery.todo = row.todo or None
+        delivery.gave_up = row.gave_up
+        return delivery
+
+    def _from_envelope(self, envelope: Envelope, *, is_repeat: bool) -> Delivery:
+        return Delivery(
             None,
             envelope.publisher,
             envelope.seq,
@@ -1022,17 +1033,9 @@ class Shard:
             envelope.body,
             envelope.ordinal,
             envelope.intended_ns,
-            envelope.attempt + inherited,
-            None,
-            self._by_our_clock(row.deadline_ns),
-            row.position,
+            envelope.attempt + is_repeat,
+            Extra(0, envelope.headers, 0, False) if envelope.headers else None,
         )
-        if envelope.headers:
-            delivery.extra = Extra(0, envelope.headers, 0, False)
-        delivery.due_ns = self._by_our_clock(row.due_ns)
-        delivery.todo = row.todo or None
-        delivery.gave_up = row.gave_up
-        return delivery
 
 
 def _is_event(plans: Mapping[str, Plan], name: str) -> bool:

@@ -56,6 +56,7 @@ from shardbus.store import (
     Envelope,
     Failure,
     ScheduledEvent,
+    ScheduleState,
     StoreCounts,
     StoredDeadLetter,
     StoredScheduled,
@@ -191,10 +192,11 @@ _measure_waiting: Final = select(
     func.coalesce(func.max(_waiting.c.position), 0),
 )
 _measure_scheduled: Final = select(func.count(), func.coalesce(func.sum(func.length(_scheduled.c.body)), 0))
-_select_scheduled: Final = select(_scheduled.c.id, *(_scheduled.c[name] for name in _SCHEDULED_COLUMNS)).order_by(
-    _scheduled.c.due_ns, _scheduled.c.id
-)
-_select_scheduled_sizes: Final = select(func.length(_scheduled.c.body)).order_by(_scheduled.c.due_ns, _scheduled.c.id)
+# Above (due time, row), in two parts: where both are compared, SQLite searches the index by the first only, and so reads
+# what is due at one instant from its beginning, again and again. The sum keeps a planner off that index, where rows count.
+_DUE_WITH: Final = "FROM scheduled WHERE due_ns = {} AND id > {} ORDER BY id LIMIT {}"
+_DUE_LATER: Final = "FROM scheduled WHERE due_ns > {} AND due_ns <= {} ORDER BY due_ns, id LIMIT {}"
+_DUE_ABOVE: Final = "FROM scheduled WHERE id > {} AND due_ns + 0 <= {} ORDER BY id LIMIT {}"
 _select_dead_sizes: Final = select(func.length(_dead.c.body)).order_by(_dead.c.id)
 _change_waiting: Final = (
     update(_waiting)
@@ -293,6 +295,9 @@ class SqlStore:
         self._insert_tracebacks = _insert(
             placeholder, _tracebacks, ("place", "traceback"), "ON CONFLICT (place) DO NOTHING"
         )
+        self._due_with = _Pages(placeholder, _DUE_WITH)
+        self._due_later = _Pages(placeholder, _DUE_LATER)
+        self._due_above = _Pages(placeholder, _DUE_ABOVE)
         self._insert_scheduled = _insert(placeholder, _scheduled, _SCHEDULED_COLUMNS, "")
         self._delete_scheduled = _Statement(placeholder, "DELETE FROM scheduled WHERE id IN (", 1, ")")
         self._sum_scheduled = _Statement(placeholder, f"{_SUM_SCHEDULED} WHERE id IN (", 1, ")")
@@ -374,6 +379,7 @@ class SqlStore:
         redriven: Sequence[int] = (),
         scheduled: Sequence[ScheduledEvent] = (),
         begun: Sequence[int] = (),
+        begun_until_ns: int = 0,
     ) -> None:
         """See `Store.write`. Fastest with 512 rows, or a multiple, of a kind.
 
@@ -414,6 +420,8 @@ class SqlStore:
             revived = await self._remove_dead(connection, redriven, "redriven") if redriven else _NOTHING
             await self._insert_scheduled.run(connection, [_scheduled_row(event) for event in scheduled])
             begun_rows, begun_bytes = await self._remove_scheduled(connection, begun)
+            if begun_until_ns:
+                await self._set_meta(connection, "begun_until_ns", str(begun_until_ns))
             recounted = await self._measure(connection) if added < len(dead_rows) else None
         # Only now is it committed, and true.
         if len(self._known_places) + len(places) > _PLACES_MAX:
@@ -508,15 +516,41 @@ class SqlStore:
         Raises:
             StoreError: the database could not say.
         """
-        due_ns, row = _scheduled.c.due_ns, _scheduled.c.id
-        # The first condition is what the index is searched by; the last one leaves out what is due with `after`'s.
-        where = (due_ns.between(after[0], until_ns), tuple_(due_ns, row) > after)
         async with self._transaction() as connection:
-            if bytes_max < ANY_SIZE:
-                sizes = (await connection.execute(_select_scheduled_sizes.where(*where).limit(limit))).scalars().all()
-                limit = fitting(sizes, bytes_max)
-            rows = (await connection.execute(_select_scheduled.where(*where).limit(limit))).all()
-        return [StoredScheduled(found[0], _to_scheduled(found[1:])) for found in rows]
+            found = await self._due_with.read(connection, after, limit, bytes_max) if after[0] <= until_ns else []
+            if len(found) < limit:
+                left = bytes_max - sum(len(one.event.envelope.body) for one in found)
+                later = await self._due_later.read(connection, (after[0], until_ns), limit - len(found), left)
+                if found and later and len(later[0].event.envelope.body) > left:
+                    later = []  # a page's first only may be larger than it
+                found += later
+        return found
+
+    @_to_its_end
+    async def due_above(self, row: int, until_ns: int, limit: int, bytes_max: int = ANY_SIZE) -> list[StoredScheduled]:
+        """See `Store.due_above`.
+
+        Raises:
+            StoreError: the database could not say.
+        """
+        async with self._transaction() as connection:
+            return await self._due_above.read(connection, (row, until_ns), limit, bytes_max)
+
+    @_to_its_end
+    async def schedule_state(self) -> ScheduleState:
+        """See `Store.schedule_state`.
+
+        Raises:
+            StoreError: the database could not say.
+        """
+        async with self._transaction() as connection:
+            lowest = await connection.scalar(select(func.min(_scheduled.c.due_ns)))
+            row_max = await connection.scalar(select(func.max(_scheduled.c.id)))
+            return ScheduleState(
+                next_due_ns=lowest or 0,
+                row_max=row_max or 0,
+                begun_until_ns=await self._counter(connection, "begun_until_ns"),
+            )
 
     @_to_its_end
     async def next_due(self, after_ns: int) -> int:
@@ -530,22 +564,23 @@ class SqlStore:
         return found or 0
 
     @_to_its_end
-    async def unschedule(self, publisher: bytes, seq: int) -> int:
+    async def unschedule(self, publisher: bytes, seq: int) -> list[int]:
         """See `Store.unschedule`.
 
         Raises:
             StoreError: nothing was removed.
         """
         async with self._transaction() as connection:
-            found = await connection.scalars(
+            asked = await connection.scalars(
                 select(_scheduled.c.id).where(_scheduled.c.publisher == publisher, _scheduled.c.seq == seq)
             )
-            rows, size = await self._remove_scheduled(connection, found.all())
+            found = list(asked)
+            rows, size = await self._remove_scheduled(connection, found)
         counts = self._counts
         self._counts = replace(
             counts, waiting=counts.waiting - rows, scheduled=counts.scheduled - rows, bytes=counts.bytes - size
         )
-        return rows
+        return found
 
     @_to_its_end
     async def dead_letters(
@@ -833,6 +868,28 @@ def _insert(placeholder: str, table: Table, columns: tuple[str, ...], tail: str)
     return _Statement(placeholder, head, len(columns), f" {tail}")
 
 
+class _Pages:
+    """SQL that selects scheduled events, the last of whose values is how many at most."""
+
+    def __init__(self, placeholder: str, where: str) -> None:
+        values = [placeholder.format(at) for at in range(1, where.count("{}") + 1)]
+        self._rows = f"SELECT id, {', '.join(_SCHEDULED_COLUMNS)} {where.format(*values)}"
+        self._sizes = f"SELECT length(body) {where.format(*values)}"
+
+    async def read(
+        self, connection: AsyncConnection, values: tuple[int, ...], limit: int, bytes_max: int
+    ) -> list[StoredScheduled]:
+        """Up to `limit` of them, of up to `bytes_max` bytes together, but for the first."""
+        if bytes_max < ANY_SIZE:
+            # How large they are is asked first: a page of the largest would fill the memory of a worker.
+            sizes = (await connection.exec_driver_sql(self._sizes, (*values, limit))).all()
+            if not sizes:
+                return []
+            limit = fitting((size for (size,) in sizes), bytes_max)
+        found = await connection.exec_driver_sql(self._rows, (*values, limit))
+        return [_to_scheduled(row) for row in found.all()]
+
+
 def _stretches(total: int) -> Iterator[tuple[int, int]]:
     """Start and length of each statement: the largest power of two that still fits, over and over."""
     start = 0
@@ -932,8 +989,9 @@ def _to_waiting(row: Sequence[Any]) -> WaitingEvent:
     )
 
 
-def _to_scheduled(row: Sequence[Any]) -> ScheduledEvent:
-    return ScheduledEvent(envelope=_to_envelope(row[:_ENVELOPE_WIDTH]), due_ns=row[_ENVELOPE_WIDTH])
+def _to_scheduled(row: Sequence[Any]) -> StoredScheduled:
+    number, *envelope, due_ns = row
+    return StoredScheduled(number, ScheduledEvent(envelope=_to_envelope(envelope), due_ns=due_ns))
 
 
 def _storable(text: str) -> str:

@@ -120,7 +120,8 @@ class WaitingEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class ScheduledEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """An event that the store holds until `due_ns` (since 1970), in no lane: then it becomes a waiting event."""
+    """An event that the store holds until `due_ns` (since 1970), in no lane, and then until its handlers have ended, or it
+    becomes a waiting event or a dead letter."""
 
     envelope: Envelope
     due_ns: int
@@ -131,6 +132,15 @@ class StoredScheduled(msgspec.Struct, frozen=True, gc=False):
 
     row: int
     event: ScheduledEvent
+
+
+class ScheduleState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a store says of its scheduled events: when the first is due, the highest row, and up to which due time one may
+    have begun. Nanoseconds since 1970; 0: there is none, or none may."""
+
+    next_due_ns: int = 0
+    row_max: int = 0
+    begun_until_ns: int = 0
 
 
 class WaitingLane(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -229,10 +239,12 @@ class Store(Protocol):
         redriven: Sequence[int] = (),
         scheduled: Sequence[ScheduledEvent] = (),
         begun: Sequence[int] = (),
+        begun_until_ns: int = 0,
     ) -> None:
         """In one transaction: add dead letters, waiting and scheduled events, change waiting events, remove those at
         positions `done`, and remove the dead letters of the rows `redriven` and the scheduled events of the rows `begun`,
-        which wait in a lane from now on.
+        which have ended, or are waiting or dead from now on. `begun_until_ns`: what is due up to then may begin (0: as
+        before).
 
         A dead letter of an event that is dead already replaces it and keeps its first time. One that parks has a position
         of its own or that of the waiting event in `done` that it was. A changed event takes over
@@ -261,11 +273,17 @@ class Store(Protocol):
         Their bodies have up to `bytes_max` bytes together, but for the first, which is always among them.
         """
 
+    async def due_above(self, row: int, until_ns: int, limit: int, bytes_max: int = ANY_SIZE) -> list[StoredScheduled]:
+        """As `due`, of those of rows above `row`, in the order of their rows."""
+
+    async def schedule_state(self) -> ScheduleState:
+        """When the first scheduled event is due, the highest row of them, and the `begun_until_ns` that was written last."""
+
     async def next_due(self, after_ns: int) -> int:
         """When the first scheduled event is due that is due after `after_ns`; 0: there is none."""
 
-    async def unschedule(self, publisher: bytes, seq: int) -> int:
-        """Remove a scheduled event; return how many rows there were: 0 if it was none, or begun."""
+    async def unschedule(self, publisher: bytes, seq: int) -> list[int]:
+        """Remove a scheduled event; return the rows that it had: none if there was none."""
 
     async def dead_letters(
         self, where: DeadFilter, after: int, limit: int, bytes_max: int = ANY_SIZE

@@ -21,6 +21,7 @@ log = logging.getLogger("shardbus.store")
 
 _RETRY_S: Final = 0.25  # how long a failing store is left alone
 _TELL_NS: Final = 60_000_000_000  # between two lines that dead letters are dropped
+_LEAVING_MAX: Final = 1024  # rows of scheduled events in a transaction: they take no value but their number
 _READS_MAX: Final = 64  # between two transactions, so that writes and their acks go on
 
 
@@ -30,6 +31,7 @@ class Burial(NamedTuple):
     letter: DeadLetter
     position: int
     then: Callable[[], None]
+    begun: int = 0  # the row of the scheduled event that it takes the place of
 
 
 class Keeping(NamedTuple):
@@ -44,6 +46,13 @@ class Keeping(NamedTuple):
     def had_row(self) -> bool:
         """Whether it needs no room."""
         return bool(self.redriven or self.begun)
+
+
+class Mark(NamedTuple):
+    """Until which due time scheduled events may begin."""
+
+    until_ns: int
+    then: Callable[[], None]
 
 
 class Scheduling(NamedTuple):
@@ -96,6 +105,11 @@ class StoreWriter:
         self._waiting_rows = 0  # without what is redriven or was scheduled: that was a row before
         self._scheduled: deque[Scheduling] = deque()
         self._scheduled_bytes = 0
+        self._leaving: deque[int] = deque()  # rows of scheduled events that have ended
+        self._left: Callable[[Sequence[int]], None] = lambda _rows: None
+        self._leaving_now = 0  # of them, how many are not to wait for more
+        self._standing: set[int] = set()  # positions of waiting rows to come that a scheduled row stands for until then
+        self._mark: Mark | None = None
         self._changed: dict[int, WaitingEvent] = {}  # by position: the last change is the one that counts
         self._done: deque[int] = deque()
         self._reads: deque[Read] = deque()
@@ -127,7 +141,7 @@ class StoreWriter:
 
     def idle(self) -> bool:
         """Whether there is nothing to write or read, and nothing under way."""
-        return not (self._writes_left() or self._reads or self._wanted.is_set() or self._writing)
+        return not (self._writes_left() or self._leaving or self._reads or self._wanted.is_set() or self._writing)
 
     def _writes_left(self) -> bool:
         return bool(
@@ -138,6 +152,8 @@ class StoreWriter:
             or self._changed
             or self._done
             or self._scheduled
+            or self._leaving_now
+            or self._mark
         )
 
     def has_room(self, rows: int, size: int) -> bool:
@@ -150,13 +166,15 @@ class StoreWriter:
             size -= counts.droppable_bytes
         return rows <= limits.store_rows_max and size <= limits.store_bytes_max and not self.failing
 
-    def add_dead(self, letter: DeadLetter, position: int, then: Callable[[], None]) -> None:
-        """Write a dead letter, in the place of the waiting row at `position` (0: none); call `then` once it is committed."""
-        if position > self._taken and not letter.position:  # what parks is never missing: its row goes when it is dead
+    def add_dead(self, letter: DeadLetter, position: int, then: Callable[[], None], begun: int = 0) -> None:
+        """Write a dead letter, in the place of the waiting row at `position` (0: none), or of the scheduled event of the row
+        `begun` (0: none); call `then` once it is committed."""
+        # What parks is never missing: its row goes when it is dead.
+        if position > self._taken and not letter.position and position not in self._standing:
             self._dropped.add(position)
             position = 0
-        if position:
-            self._replacing.append(Burial(letter, position, then))
+        if position or begun:
+            self._replacing.append(Burial(letter, position, then, begun))
         else:
             self._dead.append(Burial(letter, 0, then))
             self._dead_bytes += row_bytes(letter.envelope)
@@ -169,6 +187,8 @@ class StoreWriter:
         transaction.
         """
         self._waiting.append(Keeping(row, redriven, then, begun))
+        if begun:
+            self._standing.add(row.position)
         if not (redriven or begun):
             self._waiting_rows += 1
             self._waiting_bytes += row_bytes(row.envelope)
@@ -193,14 +213,15 @@ class StoreWriter:
         self._revived.append(Keeping(row, redriven, then))
         self._wanted.set()
 
-    def add_late(self, row: WaitingEvent, then: Callable[[], None]) -> None:
+    def add_late(self, row: WaitingEvent, then: Callable[[], None], begun: int = 0) -> None:
         """As `add_waiting`, of an event whose position was taken before others that are written by now.
 
         It is not to be removed before it is committed.
         """
-        self._revived.append(Keeping(row, 0, then))
-        self._waiting_rows += 1
-        self._waiting_bytes += row_bytes(row.envelope)
+        self._revived.append(Keeping(row, 0, then, begun))
+        if not begun:
+            self._waiting_rows += 1
+            self._waiting_bytes += row_bytes(row.envelope)
         self._wanted.set()
 
     def add_changed(self, row: WaitingEvent) -> None:
@@ -210,10 +231,32 @@ class StoreWriter:
 
     def add_done(self, position: int) -> None:
         """Remove a waiting event."""
-        if position > self._taken:
+        if position > self._taken and position not in self._standing:
             self._dropped.add(position)
         else:
             self._done.append(position)
+        self._wanted.set()
+
+    def when_left(self, then: Callable[[Sequence[int]], None]) -> None:
+        """Call this with the rows of `add_leaving` that are gone, once that is committed."""
+        self._left = then
+
+    def add_leaving(self, row: int, *, more: bool) -> None:
+        """Remove a scheduled event that has ended. `more` follow soon, or `hurry` does: then many go in one transaction."""
+        self._leaving.append(row)
+        if not more or (not self._leaving_now and len(self._leaving) >= _LEAVING_MAX):
+            self.hurry()
+
+    def hurry(self) -> None:
+        """Let what has ended go now."""
+        if self._leaving:
+            self._leaving_now = len(self._leaving)
+            self._wanted.set()
+
+    def add_mark(self, until_ns: int, then: Callable[[], None]) -> None:
+        """Let scheduled events begin that are due up to then; call `then` once that is committed. One at a time."""
+        assert self._mark is None
+        self._mark = Mark(until_ns, then)
         self._wanted.set()
 
     def add_read(self, ask: Callable[[], Awaitable[None]], upto: int = 0) -> None:
@@ -252,7 +295,9 @@ class StoreWriter:
         if self._limits.store_full == "drop_oldest":
             await self._make_room()
         done = self._take_done()
-        rows = self._limits.store_rows_max - self.counts.dead - self.counts.waiting + len(done)
+        leaving = list(islice(self._leaving, _LEAVING_MAX))
+        mark = self._mark
+        rows = self._limits.store_rows_max - self.counts.dead - self.counts.waiting + len(done) + len(leaving)
         size = self._limits.store_bytes_max - self.counts.bytes
         kept, last = self._take_waiting(rows, size)
         revived, last = self._take_revived(last)
@@ -266,11 +311,12 @@ class StoreWriter:
         replacing = self._take_replacing()
         dead = [*new, *replacing]
         changed = [row for row in self._changed.values() if row.position <= last]
-        if not (dead or waiting or changed or done or scheduled):
+        if not (dead or waiting or changed or done or scheduled or self._leaving_now or mark):
             return False
-        replaced = [burial.position for burial in replacing]
+        replaced = [burial.position for burial in replacing if burial.position]
         redriven = [keeping.redriven for keeping in waiting if keeping.redriven]
         begun = [keeping.begun for keeping in waiting if keeping.begun]
+        begun += [burial.begun for burial in replacing if burial.begun]
         self._taken = last
         self._before()
         self._writing = True
@@ -282,7 +328,8 @@ class StoreWriter:
                 done=[*done, *replaced],
                 redriven=redriven,
                 scheduled=[scheduling.event for scheduling in scheduled],
-                begun=begun,
+                begun=[*begun, *leaving],
+                begun_until_ns=0 if mark is None else mark.until_ns,
             )
         except BaseException:
             self._taken = self._committed
@@ -299,11 +346,19 @@ class StoreWriter:
             self._next_waiting()
         for _ in revived:
             keeping = self._revived.popleft()
-            if not keeping.redriven:
+            if not keeping.had_row:
                 self._waiting_rows -= 1
                 self._waiting_bytes -= row_bytes(keeping.event.envelope)
         for _ in scheduled:
             self._scheduled_bytes -= row_bytes(self._scheduled.popleft().event.envelope)
+        for _ in leaving:
+            self._leaving.popleft()
+        left = len(self._leaving)
+        self._leaving_now = left if left >= _LEAVING_MAX else max(0, self._leaving_now - len(leaving))
+        if mark is not None:
+            self._mark = None
+        if self._standing:
+            self._standing.difference_update([keeping.event.position for keeping in kept])
         for row in changed:
             if self._changed.get(row.position) is row:
                 del self._changed[row.position]
@@ -319,6 +374,10 @@ class StoreWriter:
             keeping.then()
         for scheduling in scheduled:
             scheduling.then()
+        if leaving:
+            self._left(leaving)
+        if mark is not None:
+            mark.then()
         return True
 
     def _take_done(self) -> list[int]:
@@ -414,20 +473,20 @@ class StoreWriter:
         self.counts = self._store.counts()
         return purged
 
-    async def unschedule(self, publisher: bytes, seq: int) -> bool:
-        """Remove a scheduled event, whether it is in or has no room yet; False: it is not there.
+    async def unschedule(self, publisher: bytes, seq: int) -> list[int] | None:
+        """Remove a scheduled event, whether it is in or has no room yet; return the rows that it had. None: it is not there.
 
         To be called from a read only, as `purge`.
         """
-        found = await self._store.unschedule(publisher, seq) > 0
+        found = await self._store.unschedule(publisher, seq)
         self.counts = self._store.counts()
         for at, (event, then) in enumerate(self._scheduled):
             if (event.envelope.publisher, event.envelope.seq) == (publisher, seq):
                 del self._scheduled[at]
                 self._scheduled_bytes -= row_bytes(event.envelope)
                 then()
-                return True
-        return found
+                return found
+        return found or None
 
     async def _read(self) -> bool:
         """Answer some of the reads that were asked for by now and whose rows are in; whether there was one."""

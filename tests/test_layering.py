@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("registry", "middleware", "tracing"),
     ("store", "session_states"),
     ("store_writer",),
+    ("lookahead",),
     ("schedule",),
     ("dead_letters", "reports"),
     ("scheduled_events",),

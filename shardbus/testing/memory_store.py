@@ -16,6 +16,7 @@ from shardbus.store import (
     DeadFilter,
     DeadLetter,
     ScheduledEvent,
+    ScheduleState,
     StoreCounts,
     StoredDeadLetter,
     StoredScheduled,
@@ -37,6 +38,7 @@ class MemoryRows:
         self.scheduled: dict[int, ScheduledEvent] = {}  # by row
         self.row_max = 0
         self.scheduled_row_max = 0
+        self.begun_until_ns = 0
         self.redriven = 0
         self.purged = 0
         self.dropped = 0
@@ -102,6 +104,7 @@ class MemoryStore:
         redriven: Sequence[int] = (),
         scheduled: Sequence[ScheduledEvent] = (),
         begun: Sequence[int] = (),
+        begun_until_ns: int = 0,
     ) -> None:
         """See `Store.write`."""
         await self._may_write()
@@ -130,6 +133,7 @@ class MemoryStore:
             self.rows.scheduled[self.rows.scheduled_row_max] = event
         for at in begun:
             self.rows.scheduled.pop(at, None)
+        self.rows.begun_until_ns = begun_until_ns or self.rows.begun_until_ns
 
     async def waiting_lanes(self) -> list[WaitingLane]:
         """See `Store.waiting_lanes`."""
@@ -170,11 +174,28 @@ class MemoryStore:
         found = [StoredScheduled(at[1], self.rows.scheduled[at[1]]) for at in order if at > after][:limit]
         return found[: fitting((len(one.event.envelope.body) for one in found), bytes_max)]
 
+    async def due_above(self, row: int, until_ns: int, limit: int, bytes_max: int = ANY_SIZE) -> list[StoredScheduled]:
+        """See `Store.due_above`."""
+        found = [
+            StoredScheduled(at, event)
+            for at, event in sorted(self.rows.scheduled.items())
+            if at > row and event.due_ns <= until_ns
+        ][:limit]
+        return found[: fitting((len(one.event.envelope.body) for one in found), bytes_max)]
+
+    async def schedule_state(self) -> ScheduleState:
+        """See `Store.schedule_state`."""
+        return ScheduleState(
+            next_due_ns=await self.next_due(0),
+            row_max=max(self.rows.scheduled, default=0),
+            begun_until_ns=self.rows.begun_until_ns,
+        )
+
     async def next_due(self, after_ns: int) -> int:
         """See `Store.next_due`."""
         return min((event.due_ns for event in self.rows.scheduled.values() if event.due_ns > after_ns), default=0)
 
-    async def unschedule(self, publisher: bytes, seq: int) -> int:
+    async def unschedule(self, publisher: bytes, seq: int) -> list[int]:
         """See `Store.unschedule`."""
         await self._may_write()
         found = [
@@ -184,7 +205,7 @@ class MemoryStore:
         ]
         for row in found:
             del self.rows.scheduled[row]
-        return len(found)
+        return found
 
     async def dead_letters(
         self, where: DeadFilter, after: int, limit: int, bytes_max: int = ANY_SIZE

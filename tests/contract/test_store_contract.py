@@ -249,6 +249,38 @@ async def test_a_scheduled_event_waits_in_no_lane_until_it_begins_which_is_one_t
     assert await due(store, 11) == [3]
 
 
+async def test_scheduled_events_of_the_latest_rows_come_as_they_were_written(store):
+    await store.write(scheduled=[scheduled_event(due_ns, seq) for seq, due_ns in enumerate([30, 10, 20, 10, 40], 1)])
+    first, *_ = await store.due(10, (0, 0), 1)
+    found = await store.due_above(first.row, 30, 10)
+    assert [one.event.envelope.seq for one in found] == [3, 4]
+    assert [one.event.envelope.seq for one in await store.due_above(0, 30, 2)] == [1, 2]
+    assert len(await store.due_above(0, 30, 10, bytes_max=1)) == 1
+    assert await store.due_above(found[-1].row, 39, 10) == []
+
+
+async def test_many_that_are_due_at_one_instant_are_read_on_from_where_a_page_ended(store):
+    await store.write(scheduled=[scheduled_event(7, seq) for seq in range(1, 6)] + [scheduled_event(8, 6)])
+    pages, after = [], (0, 0)
+    while page := await store.due(8, after, 2):
+        pages.append([one.event.envelope.seq for one in page])
+        after = (page[-1].event.due_ns, page[-1].row)
+    assert pages == [[1, 2], [3, 4], [5, 6]]
+    assert await store.due(7, (8, 0), 10) == []
+
+
+async def test_a_store_says_what_is_scheduled_and_until_when_it_may_have_begun(store):
+    state = await store.schedule_state()
+    assert (state.next_due_ns, state.row_max, state.begun_until_ns) == (0, 0, 0)
+    await store.write(scheduled=[scheduled_event(9, 1), scheduled_event(7, 2)], begun_until_ns=8)
+    rows = [one.row for one in await store.due(9, (0, 0), 9)]
+    await store.write(begun=rows[:1])
+    state = await store.schedule_state()
+    assert (state.next_due_ns, state.row_max, state.begun_until_ns) == (9, rows[1], 8)
+    await store.write(begun_until_ns=20)
+    assert (await store.schedule_state()).begun_until_ns == 20
+
+
 async def test_what_is_scheduled_is_known_to_whoever_asks_for_outcomes(store):
     await store.write(
         dead=[dead_letter(2)],
@@ -261,8 +293,8 @@ async def test_what_is_scheduled_is_known_to_whoever_asks_for_outcomes(store):
 
 async def test_a_scheduled_event_is_cancelled_once(store):
     await store.write(scheduled=[scheduled_event(1, 1), scheduled_event(1, 2), scheduled_event(1, 1, publisher=OTHER)])
-    assert [await store.unschedule(PUBLISHER, 1) for _ in range(2)] == [1, 0]
-    assert await store.unschedule(PUBLISHER, 9) == 0
+    assert [len(await store.unschedule(PUBLISHER, 1)) for _ in range(2)] == [1, 0]
+    assert await store.unschedule(PUBLISHER, 9) == []
     counts = store.counts()
     assert (counts.waiting, counts.scheduled, counts.bytes) == (2, 2, 2 * row_bytes(envelope()))
     assert await due(store, 1) == [2, 1]

@@ -89,6 +89,32 @@ async def test_workers_that_are_killed_before_events_are_due_lose_none(
     assert all(late_s >= 0 and attempt == 1 for _, late_s, attempt in found)
 
 
+async def test_a_worker_killed_just_before_or_in_the_middle_of_a_second_loses_none_of_what_is_due_in_it(
+    make_bus: MakeBus, short_path: Path, reminder: Any
+) -> None:
+    bus = reminding(make_bus, short_path, "--workers", "2")
+    count, due = 2000, time.time() + 10.0  # they are scheduled well before that
+    async with shardbus.connect(bus.address) as client:
+        for n in range(count):
+            await client.publish(reminder(who=f"w{n}", due=due), at=due + n / count)
+        assert (await client.flush(30)).waiting == count
+        first, second = bus.worker_pids()
+        await asyncio.sleep(due - 0.5 - time.time())  # it has read all of them ahead
+        os.kill(first, signal.SIGKILL)
+        await asyncio.to_thread(wait_until, lambda: len(reminded(bus)) >= count // 4)
+        os.kill(second, signal.SIGKILL)
+        await asyncio.to_thread(wait_until, lambda: bus.status()["healthy"] and bus.status()["waiting"] == 0)
+    found = reminded(bus)
+    assert {who for who, _, _ in found} == {f"w{n}" for n in range(count)}
+    attempts: dict[str, list[int]] = {}
+    for who, late_s, attempt in found:
+        assert late_s >= 0
+        attempts.setdefault(who, []).append(attempt)
+    assert all(sorted(of_one) in ([1], [2], [1, 2]) for of_one in attempts.values())  # what came again has said so
+    # What fell due while nobody was there, or later, and what was handled before the death, is called no repeat.
+    assert sum(of_one == [1] for of_one in attempts.values()) > count // 4
+
+
 async def test_a_bus_that_is_stopped_before_an_event_is_due_runs_it_when_it_is_back(
     make_bus: MakeBus, short_path: Path, reminder: Any
 ) -> None:

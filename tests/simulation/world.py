@@ -695,6 +695,7 @@ class World(Cluster):
         assert self.died or len(handled) == len(set(handled)), "handled twice although no worker died"
         seen: set[tuple[int, int]] = set()
         for sender, n, _, attempt in self.lates:
+            assert self.died or attempt == 1, "called a repeat although no worker died"
             assert attempt > 1 or (sender, n) not in seen, "came again and did not say so"
             seen.add((sender, n))
 
