@@ -62,7 +62,10 @@ class Context:
         self._publisher = publisher
         self._seq = seq
         self.attempt = attempt
-        """1 for the first delivery, one more for each that may have run before; goes on over retries and redrives."""
+        """1 for the first delivery, one more for each that may have run before; goes on over retries and redrives.
+
+        What was sent to a worker that died counts as one that may have run, so the first call that is ever made may say 2.
+        """
         self.shard = shard
         """The number of the shard that handles the message."""
         self.headers: Mapping[str, str] = _NO_HEADERS if headers is None else headers
@@ -76,9 +79,9 @@ class Context:
 
     @property
     def redelivered(self) -> bool:
-        """Whether the message may have been handled before: true for every call after the first, whether that is a retry, a
-        redrive, or a worker's in the place of one that died. Also true for what a handler published in such a call, because
-        it may have published the same before."""
+        """Whether the message may have been handled before: true for every delivery after the first, whether that is a
+        retry, a redrive, or a worker's in the place of one that died, which may not have come to it. Also true for what a
+        handler published in such a call, because it may have published the same before."""
         return self.attempt > 1 or REPEATED in self.headers
 
     @property

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
@@ -126,6 +126,7 @@ class Kit(Cluster):
         self._types = registry.plans()
         self._publishers: dict[bytes, bytes] = {}  # by peer
         self._seen: set[tuple[bytes, int, int]] = set()
+        self._kills_unawaited: dict[object, int] = {}  # and of which shard
         self._calls = 0
         self._call_faults: dict[int, _Fault] = {}
         self._batches = 0
@@ -186,19 +187,36 @@ class Kit(Cluster):
 
     # -- faults
 
-    async def kill(self, shard: int = 0, *, down_s: float = 0.0) -> None:
-        """Kill a shard's worker as SIGKILL does, and start its successor after `down_s` seconds (0: at once).
+    def kill(self, shard: int = 0, *, down_s: float = 0.0) -> Coroutine[Any, Any, None]:
+        """`await kit.kill(0)`: kill a shard's worker as SIGKILL does, and start its successor after `down_s` seconds (0: at
+        once).
 
         What it had in memory is gone, what its store had committed is there. There is one process only: handlers that wait
         are cancelled, and the worker's lifespan ends as it does in an ordinary stop.
+
+        The worker is dead when this returns; what it returns is awaited until all has settled. A test that forgets to await
+        it fails at the end of the block.
         """
         if not 0 <= shard < self.shards_count:
             raise UsageError(f"there is no shard {shard}; the bus has {self.shards_count}")
         self._kill(shard, down_s)
+        kill = object()
+        self._kills_unawaited[kill] = shard
+        return self._after_kill(kill)
+
+    async def _after_kill(self, kill: object) -> None:
+        self._kills_unawaited.pop(kill, None)
         await self.settle()
+
+    def check_kills(self) -> None:
+        """Raise `UsageError` where a kill was not awaited: its test would go on beside it. Called by `run`."""
+        if self._kills_unawaited:
+            shard = next(iter(self._kills_unawaited.values()))
+            raise UsageError(f"kit.kill({shard}) was not awaited, so the test did not wait for it: `await kit.kill({shard})`")
 
     def kill_at(self, call: int, *, when: When = "after", down_s: float = 0.0) -> None:
         """Kill the worker that makes the n-th call of an event handler, counted from 1 over the whole bus and block.
+        Only says so, and is not awaited.
 
         `"after"`: the handler has returned, and nobody was told, so it is called again. `"before"`: it was not called yet.
         """
@@ -500,7 +518,7 @@ async def run(
             that wait, and their keys. `math.inf`: never, for a test that waits for other programs for so long.
 
     Raises:
-        UsageError: a number of shards out of range; or the test waits for what never comes.
+        UsageError: a number of shards out of range; the test waits for what never comes; or it did not await a `kit.kill`.
         BaseException: a defect of the bus, at the end of the block.
     """
     check_count("shards", shards, 1, _SHARDS_MAX)
@@ -522,3 +540,4 @@ async def run(
             await kit.close()
     if kit.broken:
         raise kit.broken[0]
+    kit.check_kills()

@@ -237,6 +237,15 @@ async def test_what_a_store_has_outlives_the_worker_and_what_is_in_memory_does_n
     assert shop.workers == ["up 0", "down 0", "up 0", "down 0"]
 
 
+async def test_a_worker_is_killed_where_that_is_said_and_a_kill_that_is_not_awaited_fails_the_test(shop):
+    with pytest.raises(UsageError, match=r"kit\.kill\(0\) was not awaited.*: `await kit\.kill\(0\)`"):
+        async with testing.run(shop.bus) as kit:
+            forgotten = kit.kill(0)
+            await kit.settle()
+            assert shop.workers == ["up 0", "down 0", "up 0"]
+    forgotten.close()
+
+
 async def test_a_handler_that_is_called_twice_for_one_event_is_told_so(shop):
     async with testing.run(shop.bus) as kit:
         kit.duplicate_at(2)
