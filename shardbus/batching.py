@@ -15,6 +15,7 @@ from typing import Any, Final, Generic, Literal, TypeVar, get_args
 import msgspec
 
 from shardbus.errors import RegistrationError, UsageError
+from shardbus.wording import counted
 
 EVENTS_MAX: Final = 4096  # in one batch; as many as a journal takes for one stretch
 LINGER_S_MAX: Final = 60.0  # a flush and a drain wait for what lingers
@@ -67,7 +68,7 @@ def outcomes_of(returned: Any, events: int, handler: str) -> list[BaseException 
     """
     if returned is None:
         return [None] * events
-    told = f"{handler} was called with {events} events and returned "
+    told = f"{handler} was called with {counted(events, 'event')} and returned "
     rule = "; a batch handler returns None, or a list with None or an exception for each event"
     if not isinstance(returned, list | tuple):
         raise UsageError(f"{told}a {type(returned).__name__}{rule}")

@@ -35,6 +35,7 @@ from shardbus.processes import check_platform
 from shardbus.reports import WORKER
 from shardbus.store import DEAD_REASONS, StoreError
 from shardbus.subscriptions import Missed
+from shardbus.wording import counted
 
 ResultT = TypeVar("ResultT")
 
@@ -82,10 +83,6 @@ def _scheduled_told(status: dict[str, Any]) -> str:
         return ""
     at = datetime.fromtimestamp(status["next_due_ns"] / 1e9, UTC)
     return f" ({status['scheduled']:,} scheduled, the next for {at:%Y-%m-%d %H:%M:%S} UTC)"
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 @contextlib.contextmanager
@@ -230,9 +227,9 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
         click.echo(
             f"{found['bus']} at {found['address']}: {'healthy' if found['healthy'] else 'UNHEALTHY'}"
             f"{', draining' if found['draining'] else ''}, up {found['uptime_s']:g} s, "
-            f"{found['handled_per_s']:,.0f} events/s, {_counted(found['dead_letters'], 'dead letter')}, "
+            f"{found['handled_per_s']:,.0f} events/s, {counted(found['dead_letters'], 'dead letter')}, "
             f"{found['waiting']:,} waiting{_scheduled_told(found)}"
-            f"{', ' + _counted(found['parked'], 'parked key') if found['parked'] else ''}"
+            f"{', ' + counted(found['parked'], 'parked key') if found['parked'] else ''}"
         )
         click.echo("shard     state      pid restarts        outcomes  backlog sessions     dead     MB  last exit")
         for one in found["workers"]:
@@ -246,7 +243,8 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
             if one["stalled_in"]:
                 click.echo(f"      its event loop stands still in {one['stalled_in']}")
             if one["suspects"] or one["quarantined"]:
-                click.echo(f"      after a crash: {one['suspects']:,} events run alone, {one['quarantined']:,} never again")
+                alone = counted(one["suspects"], "event")
+                click.echo(f"      after a crash: {alone} to be run alone, {one['quarantined']:,} never again")
         if any(found[name] for name in _LEDGER):
             click.echo("shard" + "".join(f"{name:>13}" for name in _LEDGER.values()))
             for title, one in [*((f"{worker['shard']:>5}", worker) for worker in found["workers"]), ("total", found)]:
@@ -389,10 +387,10 @@ def _tell_outcome(ledger: Ledger, name: str, left: str, refused: tuple[str, int]
     if left:
         click.echo(f"shardbus: {left}", err=True)
     if ledger.dead:
-        told = f"{_counted(ledger.dead, 'dead letter')}; see `shardbus dead-letters list --type {name}`"
+        told = f"{counted(ledger.dead, 'dead letter')}; see `shardbus dead-letters list --type {name}`"
         click.echo(f"shardbus: {told}", err=True)
     if refused is not None:
-        _fail(f"{refused[0]}; {_counted(ledger.published, 'event')} before that had been published", refused[1])
+        _fail(f"{refused[0]}; {counted(ledger.published, 'event')} before that had been published", refused[1])
     sys.exit(1 if ledger.dead or left else 0)
 
 
@@ -456,7 +454,7 @@ async def _tail(address: str | None, kinds: list[type[Event]], key: Any, count: 
         left = count
         async for event in events:
             if isinstance(event, Missed):
-                missed = "events may be" if event.count is None else f"{_counted(event.count, 'event')}"
+                missed = "events may be" if event.count is None else f"{counted(event.count, 'event')}"
                 click.echo(f"shardbus: {missed} missing here", err=True)
                 continue
             click.echo(msgspec.json.encode({"type": wire_name(type(event)), "event": event}))
@@ -613,7 +611,7 @@ def list_(
             more = f" and {len(parked) - _KEYS_SHOWN:,} more" if len(parked) > _KEYS_SHOWN else ""
             click.echo(f"           parked: {', '.join(map(repr, parked[:_KEYS_SHOWN]))}{more}")
     more = f"; there may be more, see --limit {limit:,}" if len(found) == limit else ""
-    click.echo(f"{_counted(len(found), 'dead letter')}{more}")
+    click.echo(f"{counted(len(found), 'dead letter')}{more}")
 
 
 @dead_letters.command()

@@ -25,6 +25,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from shardbus.wording import counted
+
 
 class ShardbusError(Exception):
     """Base of all errors raised by shardbus."""
@@ -108,8 +110,8 @@ class OutboxFull(ShardbusError):
 
     def __init__(self, shard: int, held_events: int) -> None:
         super().__init__(
-            f"the outbox of shard {shard} is full ({held_events:,} events are not finished); publish it again later, or "
-            'connect with on_full="wait"'
+            f"the outbox of shard {shard} is full ({counted(held_events, 'event', 'is')} not finished); publish it again "
+            'later, or connect with on_full="wait"'
         )
         self.shard = shard
         self.held_events = held_events
@@ -123,8 +125,8 @@ class NotDelivered(ShardbusError):
 
     def __init__(self, in_flight: int, timeout_s: float) -> None:
         super().__init__(
-            f"{in_flight:,} events were published and not finished within {timeout_s:g} s; "
-            "they may or may not be handled (see `shardbus status`)"
+            f"{counted(in_flight, 'event', 'was')} published and not finished within {timeout_s:g} s; "
+            f"{'it' if in_flight == 1 else 'they'} may or may not be handled (see `shardbus status`)"
         )
         self.in_flight = in_flight
         self.timeout_s = timeout_s

@@ -80,6 +80,7 @@ from shardbus.retry import GiveUp, RetryIn
 from shardbus.store import Failure
 from shardbus.wire.frames import REPLY_EXPIRED, REPLY_FAILED, REPLY_OK
 from shardbus.wire.session import WorkerSession
+from shardbus.wording import counted
 
 _SLICE_NS: Final = 2_000_000  # a leader gives the event loop a turn about every two milliseconds
 # A publisher has the leader for so long (and a stride) before the next one that waits: by time, because one may send batches
@@ -413,7 +414,7 @@ class Lanes:
         unstarted = sum(
             inbound.end - inbound.next_seq for inbound in (self._cursor, *self._inbox) if inbound is not None
         )
-        return [*told, f"{unstarted:,} messages had not begun"] if unstarted else told
+        return [*told, f"{counted(unstarted, 'message')} had not begun"] if unstarted else told
 
     def current(self) -> str:
         """What the leader runs now, for people; may be asked from another thread."""

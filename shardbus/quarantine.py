@@ -19,6 +19,8 @@ from typing import Final, Literal
 
 import msgspec
 
+from shardbus.wording import counted
+
 Identity = tuple[bytes, int]
 """A message: its publisher and sequence."""
 
@@ -140,6 +142,19 @@ def judge(scene: Scene, ended: Ended) -> dict[Identity, Suspect]:
         by_weight = sorted(suspects.items(), key=lambda item: (bool(item[1].verdict), item[1].deaths), reverse=True)
         suspects = dict(by_weight[:SUSPECTS_MAX])
     return suspects
+
+
+def told_after(suspected: int, convicted: int) -> str:
+    """What follows from a death, for people."""
+    parts = []
+    if suspected:
+        what = "runs alone now" if suspected == 1 else "run alone now, a few at a time,"
+        one = "it ends" if suspected == 1 else "one of them ends"
+        parts.append(f"{counted(suspected, 'message', 'was')} under way and {what} to see whether {one} workers")
+    if convicted:
+        becomes = "becomes a dead letter" if convicted == 1 else "become dead letters"
+        parts.append(f"{counted(convicted, 'message', 'was')} found to end workers, and {becomes} without running again")
+    return "; ".join(parts) or "no message is suspected"
 
 
 def _ran_long(suspect: Suspect) -> bool:

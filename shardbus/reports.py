@@ -9,6 +9,7 @@ import msgspec
 from shardbus.config import StoreFull
 from shardbus.quarantine import Ended
 from shardbus.store import StoreCounts
+from shardbus.wording import counted
 
 WORKER: Final = "shardbus.worker_process"
 """The module that is run as a worker."""
@@ -105,8 +106,8 @@ def told_left(dead: int, waiting: int, kept: str) -> str:
     """What a bus that has ended leaves in its stores, for people; empty: nothing. `kept`: where; empty: in memory."""
     if not (dead or waiting):
         return ""
-    counted = ((dead, "dead letter"), (waiting, "waiting event"))
-    parts = [f"{count:,} {what}{'' if count == 1 else 's'}" for count, what in counted if count]
+    kinds = ((dead, "dead letter"), (waiting, "waiting event"))
+    parts = [counted(count, what) for count, what in kinds if count]
     left = f"{' and '.join(parts)} {'is' if dead + waiting == 1 else 'are'}"
     if not kept:
         return f"{left} gone, with the memory in which they were; `serve --dead-letters URL` keeps them"

@@ -25,6 +25,7 @@ from shardbus.outgoing import Children, Outgoing
 from shardbus.registry import StateMaker, StateOf
 from shardbus.session_events import SessionEnded, SessionKept, SessionStarted
 from shardbus.session_table import SessionTable
+from shardbus.wording import counted
 
 log = logging.getLogger("shardbus.sessions")
 
@@ -253,7 +254,7 @@ class SessionStates:
             await self._give_up(late)
             self._states.clear()
         if left:
-            log.error("the ends of %d sessions were not run: there was no time for them (%g s)", left, timeout_s)
+            log.error("of %s the end was not run: there was no time for it (%g s)", counted(left, "session"), timeout_s)
         return left
 
     async def abort(self) -> None:

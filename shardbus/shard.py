@@ -29,7 +29,7 @@ from shardbus.lanes import CRASHED, Lanes
 from shardbus.messages import WireKey, wire_name
 from shardbus.metrics import Recorder
 from shardbus.outgoing import Outgoing, is_worker
-from shardbus.quarantine import UNKNOWN_END, Ended, Identity, Quarantine, Suspect, judge
+from shardbus.quarantine import UNKNOWN_END, Ended, Identity, Quarantine, Suspect, judge, told_after
 from shardbus.registry import Plan, StateMaker
 from shardbus.routing import slot_of
 from shardbus.schedule import Schedule
@@ -68,6 +68,7 @@ from shardbus.wire.frames import (
     encode_frame,
 )
 from shardbus.wire.session import WorkerSession
+from shardbus.wording import counted
 
 log = logging.getLogger("shardbus.shard")
 
@@ -213,12 +214,7 @@ class Shard:
         convicted = self._quarantine.convicted
         self._journal.tell(len(suspects) - convicted, convicted)
         if any(one.died != scene.suspects.get(identity, Suspect()).died for identity, one in suspects.items()):
-            log.warning(
-                "a worker has ended (%s): %d messages were under way, and are tried alone; %d end workers, and are not run",
-                ended.told,
-                len(suspects) - convicted,
-                convicted,
-            )
+            log.warning("a worker has ended (%s): %s", ended.told, told_after(len(suspects) - convicted, convicted))
 
     async def drain(self, deadline_s: float) -> list[str]:
         """Take nothing new but from other workers, and wait until everything accepted is finished, with what handlers have
@@ -238,7 +234,8 @@ class Shard:
         self._flush_acks()
         left = self.lanes.running()
         if self._deferred.in_memory:
-            left = [*left, f"{self._deferred.in_memory:,} messages whose handlers have published what is not finished"]
+            unfinished = counted(self._deferred.in_memory, "message")
+            left = [*left, f"{unfinished} whose handlers have published what is not finished"]
         return left or (["writes to the store"] if not self._writer.idle() else [])
 
     def _is_at_rest(self, late: bool) -> bool:

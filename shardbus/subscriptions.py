@@ -32,6 +32,7 @@ from shardbus.wire.frames import (
     Unsubscribed,
     encode_frame,
 )
+from shardbus.wording import counted
 
 log = logging.getLogger("shardbus.client")
 
@@ -220,7 +221,8 @@ class _Reader:
     def put(self, event: Fed) -> None:
         if self.error is None:
             if self.on_slow == "disconnect" and not self.queue.has_room(event.size):
-                self.fail(SubscriptionLost(", ".join(self.types), f"its reader is slower by {len(self.queue):,} events"))
+                told = f"its reader is slower by {counted(len(self.queue), 'event')}"
+                self.fail(SubscriptionLost(", ".join(self.types), told))
             else:
                 self.queue.put(event)
 
@@ -228,7 +230,8 @@ class _Reader:
         """So many are missing here, not because of a slow reader's queue."""
         if self.error is None:
             if self.on_slow == "disconnect" and count is not None:
-                self.fail(SubscriptionLost(", ".join(self.types), f"this program was too slow for {count:,} events"))
+                told = f"this program was too slow for {counted(count, 'event')}"
+                self.fail(SubscriptionLost(", ".join(self.types), told))
             else:
                 self.queue.miss(count)
         self.wake()

@@ -57,6 +57,7 @@ from shardbus.routing import ShardAddress, Table, even_slots
 from shardbus.rundir import RunDir
 from shardbus.store import FILE_URL, MEMORY_URL, NOTHING_STORED, first_due, store_ledger, total_ledger
 from shardbus.wire.frames import Answer, TableChanged, decode_to_supervisor, encode_frame
+from shardbus.wording import counted
 from shardbus.zmq_transport import Router, ZmqListener
 
 log = logging.getLogger("shardbus.supervisor")
@@ -745,7 +746,7 @@ class Supervisor:
         return told_left(sum(one.dead for one in stored), sum(one.waiting for one in stored), self._kept)
 
     def _ready_line(self) -> str:
-        workers = f"{self._options.workers} worker{'s' if self._options.workers != 1 else ''}"
+        workers = counted(self._options.workers, "worker")
         return f"ready: {workers} of {self._options.application} at {self._options.address.url} (pid {os.getpid()})"
 
     def _not_drained(self) -> list[str]:
@@ -753,7 +754,8 @@ class Supervisor:
         for worker in self._workers:
             if worker.drained is not None and not worker.drained.keys:
                 if worker.drained.backlog:
-                    lines.append(f"shard {worker.shard}: {worker.drained.backlog:,} messages were not finished")
+                    unfinished = counted(worker.drained.backlog, "message", "was")
+                    lines.append(f"shard {worker.shard}: {unfinished} not finished")
                 continue
             if worker.drained is None:
                 if worker.ready_at and (worker.child is not None or not worker.given_up):
@@ -762,6 +764,6 @@ class Supervisor:
             more = worker.drained.keys - len(worker.drained.left)
             lines += [f"shard {worker.shard}: not drained: {line}" for line in worker.drained.left]
             if more > 0:
-                lines.append(f"shard {worker.shard}: … and {more} more keys")
+                lines.append(f"shard {worker.shard}: … and {counted(more, 'more key')}")
         return lines
 

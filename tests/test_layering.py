@@ -21,6 +21,7 @@ FACE = "shardbus"
 
 # Lowest first. A module imports modules of earlier lines only; those on one line do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("wording",),
     ("errors",),
     ("config", "arguments"),
     ("clock",),

@@ -212,7 +212,8 @@ class Kit(Cluster):
         """Raise `UsageError` where a kill was not awaited: its test would go on beside it. Called by `run`."""
         if self._kills_unawaited:
             shard = next(iter(self._kills_unawaited.values()))
-            raise UsageError(f"kit.kill({shard}) was not awaited, so the test did not wait for it: `await kit.kill({shard})`")
+            kill = f"kit.kill({shard})"
+            raise UsageError(f"{kill} was not awaited, so the test went on beside it; write `await {kill}`")
 
     def kill_at(self, call: int, *, when: When = "after", down_s: float = 0.0) -> None:
         """Kill the worker that makes the n-th call of an event handler, counted from 1 over the whole bus and block.

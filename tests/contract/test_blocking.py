@@ -457,7 +457,7 @@ def test_leaving_the_block_delivers_everything_that_was_published():
 
 def test_leaving_the_block_says_what_was_not_delivered():
     client = running(close_timeout_s=0.1)
-    with pytest.raises(NotDelivered, match=r"1 events were published and not finished within 0\.1 s"), client:
+    with pytest.raises(NotDelivered, match=r"1 event was published and not finished within 0\.1 s"), client:
         client.publish(Step(key="stuck"))
 
 

@@ -586,7 +586,7 @@ async def test_ends_that_take_too_long_do_not_hold_up_a_worker_that_drains(
         for key in "123":
             await client.publish(Said(chat=key, text="x"))
     assert chats.saved == {"1": ["x"]}
-    assert caplog.messages == ["the ends of 2 sessions were not run: there was no time for them (0.05 s)"]
+    assert caplog.messages == ["of 2 sessions the end was not run: there was no time for it (0.05 s)"]
 
 
 async def test_a_worker_says_how_many_ends_it_had_no_time_for_and_runs_none_of_them_later(chats: Chats):

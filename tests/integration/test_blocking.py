@@ -163,7 +163,7 @@ client.publish(Slept(account="exit", seconds=2.0))
 """,
     )
     assert done.returncode == 0
-    assert "at the end of the process: 1 events were published and not finished within 0.1 s" in done.stderr
+    assert "at the end of the process: 1 event was published and not finished within 0.1 s" in done.stderr
 
 
 def test_ctrl_c_ends_a_script_that_waits(make_bus: MakeBus) -> None:
@@ -195,4 +195,4 @@ with shardbus.blocking.connect(close_timeout=0.1) as client:
     _, errors = script.communicate(timeout=60)
     assert script.returncode == -signal.SIGINT
     assert errors.splitlines()[-2] == "KeyboardInterrupt"
-    assert "1 events were published and not finished within 0.1 s" in errors.splitlines()[-1]
+    assert "1 event was published and not finished within 0.1 s" in errors.splitlines()[-1]

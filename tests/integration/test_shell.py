@@ -104,12 +104,12 @@ def test_dead_letters_are_said_and_told_by_the_exit_code(bus: RunningBus) -> Non
 def test_what_is_not_finished_in_time_is_said(bus: RunningBus) -> None:
     done = run(bus, "publish", "accounts:Slept", '{"account": "slow", "seconds": 3}', "--timeout", "0.1")
     assert (done.returncode, json.loads(done.stdout)) == (1, report(published=1, in_flight=1))
-    assert done.stderr.startswith("shardbus: 1 events were published and not finished within 0.1 s")
+    assert done.stderr.startswith("shardbus: 1 event was published and not finished within 0.1 s")
     lines = '{"account": "slow", "seconds": 3}\n{}\n'
     done = run(bus, "publish", "accounts:Slept", "-", "--timeout", "0.1", text=lines)
     assert (done.returncode, json.loads(done.stdout)) == (2, report(published=1, in_flight=1))
     unfinished, refused = done.stderr.splitlines()
-    assert unfinished.startswith("shardbus: 1 events were published and not finished within 0.1 s")
+    assert unfinished.startswith("shardbus: 1 event was published and not finished within 0.1 s")
     assert refused.startswith("shardbus: line 2: Slept: Object missing required field `account`")
     done = run(bus, "execute", "accounts:GetTotal", '{"account": "slow"}', "--timeout", "0.1")
     assert (done.returncode, done.stdout) == (1, "")

@@ -23,6 +23,7 @@ from shardbus.quarantine import (
     Suspect,
     UnderWay,
     judge,
+    told_after,
 )
 
 P = b"p" * 16
@@ -360,3 +361,34 @@ def test_another_layout_is_started_over():
     journal_over(buffer).lead(P, 1, 2)
     buffer[8] = 99
     assert journal_over(buffer).scene().running is None
+
+
+@pytest.mark.parametrize(
+    ("suspected", "convicted", "told"),
+    [
+        (0, 0, "no message is suspected"),
+        (1, 0, "1 message was under way and runs alone now to see whether it ends workers"),
+        (
+            0,
+            1,
+            "1 message was found to end workers, and becomes a dead letter without running again",
+        ),
+        (
+            9,
+            2,
+            "9 messages were under way and run alone now, a few at a time, to see whether one of them ends workers; "
+            + "2 messages were found to end workers, and become dead letters without running again",
+        ),
+    ],
+)
+def test_what_follows_from_a_death_is_told_so_that_people_understand_it(suspected: int, convicted: int, told: str) -> None:
+    assert told_after(suspected, convicted) == told
+
+
+def test_an_event_that_blocks_its_loop_for_good_costs_three_workers() -> None:
+    """As README says: nobody is known as a suspect in the first death, and in the next two it is alone."""
+    suspects: dict[tuple[bytes, int], Suspect] = {}
+    for death in range(1, 4):
+        scene = Scene(death=death, running=UnderWay(b"p", 7, 8, 0), suspended=[], suspects=suspects)
+        suspects = judge(scene, Ended(how="silent", told="SIGKILL, after 5 s of silence"))
+        assert bool(suspects[b"p", 7].verdict) == (death == 3)

@@ -1,0 +1,24 @@
+"""How many of what is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardbus.wording import counted
+
+
+@pytest.mark.parametrize(
+    ("number", "verb", "told"),
+    [
+        (0, "", "0 events"),
+        (1, "", "1 event"),
+        (1_000, "", "1,000 events"),
+        (0, "was", "0 events were"),
+        (1, "was", "1 event was"),
+        (2, "was", "2 events were"),
+        (1, "is", "1 event is"),
+        (2, "is", "2 events are"),
+    ],
+)
+def test_one_is_told_as_one_and_all_else_as_several(number: int, verb: str, told: str) -> None:
+    assert counted(number, "event", verb) == told
