@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,7 +26,7 @@ from shardbus.client import Client, Ledger
 from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
-from shardbus.errors import NotDelivered, ShardbusError, UsageError
+from shardbus.errors import CommandFailed, ConfigError, NotDelivered, ShardbusError, UsageError
 from shardbus.example_application import EXAMPLES, example_of, write_example
 from shardbus.fork_server import ForkServer
 from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, key_from_text, message_from_json
@@ -41,7 +42,8 @@ ResultT = TypeVar("ResultT")
 
 _WORKERS_MAX: Final = 256
 _UNHEALTHY: Final = 1
-_CONNECT_S: Final = 3.0  # a bus that runs answers in milliseconds
+_UNSOUND: Final = 2
+_CONNECT_S: Final = 10.0  # as `connect()`: a bus that runs answers in milliseconds, one that starts in seconds
 
 # What `status` says of the stores, and how: every event that ever died is among the first, redriven, purged or dropped.
 _LEDGER: Final = {
@@ -86,14 +88,14 @@ def _scheduled_told(status: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _telling() -> Iterator[None]:
-    """What goes wrong in the block is one line for people."""
+def _telling(whose: str = "") -> Iterator[None]:
+    """What goes wrong in the block is one line for people; `whose` says whose type was meant, which may be the mistake."""
     try:
         yield
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except UsageError as error:
-        _fail(str(error), 2)
+        _fail(f"{error}{'' if isinstance(error, ConfigError) else whose}", 2)
     except (ShardbusError, StoreError, TimeoutError) as error:
         _fail(str(error))
 
@@ -106,7 +108,10 @@ def _run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
 @click.group(context_settings={"auto_envvar_prefix": "SHARDBUS", "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="shardbus")
 def cli() -> None:
-    """A message bus for Python applications that have outgrown one core."""
+    """A message bus for Python applications that have outgrown one core.
+
+    A command that talks to a bus waits up to 10 seconds for one that is just starting; `status` as long as its --timeout.
+    """
 
 
 @cli.command()
@@ -310,13 +315,20 @@ def _find_type(name: str, application: str | None, wanted: type[Event] | type[Co
         known = {} if application is None and ":" in name else load_application(application or DEMO).plans()
         if name in known or ":" not in name:
             types = {one: plan.message_type for one, plan in known.items()}
-            kind = choose_type(types, name, application or "the demo")
+            kind = choose_type(types, name, application or "the demo application")
         else:
             kind = load_message_type(name)
         check_kind(kind, wanted)
     except ShardbusError as error:
         _fail(str(error), 2)
     return kind
+
+
+def _whose(kind: type[Message], name: str, application: str | None) -> str:
+    """That a type was taken for the demo's, where nobody said so; else nothing."""
+    if application is not None or ":" in name:
+        return ""
+    return f"; this is the demo application's {wire_name(kind)}: name yours with --app MODULE:BUS, or as MODULE:CLASS"
 
 
 @cli.command()
@@ -341,12 +353,14 @@ def publish(
     TYPE is MODULE:CLASS, or the event's name in the application of --app. JSON is an object with its fields, or - for one a
     line from standard input, up to the first that is not sound. It is checked before it is sent.
 
-    Prints the report as JSON. Exit code 0: all were handled, or wait in the store; 1: dead letters, or not finished in time;
-    2: something was not sound, and neither it nor what follows was published.
+    Prints the report as JSON. Exit code 0: all were handled, or wait in the store (for a retry, for their key), and may
+    die later; 1: dead letters, or not finished in time; 2: something was not sound, and neither it nor what follows was
+    published.
     """
     kind = _find_type(type_, application, Event)
-    refused, left = None, ""
-    with _telling():
+    whose = _whose(kind, type_, application)
+    refused, left, is_interrupted = None, "", False
+    with _telling(whose):
         event = None if text == "-" else message_from_json(kind, text)
         # What is left when `flush` gives up, or is interrupted, is told, and not waited for once more.
         with (
@@ -361,7 +375,12 @@ def publish(
                 ledger = client.flush(timeout)
             except NotDelivered as error:
                 ledger, left = client.ledger(), str(error)
-    _tell_outcome(ledger, wire_name(kind), left, refused)
+            except KeyboardInterrupt:
+                ledger, is_interrupted = client.ledger(), True
+    if is_interrupted:
+        click.echo(json.dumps(msgspec.to_builtins(ledger)))
+        _fail(_told_interrupted(ledger), 130)
+    _tell_outcome(ledger, wire_name(kind), whose, left, refused)
 
 
 def _publish_lines(
@@ -375,22 +394,33 @@ def _publish_lines(
             if not line.isspace():
                 client.publish(cast(Event, message_from_json(kind, line)), headers=headers)
     except UsageError as error:
-        return f"line {number}: {error}", 2
+        return f"line {number}: {error}", _UNSOUND
     except KeyboardInterrupt:
         return "interrupted", 130
     return None
 
 
-def _tell_outcome(ledger: Ledger, name: str, left: str, refused: tuple[str, int] | None) -> NoReturn:
+def _told_interrupted(ledger: Ledger) -> str:
+    """What somebody who did not wait for the outcome has to know."""
+    published = counted(ledger.published, "event", "was")
+    if not ledger.in_flight:
+        return f"interrupted; {published} published, and finished"
+    whose = "its outcome" if ledger.published == 1 else f"the outcome of {ledger.in_flight:,} of them"
+    return f"interrupted; {published} published, and {whose} is not known (see `shardbus status`)"
+
+
+def _tell_outcome(ledger: Ledger, name: str, whose: str, left: str, refused: tuple[str, int] | None) -> NoReturn:
     """Print the counts, say what was not handled and what was not published, and exit as that asks for."""
     click.echo(json.dumps(msgspec.to_builtins(ledger)))
     if left:
         click.echo(f"shardbus: {left}", err=True)
     if ledger.dead:
-        told = f"{counted(ledger.dead, 'dead letter')}; see `shardbus dead-letters list --type {name}`"
+        told = f"{counted(ledger.dead, 'dead letter')}; see `shardbus dead-letters list --type {name}`{whose}"
         click.echo(f"shardbus: {told}", err=True)
     if refused is not None:
-        _fail(f"{refused[0]}; {counted(ledger.published, 'event')} before that had been published", refused[1])
+        told, code = refused
+        told += whose if code == _UNSOUND else ""
+        _fail(f"{told}; {counted(ledger.published, 'event')} before that had been published", code)
     sys.exit(1 if ledger.dead or left else 0)
 
 
@@ -411,13 +441,19 @@ def execute(
 
     TYPE is MODULE:CLASS, or the command's name in the application of --app. JSON is an object with its fields, or - for
     standard input. It is checked before it is sent. Exit code 1: the command failed, with the remote traceback; or there was
-    no reply in time.
+    no reply in time. A command that streams its reply is for Python: the shell shows one reply.
     """
     kind = _find_type(type_, application, Command)
-    with _telling():
+    with _telling(_whose(kind, type_, application)):
         command = message_from_json(kind, sys.stdin.buffer.read(JSON_BYTES_MAX + 1) if text == "-" else text)
         with blocking.connect(address, timeout=_CONNECT_S, close_timeout=0.0) as client:
-            reply = client.execute(cast(Command[Any], command), timeout=timeout, headers=dict(headers))
+            try:
+                reply = client.execute(cast(Command[Any], command), timeout=timeout, headers=dict(headers))
+            except CommandFailed as error:
+                if error.error_type == "StreamingCommand":
+                    told = "streams its reply, which the shell cannot show; read it in Python, with client.stream(…)"
+                    _fail(f"{wire_name(kind)} {told}")
+                raise
     try:
         click.echo(msgspec.json.encode(reply).decode())
     except (TypeError, ValueError, msgspec.EncodeError) as error:
@@ -483,6 +519,8 @@ def init(example: str | None, name: str) -> None:
 
 
 _KEYS_SHOWN: Final = 5
+_NAMES_SHOWN: Final = 5
+_HINT_LETTERS_MAX: Final = 1000  # are looked at for what might have been meant
 _ERROR_SHOWN: Final = 200  # characters of an error in a list; `show` has all
 _AGO: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -566,6 +604,33 @@ def _readable(value: Any) -> Any:
     return json.loads(msgspec.json.encode(value)) if value is not None else None
 
 
+def _told_names(where: DeadLetterFilter, letters: list[DeadLetter]) -> str:
+    """Which names there are of what is asked for: one is easily mistyped, or half of one. Empty: nothing is to be said."""
+    asked = (
+        ("types", where.type, Counter(letter.type for letter in letters)),
+        ("handlers", where.handler, Counter(name for letter in letters for name in letter.handlers)),
+    )
+    told = []
+    for what, given, found in asked:
+        if given is not None and found:
+            more = ", …" if len(found) > _NAMES_SHOWN else ""
+            told.append(f"the {what} {', '.join(name for name, _ in found.most_common(_NAMES_SHOWN))}{more}")
+    return f"there are {' and '.join(told)}" if told else ""
+
+
+async def _hint(client: Client, where: DeadLetterFilter) -> str:
+    """What somebody may have meant who has asked for dead letters that are not there."""
+    if where.type is None and where.handler is None:
+        return ""
+    return _told_names(where, await client.dead_letters(limit=_HINT_LETTERS_MAX))
+
+
+async def _find(client: Client, where: DeadLetterFilter, limit: int) -> tuple[list[DeadLetter], str]:
+    """Those that are meant; and a hint, where there are none."""
+    found = await client.dead_letters(where, limit=limit)
+    return found, "" if found else await _hint(client, where)
+
+
 @cli.group("dead-letters")
 def dead_letters() -> None:
     """Events that their handlers gave up: look at them, have them handled again, remove them."""
@@ -590,7 +655,7 @@ def list_(
     Of each group's messages the last is shown, and how many others there are.
     """
     where = _filter_of(type_, key, reason, handler, since)
-    found = _run(_with_client(address, lambda client: client.dead_letters(where, limit=limit)))
+    found, hint = _run(_with_client(address, lambda client: _find(client, where, limit)))
     if as_json:
         click.echo(json.dumps([_as_json(letter) for letter in found], indent=2))
         return
@@ -611,7 +676,7 @@ def list_(
             more = f" and {len(parked) - _KEYS_SHOWN:,} more" if len(parked) > _KEYS_SHOWN else ""
             click.echo(f"           parked: {', '.join(map(repr, parked[:_KEYS_SHOWN]))}{more}")
     more = f"; there may be more, see --limit {limit:,}" if len(found) == limit else ""
-    click.echo(f"{counted(len(found), 'dead letter')}{more}")
+    click.echo(f"{counted(len(found), 'dead letter')}{more}{f' match; {hint}' if hint else ''}")
 
 
 @dead_letters.command()
@@ -731,11 +796,16 @@ def _dispose(
     dispose: Callable[[Client], Coroutine[Any, Any, int]],
     dry_run: bool,
 ) -> None:
-    if dry_run:
-        found = _run(_with_client(address, lambda client: client.dead_letters(where, limit=sys.maxsize)))
-        click.echo(f"{len(found):,} would be {done}")
-    else:
-        click.echo(f"{_run(_with_client(address, dispose)):,} {done}")
+    async def disposed(client: Client) -> tuple[int, str]:
+        if dry_run:
+            found, hint = await _find(client, where, sys.maxsize)
+            return len(found), hint
+        count = await dispose(client)
+        return count, "" if count else await _hint(client, where)
+
+    count, hint = _run(_with_client(address, disposed))
+    none = "" if count or where == DeadLetterFilter() else f": nothing matches{'; ' + hint if hint else ''}"
+    click.echo(f"{count:,} {'would be ' if dry_run else ''}{done}{none}")
 
 
 async def _with_client(address: str | None, work: Callable[[Client], Coroutine[Any, Any, ResultT]]) -> ResultT:

@@ -42,8 +42,13 @@ async def test_dead_letters_are_listed_shown_exported_redriven_and_purged(make_b
     assert "(the last message; 6 others)" in listed
     assert "21 dead letters" in listed
     assert "3 dead letters" in run("list", "--key", "a1", "--reason", "failed", "--handler", "accounts.stumble")
-    assert "0 dead letters" in run("list", "--type", "Added")
-    assert "0 dead letters" in run("list", "--key", "int:1")
+    assert run("list", "--type", "Added") == "0 dead letters match; there are the types Stumbled\n"
+    assert run("list", "--handler", "stumble") == "0 dead letters match; there are the handlers accounts.stumble\n"
+    assert run("list", "--key", "int:1") == "0 dead letters\n"
+    nothing = "nothing matches; there are the types Stumbled"
+    assert run("redrive", "--type", "Nope", "--dry-run") == f"0 would be redriven: {nothing}\n"
+    assert run("redrive", "--type", "Nope") == f"0 redriven: {nothing}\n"
+    assert run("purge", "--key", "none") == "0 purged: nothing matches\n"
     letters = json.loads(run("list", "--json", "--since", "1h"))
     assert {letter["event"]["account"] for letter in letters} == {f"a{number}" for number in range(7)}
     shown = run("show", letters[0]["id"])
@@ -65,6 +70,7 @@ async def test_dead_letters_are_listed_shown_exported_redriven_and_purged(make_b
         await asyncio.sleep(0.05)
     assert {letter["attempts"] for letter in again} == {6}
     assert run("purge", "--all") == "18 purged\n"
+    assert run("purge", "--all") == "0 purged\n"
     assert "no dead letter has the id" in run("show", letters[0]["id"], code=1)
 
 

@@ -163,12 +163,6 @@ def test_what_is_asked_wrongly_leaves_no_traceback(bus: RunningBus) -> None:
     assert done.stderr == "shardbus: Added: field account: expected `str`, got `int`\n"
 
 
-def test_a_bus_that_does_not_run_is_told_in_a_line(bus: RunningBus, short_path: Path) -> None:
-    done = run(bus, "publish", "accounts:Added", '{"account": "a"}', "--connect", f"ipc://{short_path}/none")
-    assert done.returncode == 1
-    assert done.stderr.startswith("shardbus: no bus answered at")
-
-
 def test_ctrl_c_while_it_reads_delivers_what_was_published(bus: RunningBus) -> None:
     publishing = subprocess.Popen(
         [sys.executable, "-m", "shardbus", "publish", "accounts:Added", "-"],
@@ -191,6 +185,42 @@ def test_ctrl_c_while_it_reads_delivers_what_was_published(bus: RunningBus) -> N
     out, errors = publishing.communicate(timeout=60)
     assert (publishing.returncode, json.loads(out)) == (130, report(published=1, handled=1))
     assert errors == "shardbus: interrupted; 1 event before that had been published\n"
+
+
+def test_ctrl_c_while_it_waits_says_that_the_event_was_published_and_its_outcome_is_not_known(bus: RunningBus) -> None:
+    event = '{"account": "given up", "seconds": 2}'
+    with subprocess.Popen(
+        [sys.executable, "-m", "shardbus", "publish", "accounts:Slept", event],
+        cwd=bus.directory,
+        env=bus.environment() | {"SHARDBUS_URL": bus.address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as publishing:
+        wait_until(lambda: any(worker["backlog"] for worker in bus.status()["workers"]))
+        publishing.send_signal(signal.SIGINT)
+        out, errors = publishing.communicate(timeout=60)
+    assert (publishing.returncode, json.loads(out)) == (130, report(published=1, in_flight=1))
+    assert errors == (
+        "shardbus: interrupted; 1 event was published, and its outcome is not known (see `shardbus status`)\n"
+    )
+
+
+def test_a_command_that_streams_is_not_for_the_shell(make_bus: MakeBus, short_path: Path) -> None:
+    (short_path / "streaming.py").write_text(
+        "from shardbus import Bus, Command\n"
+        "class Count(Command[int]):\n    pass\n"
+        "bus = Bus('streaming')\n"
+        "@bus.command(Count)\n"
+        "async def count(command):\n    yield 1\n"
+    )
+    bus = make_bus("--workers", "1", application="streaming:bus")
+    bus.wait_ready()
+    done = run(bus, "execute", "streaming:Count", "{}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "shardbus: Count streams its reply, which the shell cannot show; read it in Python, with client.stream(…)\n"
+    )
 
 
 # -- init

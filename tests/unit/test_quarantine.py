@@ -368,21 +368,18 @@ def test_another_layout_is_started_over():
     [
         (0, 0, "no message is suspected"),
         (1, 0, "1 message was under way and runs alone now to see whether it ends workers"),
-        (
-            0,
-            1,
-            "1 message was found to end workers, and becomes a dead letter without running again",
-        ),
-        (
-            9,
-            2,
-            "9 messages were under way and run alone now, a few at a time, to see whether one of them ends workers; "
-            + "2 messages were found to end workers, and become dead letters without running again",
-        ),
+        (0, 1, "1 message was found to end workers, and becomes a dead letter without running again"),
     ],
 )
 def test_what_follows_from_a_death_is_told_so_that_people_understand_it(suspected: int, convicted: int, told: str) -> None:
     assert told_after(suspected, convicted) == told
+
+
+def test_several_are_told_as_several() -> None:
+    assert told_after(9, 2) == (
+        "9 messages were under way and run alone now, a few at a time, to see whether one of them ends workers; "
+        "2 messages were found to end workers, and become dead letters without running again"
+    )
 
 
 def test_an_event_that_blocks_its_loop_for_good_costs_three_workers() -> None:
