@@ -252,7 +252,8 @@ def _run(spec: LoadSpec, expectations: tuple[Expectation, ...], histogram: Histo
     metavar="EXPR",
     multiple=True,
     type=_reads(expect.parse),
-    help="What the run must reach, for instance 'p99<10ms', 'service_p99<2ms' or 'achieved_rate>=19k'. May be repeated.",
+    help="What the run must reach, for instance 'p99<10ms', 'service_p99<2ms' or 'achieved_rate>=19k'. May be repeated. "
+    f"Of {', '.join(expect.FIGURES)}.",
 )
 @click.option(
     "--json",

@@ -114,7 +114,7 @@ def check(expectation: Expectation, figures: Mapping[str, float | None]) -> Outc
 def shown(outcome: Outcome) -> str:
     """An outcome for people."""
     if outcome.measured is None:
-        return f"{outcome.text}: not measured"
+        return f"{outcome.text}: NOT MEASURED"
     unit = FIGURES[parse(outcome.text).figure]
     value = outcome.measured
     match unit:

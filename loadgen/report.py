@@ -231,17 +231,30 @@ def _broken_promises(facts: Facts) -> list[str]:
             "dead are what it had acknowledged"
         )
     if facts.lost and facts.commands:
-        reasons.append(f"{facts.lost:,} commands got no reply in time, or their worker died under them")
+        lost = "1 command got no reply in time, or its worker died under it"
+        more = f"{facts.lost:,} commands got no reply in time, or their worker died under them"
+        reasons.append(lost if facts.lost == 1 else more)
     elif facts.lost:
-        reasons.append(f"{facts.lost:,} events were acknowledged, and nothing shows that they were ever handled")
+        it = "it was" if facts.lost == 1 else "they were"
+        reasons.append(f"{_events_were(facts.lost)} acknowledged, and nothing shows that {it} ever handled")
     if facts.in_flight:
-        reasons.append(f"{facts.in_flight:,} events were not finished when the time for the flush was up")
+        reasons.append(f"{_events_were(facts.in_flight)} not finished when the time for the flush was up")
     if facts.out_of_order:
-        reasons.append(f"{facts.out_of_order:,} events were handled after a later one of their key")
+        its = "its" if facts.out_of_order == 1 else "their"
+        reasons.append(f"{_events_were(facts.out_of_order)} handled after a later one of {its} key")
     if facts.duplicates != facts.redelivered:
         unannounced = facts.duplicates - facts.redelivered
-        reasons.append(f"{unannounced:,} of {facts.duplicates:,} repeats were not announced as redelivered")
+        was = "was" if unannounced == 1 else "were"
+        reasons.append(f"{unannounced:,} of {facts.duplicates:,} repeats {was} not announced as redelivered")
     return reasons
+
+
+def _events(count: int) -> str:
+    return "1 event" if count == 1 else f"{count:,} events"
+
+
+def _events_were(count: int) -> str:
+    return f"{_events(count)} {'was' if count == 1 else 'were'}"
 
 
 def _is_bus_behind(facts: Facts, offered_rate: float, scheduled: int) -> bool:
@@ -618,7 +631,7 @@ def _notes(result: DriverResult, totals: Totals, books: Account, observed: Obser
         notes.append(f"not always seen, so their processor time and memory may be too low: {', '.join(observed.unseen)}")
     if totals.unchecked:
         notes.append(
-            f"{totals.unchecked:,} events could not be checked for order and repeats: their keys were more than the shards "
+            f"{_events(totals.unchecked)} could not be checked for order and repeats: there were more keys than the shards "
             "remember"
         )
     final = result.final
@@ -629,7 +642,7 @@ def _notes(result: DriverResult, totals: Totals, books: Account, observed: Obser
         )
     elif not (books.lost or final.waiting or final.in_flight) and final.dead != totals.dead:
         notes.append(
-            f"by the acks, which tell the last outcome, {final.dead:,} events became dead letters, and by the first "
+            f"by the acks, which tell the last outcome, {_events(final.dead)} became dead letters, and by the first "
             f"{totals.dead:,}: some came again after their worker had ended, and ended otherwise"
         )
     measured = sum(result.send_lag_us.values())

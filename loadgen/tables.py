@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from loadgen.expect import shown
+from loadgen.expect import Outcome, shown
 from loadgen.histogram import Percentiles
 from loadgen.pacer import Stage
 from loadgen.report import FaultRecord, Interval, ProcessUse, Report
@@ -49,9 +49,23 @@ def rows_of(report: Report) -> list[tuple[str, str]]:
     if (load := report.machine_load) is not None:
         rows.append(("load average", f"{load.load_average:.1f}; cores {load.busy:.0%} busy, {load.stolen:.0%} stolen"))
     rows += [("note", note) for note in report.notes]
-    rows += [("PASS" if outcome.met else "FAIL", shown(outcome)) for outcome in report.expectations]
-    rows.append(("verdict", "; ".join((report.verdict, *report.reasons))))
+    rows += [(_passed(outcome), shown(outcome)) for outcome in report.expectations]
+    rows.append(("verdict", "; ".join((report.verdict, *report.reasons, *_all_dead(report)))))
     return rows
+
+
+def _all_dead(report: Report) -> tuple[str, ...]:
+    """What a reader must not miss beside an `ok`, which says that the bus did its part: nothing of it was handled."""
+    if not report.dead_lettered or report.handled:
+        return ()
+    became = "commands failed" if report.load.commands else "events became dead letters"
+    return (f"but none was handled: {report.dead_lettered:,} {became}",)
+
+
+def _passed(outcome: Outcome) -> str:
+    if outcome.measured is None:
+        return "----"  # neither; an ok run fails for it all the same
+    return "PASS" if outcome.met else "FAIL"
 
 
 def load_text(spec: LoadSpec) -> str:

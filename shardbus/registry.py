@@ -173,8 +173,7 @@ class Registry:
 
     def on(
         self,
-        event_type: type[Event],
-        *more_types: type[Event],
+        *event_types: type[Event],
         where: Filter | Callable[..., Any] | None = None,
         priority: int = 0,
         in_thread: bool = False,
@@ -193,8 +192,7 @@ class Registry:
         its own policy, while those that succeeded are not; its key waits meanwhile, other keys go on.
 
         Args:
-            event_type: the event.
-            *more_types: more of them, each as if it were registered alone.
+            *event_types: the event; or several, each as if it were registered alone.
             where: which events concern it: a filter of `shardbus.filters`, or a function of the event. It is asked in the
                 worker, also before a retry. Others pass the handler by; an event that concerns none counts as handled. One
                 that raises is this handler's failure, of which a breaker hears nothing.
@@ -222,10 +220,12 @@ class Registry:
             linger_s: wait so long for a batch to fill, from its first event on. Default: never wait.
 
         Raises:
-            RegistrationError: not an event type, a key that cannot be one, a name that another type has, a signature
-                that cannot be called so or is for another type, or options that make no sense.
+            RegistrationError: no event type, or what is none, a key that cannot be one, a name that another type has, a
+                signature that cannot be called so or is for another type, or options that make no sense.
         """
-        kinds = (event_type, *more_types)
+        kinds = event_types
+        if not kinds:
+            raise RegistrationError("@bus.on() names no event; write @bus.on(EventType)")
         for kind in kinds:
             if not (isinstance(kind, type) and issubclass(kind, Event) and kind is not Event):
                 raise RegistrationError(f"@bus.on takes a subclass of Event, not {shown(kind)}; write @bus.on(EventType)")
@@ -536,8 +536,10 @@ def _unique(name: str, taken: set[str]) -> str:
 
 def _inspect(function: Handler, message_type: type[Message], *, takes_batch: bool) -> _Call:
     told = shown(function)
+    takes = "(events) or (events, contexts)" if takes_batch else "(message) or (message, context)"
+    whose = "a batch handler" if takes_batch else "a handler"
     if not callable(function):
-        raise RegistrationError(f"{told} is not callable; a handler is a function of (message) or (message, context)")
+        raise RegistrationError(f"{told} is not callable; {whose} is a function of {takes}")
     streams = is_stream_function(function)
     if (streams and not issubclass(message_type, Command)) or inspect.isgeneratorfunction(function):
         hint = "; to stream a reply, make it `async def`" if issubclass(message_type, Command) else ""
@@ -546,7 +548,7 @@ def _inspect(function: Handler, message_type: type[Message], *, takes_batch: boo
     least, most = positional_count(function)
     if least > 2 or most < 1:
         found = ", ".join(parameter.name for parameter in parameters_of(function))
-        raise RegistrationError(f"a handler takes (message) or (message, context), and {name} takes ({found})")
+        raise RegistrationError(f"{whose} takes {takes}, and {name} takes ({found})")
     wanted = _annotated_message(function, message_type)
     if takes_batch and (wanted is not None or parameters_of(function)[0].annotation == message_type.__name__):
         one = message_type.__name__ if wanted is None else wanted.__name__

@@ -207,6 +207,35 @@ async def test_a_worker_that_dies_breaks_off_its_replies_and_the_chat_begins_aga
                 assert await g.read() == b"g-1 of message 1;g-2 of message 1;"
 
 
+async def test_a_history_is_told_by_the_successor_of_a_worker_that_dies(chat: RunningBus) -> None:
+    with web_process(chat, logs="CommandLost") as url:
+        async with aiohttp.ClientSession() as http:
+            browser = Browser(http, chat, f"{url}/chats/reread")
+            browser.let("h-1")
+            async with browser.say("h") as h:
+                assert await token(h) == "h-1 of message 1;"
+                history = asyncio.create_task(browser.history())
+                await asyncio.to_thread(wait_until, lambda: backlog(chat) == 2)  # it waits behind the reply
+                for pid in chat.worker_pids():
+                    os.kill(pid, signal.SIGKILL)
+                assert await history == []
+
+
+async def test_a_bus_that_is_gone_gives_the_browser_a_line(chat: RunningBus) -> None:
+    other = RunningBus(chat.directory, "--workers", "1", "--bind", f"{chat.address}-gone", application="chat:bus")
+    other.address += "-gone"
+    try:
+        other.wait_ready()
+        with web_process(other) as url:
+            assert other.end()[0] == 0
+            async with aiohttp.ClientSession() as http:
+                for answer in (http.get(f"{url}/chats/gone"), http.post(f"{url}/chats/gone", data="hello")):
+                    async with answer as response:
+                        assert (response.status, await response.text()) == (503, "(the bus is gone; try again later)")
+    finally:
+        other.close()
+
+
 def test_the_test_that_is_written_beside_it_passes(tmp_path: Path) -> None:
     directory = write_example("chat", "chat", tmp_path)
     tested = subprocess.run(

@@ -245,3 +245,8 @@ def test_the_time_series_and_the_distribution_are_written_to_files(command, tmp_
     assert command("--rate", "5", "--csv", str(csv_path), "--hgrm", str(hgrm_path)).exit_code == 0
     assert csv_path.read_text(encoding="utf-8").startswith("at_s,warming_up,offered_rate,achieved_rate,published")
     assert "TotalCount" in hgrm_path.read_text(encoding="utf-8")
+
+
+def test_the_help_lists_what_can_be_expected() -> None:
+    told = CliRunner().invoke(loadgen.cli.cli, ["--help"]).output
+    assert [figure for figure in loadgen.cli.expect.FIGURES if figure not in told] == []

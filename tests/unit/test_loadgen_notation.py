@@ -108,7 +108,7 @@ def test_an_expectation_is_met_or_not(text: str, met: bool) -> None:
 
 def test_what_was_not_measured_was_not_met_and_says_so() -> None:
     outcome = expect.check(expect.parse("recovery<2s"), FIGURES)
-    assert (outcome.met, expect.shown(outcome)) == (False, "recovery<2s: not measured")
+    assert (outcome.met, expect.shown(outcome)) == (False, "recovery<2s: NOT MEASURED")
 
 
 def test_an_outcome_shows_what_was_measured_in_its_unit() -> None:

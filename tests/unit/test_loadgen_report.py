@@ -70,11 +70,11 @@ def facts(**changes: Any) -> Facts:
 
 VERDICTS: list[tuple[str, dict[str, Any], Verdict, str]] = [
     ("all well", {}, "ok", ""),
-    ("a lost event", {"lost": 1}, "failed", "1 events were acknowledged, and nothing shows"),
+    ("a lost event", {"lost": 1}, "failed", "1 event was acknowledged, and nothing shows"),
     ("an event that was not finished", {"in_flight": 2}, "failed", "2 events were not finished"),
     ("an event overtaken", {"out_of_order": 3}, "failed", "3 events were handled after a later one"),
     ("a bus that took its evidence with it", {"gone": True}, "failed", "the bus was gone at the end of the run"),
-    ("an unannounced repeat", {"duplicates": 5, "redelivered": 4}, "failed", "1 of 5 repeats were not announced"),
+    ("an unannounced repeat", {"duplicates": 5, "redelivered": 4}, "failed", "1 of 5 repeats was not announced"),
     ("announced repeats are what a crash costs", {"duplicates": 5, "redelivered": 5}, "ok", ""),
     ("just enough achieved", {"achieved_rate": 19_800.0}, "ok", ""),
     ("too little achieved", {"achieved_rate": 19_799.0}, "saturated", "19,799 of 20,000 events/s"),
@@ -163,7 +163,7 @@ VERDICTS: list[tuple[str, dict[str, Any], Verdict, str]] = [
         "this machine was busy: the load average was 7.5 on 2 cores (99% busy, 1% stolen)",
     ),
     ("commands without a reply", {"lost": 2, "commands": True}, "failed", "2 commands got no reply"),
-    ("a broken promise outweighs saturation", {"lost": 1, "waited_share": 1.0, "sent": 5}, "failed", "1 events"),
+    ("a broken promise outweighs saturation", {"lost": 1, "waited_share": 1.0, "sent": 5}, "failed", "1 event was"),
     (
         "unpaced, nothing is offered, so nothing is late",
         {"offered_rate": None, "scheduled": None, "waited_share": 0.9, "send_lag_p99_us": 0},
@@ -516,6 +516,22 @@ def test_one_that_is_not_met_fails_the_run_and_says_what_was_measured() -> None:
     found = expected(["p99<100us", "lost==0"], report(*ALL_WELL))
     assert (found.verdict, found.exit_code, found.reasons) == ("failed", 1, ("expected p99<100us: 0.200 ms",))
     assert ("FAIL", "p99<100us: 0.200 ms") in rows_of(found)
+
+
+def test_one_that_was_not_measured_is_neither_passed_nor_failed_for_its_readers() -> None:
+    good, evidence = ALL_WELL
+    late = msgspec.structs.replace(good, send_lag_us={9000: 100})
+    found = expected(["p99<200ms"], report(late, evidence))
+    assert ("----", "p99<200ms: NOT MEASURED") in rows_of(found)
+
+
+def test_a_run_in_which_nothing_was_handled_says_so_beside_its_verdict() -> None:
+    good, evidence = ALL_WELL
+    final = msgspec.structs.replace(good.final, handled=0, dead=good.final.published)
+    found = report(msgspec.structs.replace(good, final=final), msgspec.structs.replace(evidence, dead=evidence.distinct))
+    assert found.handled == 0
+    assert rows_of(found)[-1] == ("verdict", "ok; but none was handled: 120 events became dead letters")
+    assert rows_of(report(*ALL_WELL))[-1] == ("verdict", "ok")
 
 
 def test_a_run_that_was_refused_stays_refused_and_its_expectations_are_not_met() -> None:

@@ -107,9 +107,9 @@ async def report_of(
 ONE_KEY = LoadSpec(rate=None, warmup_s=0.0, duration_s=0.2, keys=1)
 
 FAULTS = [
-    (Drops, "lost", 1, "1 events were acknowledged, and nothing shows that they were ever handled"),
-    (Doubles, "duplicates", 1, "1 of 1 repeats were not announced"),
-    (Swaps, "out_of_order", 1, "1 events were handled after a later one of their key"),
+    (Drops, "lost", 1, "1 event was acknowledged, and nothing shows that it was ever handled"),
+    (Doubles, "duplicates", 1, "1 of 1 repeats was not announced"),
+    (Swaps, "out_of_order", 1, "1 event was handled after a later one of its key"),
 ]
 
 

@@ -109,6 +109,11 @@ REFUSED: dict[str, tuple[Callable[[Registry], Any], list[str]]] = {
         lambda bus: bus.on(GetTotal),  # type: ignore[arg-type]  # what this row is about
         ["@bus.on", "subclass of Event", "GetTotal"],
     ),
+    "a handler of no event": (lambda bus: bus.on(), ["@bus.on() names no event", "write @bus.on(EventType)"]),
+    "a batch handler of nothing": (
+        lambda bus: bus.on(Placed, batch=8)(takes_nothing),
+        ["a batch handler takes (events) or (events, contexts)", "takes_nothing takes ()"],
+    ),
     "an event handler of every event": (lambda bus: bus.on(Event), ["@bus.on", "subclass of Event"]),
     "an event handler of an instance": (
         lambda bus: bus.on(Placed(order_id="1")),  # type: ignore[arg-type]  # what this row is about
