@@ -70,7 +70,11 @@ class _FiniteRange(click.FloatRange):
 
 
 _connect_option = click.option(
-    "--connect", "address", metavar="URL", help="The bus: ipc://DIRECTORY or tcp://HOST:PORT. [env: SHARDBUS_URL]"
+    "--connect",
+    "address",
+    metavar="URL",
+    help=f"The bus: ipc://DIRECTORY or tcp://HOST:PORT. One that is just starting is waited for, up to {_CONNECT_S:g} seconds. "
+    "[env: SHARDBUS_URL]",
 )
 
 
@@ -108,10 +112,7 @@ def _run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
 @click.group(context_settings={"auto_envvar_prefix": "SHARDBUS", "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="shardbus")
 def cli() -> None:
-    """A message bus for Python applications that have outgrown one core.
-
-    A command that talks to a bus waits up to 10 seconds for one that is just starting; `status` as long as its --timeout.
-    """
+    """A message bus for Python applications that have outgrown one core."""
 
 
 @cli.command()
@@ -203,6 +204,8 @@ def serve(
         )
     except ShardbusError as error:
         _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
     supervisor = Supervisor(options, forks)
     left = _run(supervisor.run(click.echo))
     for line in left:

@@ -182,6 +182,15 @@ def test_a_mistake_in_the_environment_is_told_in_the_same_way(
     assert told in result.stderr
 
 
+def test_an_interrupt_while_the_application_is_imported_is_told_in_a_line(shell: Shell, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(_name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shardbus.cli, "load_application", interrupted)
+    result = shell(*SERVE)
+    assert (result.exit_code, result.stderr, shell.served) == (130, "shardbus: interrupted\n", 0)
+
+
 def test_what_is_typed_well_is_served(shell: Shell):
     result = shell(*SERVE, "--bind", f"ipc://{shell.directory}/bus", "--drain-timeout", "0")
     assert (result.exit_code, shell.served) == (0, 1)
@@ -210,6 +219,11 @@ def test_a_bus_that_is_not_there_is_told_with_what_to_do(shell: Shell, arguments
     assert result.stderr.startswith(f"shardbus: no bus answered at ipc://{shell.directory}/none within 0.")
     assert "start one with `shardbus serve`, or name another address: " in result.stderr
     assert not os.path.exists("out.jsonl")
+
+
+@pytest.mark.parametrize("command", ["publish", "execute", "tail", "drain"])
+def test_the_help_says_how_long_a_bus_that_starts_is_waited_for(shell: Shell, command: str):
+    assert "just starting is waited for, up to 10 seconds" in " ".join(shell(command, "--help").stdout.split())
 
 
 def test_what_cannot_be_written_is_told_in_a_line(

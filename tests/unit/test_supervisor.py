@@ -9,6 +9,7 @@ import logging
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -167,6 +168,16 @@ async def test_a_system_that_never_has_a_process_again_has_the_shard_given_up_lo
             await until(lambda: state(supervisor) == "given-up")
         assert "shard 0 is given up: 4 deaths in a row" in caplog.text
         assert "resource temporarily unavailable" in supervisor.status()["workers"][0]["last_exit"]
+
+
+async def test_the_readme_has_every_key_of_the_status(address: Address, machine: Machine):
+    table = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").partition("| key | what |")[2]
+    table = table.partition("\n\n")[0]
+    async with running(address) as supervisor:
+        await ready(supervisor, machine)
+        status = supervisor.status()
+        keys = {*status, *status["workers"][0]}
+    assert [key for key in sorted(keys) if f"`{key}`" not in table] == []
 
 
 async def test_a_spare_that_cannot_be_made_is_tried_again_and_loses_no_report(address: Address, machine: Machine):
