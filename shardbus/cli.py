@@ -73,8 +73,8 @@ _connect_option = click.option(
     "--connect",
     "address",
     metavar="URL",
-    help=f"The bus: ipc://DIRECTORY or tcp://HOST:PORT. One that is just starting is waited for, up to {_CONNECT_S:g} seconds. "
-    "[env: SHARDBUS_URL]",
+    help="The bus: ipc://DIRECTORY or tcp://HOST:PORT. One that is just starting is waited for, up to "
+    f"{_CONNECT_S:g} seconds. [env: SHARDBUS_URL]",
 )
 
 
