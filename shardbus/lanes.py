@@ -89,6 +89,7 @@ _PLACES_MAX: Final = 1024
 _OUR_FILES: Final = (__file__, batch_handlers.__file__, asyncio.timeouts.__file__, *OUR_FILES)
 _OVERDUE_NS: Final = 1_000_000_000  # so long after its deadline a command's handler is ended, whatever its caller said
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
+_FETCHES_MAX: Final = 1024  # lanes that are being read back or ready to run; others that are due wait in the store
 
 _STREAMS: Final = ("StreamingCommand", "{} streams its reply; use client.stream(…)")
 _STREAMS_NOT: Final = ("PlainCommand", "the handler of {} does not yield; use client.execute(…)")
@@ -235,6 +236,8 @@ class Lanes:
         self._share_ends_ns = 0
         self._busy: dict[WireKey, _Lane] = {}
         self._ready: deque[_Lane] = deque()
+        self._due: deque[_Lane] = deque()  # to be read back from the store
+        self._fetched = 0  # those of them that the host was asked for
         self._leader: object | None = None
         self._leading: asyncio.Task[None] | None = None  # the leader's task, or the last one's
         self._armed = False
@@ -425,6 +428,7 @@ class Lanes:
         self._closing = True
         self._inbox.clear()
         self._ready.clear()
+        self._due.clear()
         self.hurry()
         self._gatherings.clear()
         self._cursor = None
@@ -725,6 +729,8 @@ class Lanes:
         head = lane.queue.popleft()
         assert isinstance(head, Delivery)  # `_continue` makes no other lane ready
         self.queued -= 1
+        if self._due:
+            self._fetch()
         if self._quarantine.suspects and not self._may_run(lane, head):
             return
         await self._run_taken(lane, head, token)
@@ -1438,16 +1444,29 @@ class Lanes:
                 loop = asyncio.get_running_loop()
                 lane.timer = loop.call_later(wait_ns / 1e9, self._continue, lane, context=self._clean)
         elif isinstance(head, _Stored):
-            limit = self._rows_in_memory(self.queued)
-            self._host.load(lane.key, head.after, head.last, limit, lambda rows: self._loaded(lane, rows))
+            self._due.append(lane)
+            self._fetch()
         else:
             self._ready.append(lane)
             if not self._armed and not self._closing:
                 self._armed = True
                 asyncio.get_running_loop().call_soon(self._turn, context=self._clean)
 
+    def _fetch(self) -> None:
+        """Have lanes read back that are due: as many as run soon, and many at a time, because they share a read then."""
+        if self._fetched + len(self._ready) > _FETCHES_MAX // 2:
+            return
+        for _ in range(min(len(self._due), _FETCHES_MAX // 2)):
+            lane = self._due.popleft()
+            head = lane.queue[0]
+            assert isinstance(head, _Stored)  # nothing of it can run
+            self._fetched += 1
+            limit = self._rows_in_memory(self.queued)
+            self._host.load(lane.key, head.after, head.last, limit, partial(self._loaded, lane))
+
     def _loaded(self, lane: _Lane, rows: list[Delivery]) -> None:
         """Rows of the lane's first stored stretch came back."""
+        self._fetched -= 1
         head = lane.queue[0]
         assert isinstance(head, _Stored)
         rows = rows[: head.count]
@@ -1474,6 +1493,8 @@ class Lanes:
         else:
             lane.queue.extendleft(reversed(rows))
         self._continue(lane)
+        if self._due:
+            self._fetch()
 
     def _append(self, lane: _Lane, delivery: Delivery) -> None:
         """Queue a message behind a busy key: in memory, or in the store where its lane has gone there."""

@@ -25,6 +25,7 @@ from shardbus.errors import RemoteProtocolError
 from shardbus.feeds import Feeds
 from shardbus.inbound import UNKNOWN, Delivery, Inbound
 from shardbus.journal import Journal
+from shardbus.lane_reads import LaneRead
 from shardbus.lanes import CRASHED, Lanes
 from shardbus.messages import WireKey, wire_name
 from shardbus.metrics import Recorder
@@ -40,6 +41,7 @@ from shardbus.store import (
     DeadLetter,
     Envelope,
     Failure,
+    LaneHead,
     ScheduledEvent,
     Store,
     StoreCounts,
@@ -954,11 +956,10 @@ class Shard:
     def load(self, key: WireKey, after: int, upto: int, limit: int, then: Callable[[list[Delivery]], None]) -> None:
         """Read waiting events of a key back into memory, those behind `after`, once the one at `upto` is written."""
 
-        async def read() -> None:
-            rows = await self._store.load_waiting(key, after, limit)
+        def found(rows: list[WaitingEvent]) -> None:
             then([self._from_store(row) for row in rows])
 
-        self._writer.add_read(read, upto)
+        self._writer.add_lane_read(LaneRead(LaneHead(key, after, limit), upto, found))
 
     def _from_store(self, row: WaitingEvent) -> Delivery:
         envelope = row.envelope

@@ -54,6 +54,7 @@ from shardbus.store import (
     DeadLetter,
     Envelope,
     Failure,
+    LaneHead,
     ScheduledEvent,
     StoreCounts,
     StoredDeadLetter,
@@ -62,6 +63,7 @@ from shardbus.store import (
     WaitingEvent,
     WaitingLane,
     fitting,
+    fitting_lanes,
     row_bytes,
 )
 
@@ -203,6 +205,12 @@ _change_waiting: Final = (
 )
 # Sums over some rows; joined from literals, so nothing of them comes from outside.
 _SUM_WAITING: Final = "SELECT count(*), coalesce(sum(length(body)), 0) FROM waiting"
+_ROWS_WAITING: Final = f"SELECT {', '.join(_waiting.columns.keys())} FROM waiting"  # noqa: S608 - likewise
+# The first events of a lane, each with its size; `{row}` is the number of the lane among those that are asked for.
+_HEAD: Final = (
+    "SELECT {row} AS lane, position, size FROM (SELECT position, length(body) AS size FROM waiting "
+    "WHERE key = {0} AND position > {1} ORDER BY position LIMIT {2}) AS head_{row}"
+)
 _SUM_SCHEDULED: Final = "SELECT count(*), coalesce(sum(length(body)), 0) FROM scheduled"
 _SUM_DEAD: Final = (
     "SELECT count(*), coalesce(sum(length(body)), 0), count(nullif(position, 0)), "
@@ -297,6 +305,8 @@ class SqlStore:
         self._delete_scheduled = _Statement(placeholder, "DELETE FROM scheduled WHERE id IN (", 1, ")")
         self._sum_scheduled = _Statement(placeholder, f"{_SUM_SCHEDULED} WHERE id IN (", 1, ")")
         self._delete_waiting = _Statement(placeholder, "DELETE FROM waiting WHERE position IN (", 1, ")")
+        self._find_heads = _Union(placeholder, _HEAD, 3)
+        self._select_waiting = _Statement(placeholder, f"{_ROWS_WAITING} WHERE position IN (", 1, ")")
         self._delete_dead = _Statement(placeholder, "DELETE FROM dead_letters WHERE id IN (", 1, ")")
         self._sum_waiting = _Statement(placeholder, f"{_SUM_WAITING} WHERE position IN (", 1, ")")
         self._sum_dead = _Statement(placeholder, f"{_SUM_DEAD} WHERE id IN (", 1, ")")
@@ -456,21 +466,30 @@ class SqlStore:
         return [_unpack_key(key) for key in keys]
 
     @_to_its_end
-    async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
-        """Up to `limit` waiting events of a key with a position above `after`, in order.
+    async def load_waiting(self, lanes: Sequence[LaneHead], bytes_max: int = ANY_SIZE) -> list[list[WaitingEvent]]:
+        """See `Store.load_waiting`.
+
+        Two statements for many lanes: where their first events lie and how large those are, and then what fits of them.
 
         Raises:
             StoreError: the database could not say.
         """
-        statement = (
-            select(_waiting)
-            .where(_waiting.c.key == _pack(key), _waiting.c.position > after)
-            .order_by(_waiting.c.position)
-            .limit(limit)
-        )
+        asked = [(_pack(lane.key), lane.after, lane.limit) for lane in lanes]
         async with self._transaction() as connection:
-            rows = (await connection.execute(statement)).all()
-        return [_to_waiting(row) for row in rows]
+            sizes: list[list[tuple[int, int]]] = [[] for _ in lanes]
+            for first, found in await self._find_heads.rows(connection, asked):
+                for lane, position, size in found:
+                    sizes[first + lane].append((position, size))
+            for lane_sizes in sizes:
+                lane_sizes.sort()
+            taken = fitting_lanes(sizes, lambda one: one[1], bytes_max)
+            positions = [(position,) for lane_sizes in taken for position, _ in lane_sizes]
+            rows = {
+                row.position: row
+                for _, found in await self._select_waiting.rows(connection, positions)
+                for row in map(_to_waiting, found)
+            }
+        return [[rows[position] for position, _ in lane_sizes] for lane_sizes in taken]
 
     @_to_its_end
     async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
@@ -810,15 +829,38 @@ class _Statement:
             totals = [total + number for total, number in zip(totals, found, strict=True)]
         return totals
 
+    async def rows(
+        self, connection: AsyncConnection, rows: Sequence[tuple[Any, ...]]
+    ) -> list[tuple[int, Sequence[Any]]]:
+        """Run it, a SELECT, over all rows; returns what each statement found, and which row was its first."""
+        found = []
+        for start, count in _stretches(len(rows)):
+            values = tuple([value for row in rows[start : start + count] for value in row])
+            found.append((start, (await connection.exec_driver_sql(self._text(count), values)).all()))
+        return found
+
     def _text(self, count: int) -> str:
         text = self._texts.get(count)
         if text is None:
-            groups = (
-                ", ".join(self._placeholder.format(row * self._width + at + 1) for at in range(self._width))
-                for row in range(count)
-            )
-            text = self._texts[count] = f"{self._head}({'), ('.join(groups)}){self._tail}"
+            text = self._texts[count] = self._compose([self._places(row) for row in range(count)])
         return text
+
+    def _places(self, row: int) -> list[str]:
+        return [self._placeholder.format(row * self._width + at + 1) for at in range(self._width)]
+
+    def _compose(self, places: list[list[str]]) -> str:
+        groups = (", ".join(of_row) for of_row in places)
+        return f"{self._head}({'), ('.join(groups)}){self._tail}"
+
+
+class _Union(_Statement):
+    """A SELECT for each row, as one."""
+
+    def __init__(self, placeholder: str, each: str, width: int) -> None:
+        super().__init__(placeholder, each, width, "")
+
+    def _compose(self, places: list[list[str]]) -> str:
+        return " UNION ALL ".join(self._head.format(*of_row, row=row) for row, of_row in enumerate(places))
 
 
 def _insert(placeholder: str, table: Table, columns: tuple[str, ...], tail: str) -> _Statement:

@@ -5,8 +5,8 @@ Rows are dead letters and waiting events. They belong to their slot, not to thei
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
@@ -14,6 +14,8 @@ from shardbus.messages import WireKey
 
 DEAD_REASONS: Final = ("failed", "timeout", "circuit-open", "undecodable", "unknown-type", "crashed", "expired")
 """Why an event is dead: `Failure.reason` is one of these."""
+
+_T = TypeVar("_T")
 
 ROW_OVERHEAD_BYTES: Final = 512
 """What a row is taken to need beside its event's body: key, headers, error, indices."""
@@ -135,6 +137,14 @@ class WaitingLane(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     due_ns: int = 0
 
 
+class LaneHead(msgspec.Struct, frozen=True, gc=False):
+    """What is asked of a lane: up to `limit` waiting events of a key, of positions above `after`."""
+
+    key: WireKey
+    after: int
+    limit: int
+
+
 class StoreCounts(msgspec.Struct, frozen=True, kw_only=True):
     """What a store holds, and what became of dead letters that it holds no more.
 
@@ -198,6 +208,28 @@ def fitting(sizes: Iterable[int], bytes_max: int) -> int:
     return count
 
 
+def fitting_lanes(lanes: Iterable[list[_T]], size_of: Callable[[_T], int], bytes_max: int) -> list[list[_T]]:
+    """As much of these lanes, in turn, as has up to `bytes_max` bytes together; at least the first of the first.
+
+    The first lane of which nothing fits ends it.
+    """
+    answered: list[list[_T]] = []
+    total = 0
+    for rows in lanes:
+        count = 0
+        for row in rows:
+            total += size_of(row)
+            if total > bytes_max and (answered or count):
+                break
+            count += 1
+        if rows and not count:
+            break
+        answered.append(rows[:count])
+        if count < len(rows):
+            break
+    return answered
+
+
 class Store(Protocol):
     """Keeps a shard's dead letters, waiting and scheduled events. Every call has one caller: the shard's writer task.
 
@@ -240,8 +272,13 @@ class Store(Protocol):
     async def parked_keys(self) -> list[WireKey]:
         """The keys that a dead letter parks."""
 
-    async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
-        """Up to `limit` waiting events of a key with a position above `after`, in order."""
+    async def load_waiting(self, lanes: Sequence[LaneHead], bytes_max: int = ANY_SIZE) -> list[list[WaitingEvent]]:
+        """What is asked of each of these lanes, in the order of positions; a key may be among them several times.
+
+        The bodies have up to `bytes_max` bytes together, but for the first, which is always among them: the last lane that
+        is answered may have fewer events than it has room for, and those behind it are missing in the answer. One that is
+        answered has its first event, or none.
+        """
 
     async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
         """The sequences from `first` on that this publisher has among the dead, and among the waiting and scheduled, sorted.

@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("registry", "middleware", "tracing"),
     ("store",),
+    ("lane_reads",),
     ("store_writer",),
     ("schedule",),
     ("dead_letters", "reports"),

@@ -15,6 +15,7 @@ from shardbus.store import (
     ANY_SIZE,
     DeadFilter,
     DeadLetter,
+    LaneHead,
     ScheduledEvent,
     StoreCounts,
     StoredDeadLetter,
@@ -23,6 +24,7 @@ from shardbus.store import (
     WaitingEvent,
     WaitingLane,
     fitting,
+    fitting_lanes,
     row_bytes,
 )
 
@@ -144,12 +146,14 @@ class MemoryStore:
         """See `Store.parked_keys`."""
         return [letter.envelope.key for letter in self.rows.dead.values() if letter.position]
 
-    async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
+    async def load_waiting(self, lanes: Sequence[LaneHead], bytes_max: int = ANY_SIZE) -> list[list[WaitingEvent]]:
         """See `Store.load_waiting`."""
-        positions = sorted(
-            position for position, row in self.rows.waiting.items() if position > after and row.envelope.key == key
-        )
-        return [self.rows.waiting[position] for position in positions[:limit]]
+        by_key: dict[WireKey, list[WaitingEvent]] = {lane.key: [] for lane in lanes}
+        for _, row in sorted(self.rows.waiting.items()):
+            if row.envelope.key in by_key:
+                by_key[row.envelope.key].append(row)
+        found = [[row for row in by_key[lane.key] if row.position > lane.after][: lane.limit] for lane in lanes]
+        return fitting_lanes(found, lambda row: len(row.envelope.body), bytes_max)
 
     async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
         """See `Store.outcomes`."""

@@ -25,6 +25,7 @@ from shardbus.store import (
     DeadLetter,
     Envelope,
     Failure,
+    LaneHead,
     ScheduledEvent,
     Store,
     StoreCounts,
@@ -117,8 +118,13 @@ def held(counts: StoreCounts) -> tuple[int, int, int]:
     return counts.dead, counts.waiting, counts.position_max
 
 
+async def load(store: Store, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
+    (lane,) = await store.load_waiting([LaneHead(key, after, limit)])
+    return lane
+
+
 async def positions(store: Store, key: WireKey = "order-1", after: int = 0, limit: int = 100) -> list[int]:
-    return [event.position for event in await store.load_waiting(key, after, limit)]
+    return [event.position for event in await load(store, key, after, limit)]
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +166,7 @@ async def test_a_new_store_is_empty(make_store):
     assert await store.open() == StoreCounts(dead=0, waiting=0, position_max=0)
     assert await dead_in(store, 10) == []
     assert await store.waiting_lanes() == []
-    assert await store.load_waiting("order-1", 0, 10) == []
+    assert await load(store, "order-1", 0, 10) == []
     assert await store.outcomes(PUBLISHER, 0) == ([], [])
     await store.close()
 
@@ -169,7 +175,7 @@ async def test_a_new_store_is_empty(make_store):
 async def test_every_field_and_every_kind_of_key_comes_back_as_it_was(store, key):
     await store.write(dead=[dead_letter(key=key)], waiting=[waiting_event(7, seq=2, key=key)], done=[])
     (dead,) = await dead_in(store, 10)
-    (waiting,) = await store.load_waiting(key, 0, 10)
+    (waiting,) = await load(store, key, 0, 10)
     assert dead == dead_letter(key=key)
     assert waiting == waiting_event(7, seq=2, key=key)
     assert type(dead.envelope.key) is type(waiting.envelope.key) is type(key)
@@ -181,7 +187,7 @@ async def test_what_is_absent_comes_back_absent(store):
     event = WaitingEvent(position=1, envelope=bare)
     await store.write(dead=[dead], waiting=[event], done=[])
     assert await dead_in(store, 10) == [dead]
-    assert await store.load_waiting("order-1", 0, 10) == [event]
+    assert await load(store, "order-1", 0, 10) == [event]
 
 
 async def test_keys_that_look_alike_are_lanes_of_their_own(store):
@@ -285,6 +291,32 @@ async def test_a_lane_is_loaded_piece_by_piece(store):
     assert await positions(store, "even", after=5, limit=1) == [6]
 
 
+@pytest.mark.parametrize("count", [1, 7, 300])
+async def test_many_lanes_are_loaded_at_once_each_from_its_place_and_up_to_its_limit(store, count: int):
+    keys = [f"key {at}" for at in range(count)]
+    rows = [waiting_event(1 + lap * count + at, key=key) for lap in range(3) for at, key in enumerate(keys)]
+    await store.write(waiting=rows)
+    heads = [LaneHead(key, at % 3 and at + 1, 1 + at % 2) for at, key in enumerate(keys)]
+    heads += [LaneHead("nobody", 0, 5), LaneHead(keys[0], 1, 5)]
+    expected = [
+        [row for row in rows if row.envelope.key == head.key and row.position > head.after][: head.limit] for head in heads
+    ]
+    assert await store.load_waiting(heads) == expected
+    assert await store.load_waiting([]) == []
+
+
+@pytest.mark.parametrize(
+    ("bytes_max", "expected"), [(1, [[1]]), (3, [[1]]), (6, [[1, 3]]), (9, [[1, 3], [2]]), (12, [[1, 3], [2, 4], []])]
+)
+async def test_what_is_loaded_together_is_bounded_by_bytes_and_lanes_behind_the_bound_are_not_answered(
+    store, bytes_max: int, expected: list[list[int]]
+):
+    await store.write(waiting=[waiting_event(at, key="odd" if at % 2 else "even") for at in range(1, 5)])  # 3 bytes each
+    heads = [LaneHead("odd", 0, 9), LaneHead("even", 0, 9), LaneHead("nobody", 0, 9)]
+    found = await store.load_waiting(heads, bytes_max)
+    assert [[row.position for row in lane] for lane in found] == expected
+
+
 async def test_a_lane_is_due_when_its_first_event_is(store):
     early, late = replace(waiting_event(7), due_ns=100), replace(waiting_event(3), due_ns=900)
     await store.write(waiting=[early, late])
@@ -298,9 +330,9 @@ async def test_a_waiting_event_that_has_changed_keeps_its_place_and_what_it_is(s
     await store.write(waiting=[before, other])
     after = replace(before, envelope=replace(before.envelope, attempt=9), todo={"shop.add": 1}, gave_up=(), due_ns=5)
     await store.write(changed=[after])
-    assert await store.load_waiting("order-1", 0, 9) == [after, other]
+    assert await load(store, "order-1", 0, 9) == [after, other]
     await store.write(changed=[replace(after, todo={}, due_ns=0)])
-    assert (await store.load_waiting("order-1", 0, 1))[0].todo == {}
+    assert (await load(store, "order-1", 0, 1))[0].todo == {}
 
 
 async def test_a_change_of_what_has_gone_is_no_error_and_brings_nothing_back(store):
@@ -566,7 +598,7 @@ async def test_writes_of_any_length_are_kept_whole(store, count):
     events = [waiting_event(at) for at in range(1, count + 1)]
     await store.write(dead=letters, waiting=events, done=[])
     assert await dead_in(store, count + 1) == letters
-    assert await store.load_waiting("order-1", 0, count + 1) == events
+    assert await load(store, "order-1", 0, count + 1) == events
     await store.write(dead=[], waiting=[], done=range(1, count))
     assert await positions(store) == [count]
 
@@ -608,7 +640,7 @@ async def test_a_successor_adopts_what_its_predecessor_left(make_store):
     second = make_store()
     assert held(await second.open()) == (2, 2, 6)
     assert await dead_in(second, 10) == [dead_letter(1), dead_letter(2)]
-    assert await second.load_waiting("order-1", 0, 10) == [waiting_event(5), waiting_event(6)]
+    assert await load(second, "order-1", 0, 10) == [waiting_event(5), waiting_event(6)]
     # The place is known to the rows, though not to this store.
     await second.write(dead=[dead_letter(3)], waiting=[], done=[])
     assert await dead_in(second, 10) == [dead_letter(1), dead_letter(2), dead_letter(3)]
