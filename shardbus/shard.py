@@ -48,6 +48,7 @@ from shardbus.store import (
     StoredDeadLetter,
     StoreError,
     WaitingEvent,
+    WaitingLane,
 )
 from shardbus.store_writer import StoreWriter
 from shardbus.wire.codec import Extra
@@ -81,6 +82,7 @@ _TOLD_MAX: Final = 1024
 _ASKED_MAX: Final = 256
 _ANSWERS_MAX: Final = 64  # of up to a megabyte
 _ASKED_S: Final = 20.0  # somebody who wants an answer asks again sooner
+_PAGE_LANES: Final = 1024  # that are adopted between two turns of the event loop
 _PAGE_ROWS_MAX: Final = 256  # dead letters a question and answer
 _HELD_BYTES_MAX: Final = 4096  # of a scheduled event that is due; a larger one is read back when its turn comes
 _PAGE_BYTES_MAX: Final = 1024 * 1024  # of their bodies, so that a page of large ones neither blocks nor bloats a worker
@@ -150,6 +152,8 @@ class Shard:
         self._position = 0
         self._adopted_position = 0  # rows up to here were written by a predecessor, and may have run
         self._adopts = False
+        self._last_parked = 0  # how far the lanes of what a predecessor left have come
+        self._last_lane: WaitingLane | None = None
         self._publishers: dict[bytes, _Publisher] = {}  # live, by publisher
         self._peers: dict[bytes, _Publisher] = {}
         self._greeting: dict[bytes, tuple[bytes, Hello]] = {}  # by publisher, while the store is asked about it
@@ -185,18 +189,29 @@ class Shard:
         counts = self._writer.counts
         self._adopts = counts.dead + counts.waiting > 0
         self._position = self._adopted_position = counts.position_max
-        lanes = await self._store.waiting_lanes() if counts.waiting else []
-        parked = set(await self._store.parked_keys()) if counts.parked else set()
+        if counts.parked:
+            await self._adopt_parked()
+        if counts.waiting > counts.scheduled:
+            await self._adopt_waiting()
         if counts.scheduled:
             await self._schedule.start()
         self._writer.start()
-        for lane in lanes:
-            # Those without a key have no order, so none waits for the first.
-            due_ns = 0 if lane.key is None else self._by_our_clock(lane.due_ns)
-            self.lanes.adopt(lane.key, lane.count, due_ns, parked=lane.key in parked)
-            parked.discard(lane.key)
-        for key in parked:
-            self.lanes.adopt(key, 0, parked=True)
+
+    async def _adopt_parked(self) -> None:
+        """Make lanes of parked keys, page by page, so that the event loop turns; goes on where it failed."""
+        while page := await self._store.parked_keys(self._last_parked, _PAGE_LANES):
+            for parked in page:
+                self.lanes.adopt(parked.key, 0, parked=True)
+            self._last_parked = page[-1].position
+
+    async def _adopt_waiting(self) -> None:
+        """Likewise of keys whose events wait; those that are parked have a lane already."""
+        while page := await self._store.waiting_lanes(self._last_lane, _PAGE_LANES):
+            for lane in page:
+                # Those without a key have no order, so none waits for the first.
+                due_ns = 0 if lane.key is None else self._by_our_clock(lane.due_ns)
+                self.lanes.adopt(lane.key, lane.count, due_ns)
+            self._last_lane = page[-1]
 
     def _judge(self) -> None:
         """Conclude what the predecessor's death says, and begin the journal anew."""

@@ -55,6 +55,7 @@ from shardbus.store import (
     Envelope,
     Failure,
     LaneHead,
+    ParkedKey,
     ScheduledEvent,
     StoreCounts,
     StoredDeadLetter,
@@ -218,13 +219,16 @@ _SUM_DEAD: Final = (
 )
 _heads: Final = (
     select(_waiting.c.key, func.count().label("count"), func.min(_waiting.c.position).label("first"))
+    .where(_waiting.c.key > bindparam("after_key"))
     .group_by(_waiting.c.key)
+    .order_by(_waiting.c.key)
+    .limit(bindparam("lanes"))
     .subquery()
 )
 _select_lanes: Final = (
     select(_heads.c.key, _heads.c.count, _waiting.c.due_ns)
     .join(_waiting, _waiting.c.position == _heads.c.first)
-    .order_by(_heads.c.first)
+    .order_by(_heads.c.key)
 )
 
 _pack: Final = msgspec.msgpack.Encoder().encode
@@ -444,26 +448,30 @@ class SqlStore:
         )
 
     @_to_its_end
-    async def waiting_lanes(self) -> list[WaitingLane]:
-        """The keys that have waiting events, by their lowest position.
+    async def waiting_lanes(self, after: WaitingLane | None, limit: int) -> list[WaitingLane]:
+        """See `Store.waiting_lanes`. They come by their keys as they are packed, as the index has them.
 
         Raises:
             StoreError: the database could not say.
         """
+        values = {"after_key": b"" if after is None else _pack(after.key), "lanes": limit}
         async with self._transaction() as connection:
-            rows = (await connection.execute(_select_lanes)).all()
+            rows = (await connection.execute(_select_lanes, values)).all()
         return [WaitingLane(key=_unpack_key(key), count=count, due_ns=due_ns) for key, count, due_ns in rows]
 
     @_to_its_end
-    async def parked_keys(self) -> list[WireKey]:
-        """The keys that a dead letter parks.
+    async def parked_keys(self, after: int, limit: int) -> list[ParkedKey]:
+        """See `Store.parked_keys`.
 
         Raises:
             StoreError: the database could not say.
         """
+        position = _dead.c.position
+        # The first condition is the index's own: without it, that is not used.
+        statement = select(_dead.c.key, position).where(text("position > 0"), position > after).order_by(position)
         async with self._transaction() as connection:
-            keys = (await connection.scalars(select(_dead.c.key).where(_dead.c.position > 0))).all()
-        return [_unpack_key(key) for key in keys]
+            rows = (await connection.execute(statement.limit(limit))).all()
+        return [ParkedKey(_unpack_key(key), at) for key, at in rows]
 
     @_to_its_end
     async def load_waiting(self, lanes: Sequence[LaneHead], bytes_max: int = ANY_SIZE) -> list[list[WaitingEvent]]:

@@ -137,6 +137,13 @@ class WaitingLane(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     due_ns: int = 0
 
 
+class ParkedKey(msgspec.Struct, frozen=True, gc=False):
+    """A key, and the position of the dead letter that parks it."""
+
+    key: WireKey
+    position: int
+
+
 class LaneHead(msgspec.Struct, frozen=True, gc=False):
     """What is asked of a lane: up to `limit` waiting events of a key, of positions above `after`."""
 
@@ -266,11 +273,11 @@ class Store(Protocol):
         additions come first and removals last.
         """
 
-    async def waiting_lanes(self) -> list[WaitingLane]:
-        """The keys that have waiting events, by their lowest position."""
+    async def waiting_lanes(self, after: WaitingLane | None, limit: int) -> list[WaitingLane]:
+        """Up to `limit` keys that have waiting events, behind that of `after` (None: from the first), in its own order."""
 
-    async def parked_keys(self) -> list[WireKey]:
-        """The keys that a dead letter parks."""
+    async def parked_keys(self, after: int, limit: int) -> list[ParkedKey]:
+        """Up to `limit` keys that a dead letter parks whose position is above `after`, by that position."""
 
     async def load_waiting(self, lanes: Sequence[LaneHead], bytes_max: int = ANY_SIZE) -> list[list[WaitingEvent]]:
         """What is asked of each of these lanes, in the order of positions; a key may be among them several times.

@@ -16,6 +16,7 @@ from shardbus.store import (
     DeadFilter,
     DeadLetter,
     LaneHead,
+    ParkedKey,
     ScheduledEvent,
     StoreCounts,
     StoredDeadLetter,
@@ -133,18 +134,21 @@ class MemoryStore:
         for at in begun:
             self.rows.scheduled.pop(at, None)
 
-    async def waiting_lanes(self) -> list[WaitingLane]:
+    async def waiting_lanes(self, after: WaitingLane | None, limit: int) -> list[WaitingLane]:
         """See `Store.waiting_lanes`."""
         lanes: dict[WireKey, WaitingLane] = {}
         for _, row in sorted(self.rows.waiting.items()):
             key = row.envelope.key
             lane = lanes.get(key) or WaitingLane(key=key, count=0, due_ns=row.due_ns)
             lanes[key] = replace(lane, count=lane.count + 1)
-        return list(lanes.values())
+        found = list(lanes.values())  # by their lowest position
+        start = 0 if after is None else next(at for at, lane in enumerate(found, 1) if lane.key == after.key)
+        return found[start : start + limit]
 
-    async def parked_keys(self) -> list[WireKey]:
+    async def parked_keys(self, after: int, limit: int) -> list[ParkedKey]:
         """See `Store.parked_keys`."""
-        return [letter.envelope.key for letter in self.rows.dead.values() if letter.position]
+        parking = {letter.position: letter.envelope.key for letter in self.rows.dead.values()}
+        return [ParkedKey(parking[at], at) for at in sorted(parking) if at > after][:limit]
 
     async def load_waiting(self, lanes: Sequence[LaneHead], bytes_max: int = ANY_SIZE) -> list[list[WaitingEvent]]:
         """See `Store.load_waiting`."""

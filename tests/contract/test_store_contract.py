@@ -26,6 +26,7 @@ from shardbus.store import (
     Envelope,
     Failure,
     LaneHead,
+    ParkedKey,
     ScheduledEvent,
     Store,
     StoreCounts,
@@ -165,7 +166,7 @@ async def test_a_new_store_is_empty(make_store):
     store = make_store()
     assert await store.open() == StoreCounts(dead=0, waiting=0, position_max=0)
     assert await dead_in(store, 10) == []
-    assert await store.waiting_lanes() == []
+    assert await store.waiting_lanes(None, 100) == []
     assert await load(store, "order-1", 0, 10) == []
     assert await store.outcomes(PUBLISHER, 0) == ([], [])
     await store.close()
@@ -192,7 +193,8 @@ async def test_what_is_absent_comes_back_absent(store):
 
 async def test_keys_that_look_alike_are_lanes_of_their_own(store):
     await store.write(dead=[], waiting=[waiting_event(at, key=key) for at, key in enumerate(KEYS, 1)], done=[])
-    assert await store.waiting_lanes() == [WaitingLane(key=key, count=1, due_ns=DUE_NS) for key in KEYS]
+    found = {lane.key: (lane.count, lane.due_ns) for lane in await store.waiting_lanes(None, 100)}
+    assert found == dict.fromkeys(KEYS, (1, DUE_NS))
     for at, key in enumerate(KEYS, 1):
         assert await positions(store, key) == [at]
 
@@ -244,7 +246,7 @@ async def test_a_scheduled_event_waits_in_no_lane_until_it_begins_which_is_one_t
     assert (counts.waiting, counts.scheduled, counts.position_max) == (3, 2, 1)
     assert counts.bytes == 3 * row_bytes(envelope())
     assert await positions(store) == [1]
-    assert await store.waiting_lanes() == [WaitingLane(key="order-1", count=1, due_ns=DUE_NS)]
+    assert await store.waiting_lanes(None, 100) == [WaitingLane(key="order-1", count=1, due_ns=DUE_NS)]
     (found, _) = await store.due(11, (0, 0), 10)
     await store.write(waiting=[waiting_event(2, seq=2)], begun=[found.row])
     counts = store.counts()
@@ -320,9 +322,9 @@ async def test_what_is_loaded_together_is_bounded_by_bytes_and_lanes_behind_the_
 async def test_a_lane_is_due_when_its_first_event_is(store):
     early, late = replace(waiting_event(7), due_ns=100), replace(waiting_event(3), due_ns=900)
     await store.write(waiting=[early, late])
-    assert await store.waiting_lanes() == [WaitingLane(key="order-1", count=2, due_ns=900)]
+    assert await store.waiting_lanes(None, 100) == [WaitingLane(key="order-1", count=2, due_ns=900)]
     await store.write(done=[3])
-    assert await store.waiting_lanes() == [WaitingLane(key="order-1", count=1, due_ns=100)]
+    assert await store.waiting_lanes(None, 100) == [WaitingLane(key="order-1", count=1, due_ns=100)]
 
 
 async def test_a_waiting_event_that_has_changed_keeps_its_place_and_what_it_is(store):
@@ -338,15 +340,26 @@ async def test_a_waiting_event_that_has_changed_keeps_its_place_and_what_it_is(s
 async def test_a_change_of_what_has_gone_is_no_error_and_brings_nothing_back(store):
     await store.write(changed=[waiting_event(3)])
     await store.write(waiting=[waiting_event(4)], changed=[waiting_event(4)], done=[4])
-    assert await store.waiting_lanes() == []
+    assert await store.waiting_lanes(None, 100) == []
 
 
-async def test_lanes_come_by_their_lowest_position(store):
-    events = [waiting_event(at, key=key) for at, key in ((5, "a"), (3, "b"), (4, "c"), (9, "b"), (1, "c"))]
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+async def test_lanes_come_page_by_page_each_once(store, limit: int):
+    events = [waiting_event(at, key=key) for at, key in ((5, "a"), (3, 7), (4, None), (9, 7), (1, None))]
     await store.write(dead=[], waiting=events, done=[])
-    assert [(lane.key, lane.count) for lane in await store.waiting_lanes()] == [("c", 2), ("b", 2), ("a", 1)]
-    await store.write(dead=[], waiting=[], done=[1])
-    assert [lane.key for lane in await store.waiting_lanes()] == ["b", "c", "a"]
+    found: list[WaitingLane] = []
+    while page := await store.waiting_lanes(found[-1] if found else None, limit):
+        assert len(page) <= limit
+        found += page
+    assert sorted((lane.count, str(lane.key)) for lane in found) == [(1, "a"), (2, "7"), (2, "None")]
+
+
+async def test_parked_keys_come_page_by_page(store):
+    await store.write(dead=[replace(dead_letter(at, key=f"key {at}"), position=10 * at) for at in (3, 1, 2)])
+    await store.write(dead=[dead_letter(4, key="dead, and parks nothing")])
+    assert await store.parked_keys(0, 2) == [ParkedKey("key 1", 10), ParkedKey("key 2", 20)]
+    assert await store.parked_keys(20, 2) == [ParkedKey("key 3", 30)]
+    assert await store.parked_keys(30, 2) == []
 
 
 async def test_done_events_are_removed_and_unknown_positions_are_no_error(store):
@@ -354,7 +367,7 @@ async def test_done_events_are_removed_and_unknown_positions_are_no_error(store)
     await store.write(dead=[], waiting=[], done=[2, 99, 2])
     assert await positions(store) == [1, 3]
     await store.write(dead=[], waiting=[], done=[1, 3])
-    assert await store.waiting_lanes() == []
+    assert await store.waiting_lanes(None, 100) == []
 
 
 async def test_additions_come_before_removals(store):
@@ -479,12 +492,12 @@ async def test_the_ledger_and_what_is_parked_outlive_a_close(path):
     await store.close()
     assert counts == await store.open()
     assert (counts.dead, counts.parked, counts.redriven, counts.purged, counts.dropped) == (3, 1, 2, 1, 1)
-    assert await store.parked_keys() == ["order-1"]
+    assert [one.key for one in await store.parked_keys(0, 10)] == ["order-1"]
     await store.close()
 
 
 async def parked(store: Store) -> set[WireKey]:
-    keys = await store.parked_keys()
+    keys = [one.key for one in await store.parked_keys(0, 100)]
     assert len(keys) == len(set(keys)) == store.counts().parked
     return set(keys)
 

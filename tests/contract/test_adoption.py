@@ -1,0 +1,216 @@
+"""A worker that takes over a store in which very many keys wait: what that costs, and what does not wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from shardbus import Bus, DeadLetterFilter, Event, Retry
+from shardbus.local import run_local
+from shardbus.messages import WireKey
+from shardbus.routing import slot_of
+from shardbus.shard import Shard
+from shardbus.sql_store import SqlStore, sqlite_file_url
+from shardbus.store import (
+    ANY_SIZE,
+    DeadLetter,
+    Envelope,
+    LaneHead,
+    ParkedKey,
+    Store,
+    StoreError,
+    WaitingEvent,
+    WaitingLane,
+)
+from shardbus.testing import MemoryRows, MemoryStore
+
+KEYS = 2500
+MakeStore = Callable[[], Store]
+
+
+class Step(Event, key="key"):
+    key: str
+    n: int = 0
+
+
+class Loose(Event, key="key"):
+    key: str | None = None
+    n: int = 0
+
+
+class Application:
+    """Notes what ran, and how the reads of its store and the turns of the event loop go."""
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[str | None, int]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.begun = 0
+        self.bus = Bus("adoption")
+        self.bus.on(Step, retry=Retry(attempts=1))(self.take)
+        self.bus.on(Loose, retry=Retry(attempts=1))(self.take)
+
+    async def take(self, event: Step | Loose) -> None:
+        self.begun += 1
+        await self.gate.wait()
+        self.ran.append((event.key, event.n))
+
+
+@pytest.fixture
+def application() -> Application:
+    return Application()
+
+
+@pytest.fixture(params=["memory", "sqlite file"])
+def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStore:
+    rows = MemoryRows()
+
+    def store() -> Store:
+        return MemoryStore(rows) if request.param == "memory" else SqlStore(sqlite_file_url(str(tmp_path / "store.db")))
+
+    return store
+
+
+def waiting(position: int, key: WireKey, n: int, name: str = "Step") -> WaitingEvent:
+    body = msgspec.msgpack.encode({"key": key, "n": n})
+    envelope = Envelope(
+        publisher=b"p" * 16,
+        seq=position,
+        slot=slot_of(key),
+        type=name,
+        key=key,
+        body=body,
+        headers=None,
+        ordinal=0,
+        intended_ns=0,
+        attempt=1,
+    )
+    return WaitingEvent(position=position, envelope=envelope)
+
+
+def parking(position: int, key: str) -> DeadLetter:
+    return DeadLetter(
+        envelope=waiting(position, key, 0).envelope,
+        handlers=(),  # all of them run again
+        reason="failed",
+        error_type="ValueError",
+        error="no",
+        place="",
+        traceback="",
+        first_ns=1,
+        last_ns=1,
+        epoch=b"e" * 24,
+        position=position,
+    )
+
+
+async def filled(store: Store, rows: Sequence[WaitingEvent], parks: Sequence[DeadLetter] = ()) -> None:
+    await store.open()
+    for at in range(0, len(rows), 1024):
+        await store.write(waiting=rows[at : at + 1024])
+    await store.write(dead=parks)
+    await store.close()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110 - the test ends by its time-out
+        await asyncio.sleep(0.001)
+
+
+async def test_what_is_new_and_what_is_asked_do_not_wait_for_very_many_keys_and_each_of_those_runs_in_order(
+    application: Application, make_store: MakeStore
+):
+    await filled(make_store(), [waiting(1 + lap * KEYS + at, f"k{at}", lap) for lap in range(2) for at in range(KEYS)])
+    async with run_local(application.bus, stores=[make_store()]) as client:
+        application.gate.clear()
+        await client.publish(Step(key="fresh", n=7))
+        await client.dead_letters()  # answered while nothing of what waits can end
+        application.gate.set()
+        await until(lambda: len(application.ran) == 2 * KEYS + 1)
+    assert application.ran.count(("fresh", 7)) == 1
+    for at in (0, 1, KEYS - 1):
+        assert [n for key, n in application.ran if key == f"k{at}"] == [0, 1]
+
+
+async def test_keys_that_wait_are_read_many_at_a_time_and_no_more_of_them_than_run_soon(application: Application):
+    class Watched(MemoryStore):
+        reads: list[int] = []  # noqa: RUF012 - one store
+
+        async def load_waiting(self, lanes: Sequence[LaneHead], bytes_max: int = ANY_SIZE) -> list[list[WaitingEvent]]:
+            found = await super().load_waiting(lanes, bytes_max)
+            self.reads.append(sum(map(len, found)))
+            return found
+
+    store = Watched()
+    await filled(store, [waiting(1 + at, f"k{at}", 0) for at in range(KEYS)])
+    async with run_local(application.bus, stores=[store]) as client:
+        ahead = 0
+        while len(application.ran) < KEYS:
+            await asyncio.sleep(0)
+            ahead = max(ahead, sum(store.reads) - application.begun)
+        await client.flush()
+    assert sum(store.reads) == KEYS
+    assert len(store.reads) <= KEYS // 64
+    assert 0 < ahead <= 1024
+
+
+async def test_a_store_of_very_many_keys_is_adopted_page_by_page_and_goes_on_where_it_failed(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+):
+    pages: list[int] = []
+    failures = {1, 2, 5, 7}
+
+    class Paged(MemoryStore):
+        def turned(self, page: Sequence[object]) -> None:
+            pages.append(len(page))
+            if len(pages) in failures:
+                raise StoreError("locked")
+
+        async def waiting_lanes(self, after: WaitingLane | None, limit: int) -> list[WaitingLane]:
+            found = await super().waiting_lanes(after, limit)
+            self.turned(found)
+            return found
+
+        async def parked_keys(self, after: int, limit: int) -> list[ParkedKey]:
+            found = await super().parked_keys(after, limit)
+            self.turned(found)
+            return found
+
+    start = Shard.start
+
+    async def stubborn(shard: Shard) -> None:  # as a worker that takes over does
+        while True:
+            with suppress(StoreError):
+                return await start(shard)
+
+    monkeypatch.setattr(Shard, "start", stubborn)
+    store = Paged()
+    rows = [waiting(1 + at, f"k{at}", 0) for at in range(KEYS)]
+    rows += [waiting(20_000 + at, f"parked {at}", 1) for at in range(750)]
+    rows += [waiting(30_000 + at, None, at, "Loose") for at in range(100)]
+    await filled(store, rows, [parking(10_000 + at, f"parked {at}") for at in range(1500)])
+    async with run_local(application.bus, stores=[store]) as client:
+        await until(lambda: len(application.ran) == KEYS + 100)
+        status = await client.status()
+        assert (status["parked"], status["waiting"]) == (1500, 750)
+        assert len(set(application.ran)) == KEYS + 100
+        await client.purge(DeadLetterFilter(key=("parked 0",)))
+        await until(lambda: ("parked 0", 1) in application.ran)
+    assert (max(pages), not failures - set(range(len(pages)))) == (1024, True)
+
+
+async def test_a_parked_key_stays_parked_whatever_waits_behind_it(application: Application, make_store: MakeStore):
+    rows = [waiting(2, "parked", 1), waiting(3, "free", 1), waiting(4, None, 1, "Loose"), waiting(5, None, 2, "Loose")]
+    await filled(make_store(), rows, [parking(1, "parked"), parking(6, "parked alone")])
+    async with run_local(application.bus, stores=[make_store()]) as client:
+        await until(lambda: len(application.ran) == 3)
+        assert sorted(application.ran, key=str) == [("free", 1), (None, 1), (None, 2)]
+        assert (await client.status())["parked"] == 2
+        await client.redrive(DeadLetterFilter(key=("parked",)))
+        await until(lambda: len(application.ran) == 5)
+        assert application.ran[3:] == [("parked", 0), ("parked", 1)]
