@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -150,7 +151,7 @@ class Shard:
         self._store = store
         self._schedule = Schedule(store, self._writer, wall, self._join)
         self._position = 0
-        self._adopted_position = 0  # rows up to here were written by a predecessor, and may have run
+        self._takeovers: tuple[int, ...] | None = None  # up to which positions predecessors left rows, which may have run
         self._adopts = False
         self._last_parked = 0  # how far the lanes of what a predecessor left have come
         self._last_lane: WaitingLane | None = None
@@ -188,7 +189,9 @@ class Shard:
         await self._writer.open()
         counts = self._writer.counts
         self._adopts = counts.dead + counts.waiting > 0
-        self._position = self._adopted_position = counts.position_max
+        self._position = counts.position_max
+        if self._takeovers is None:
+            self._takeovers = await self._store.take_over() if counts.dead + counts.waiting else ()
         if counts.parked:
             await self._adopt_parked()
         if counts.waiting > counts.scheduled:
@@ -259,9 +262,10 @@ class Shard:
     async def close(self) -> None:
         """Stop at once. What is unfinished stays with its publishers and in the store."""
         self._schedule.close()
+        at_rest = self._draining and self._is_at_rest(late=False)
         await self.lanes.close()
         self._flush_replies()
-        await self._writer.close()
+        await self._writer.close(at_rest=at_rest)
         self.recorder.flush()
         if self._ack_timer is not None:
             self._ack_timer.cancel()
@@ -563,7 +567,7 @@ class Shard:
             self._position += not letter.position
             event = WaitingEvent(
                 position=letter.position or self._position,
-                envelope=replace(letter.envelope, attempt=letter.envelope.attempt + 1),
+                envelope=self._attempted(letter.envelope, letter.envelope.attempt + 1, letter.position),
                 todo=dict.fromkeys(letter.handlers, 0),
             )
             self._quarantine.clear((letter.envelope.publisher, letter.envelope.seq))
@@ -840,12 +844,21 @@ class Shard:
                 delivery.children.then = partial(self.amend, delivery)
         return WaitingEvent(
             position=delivery.position,
-            envelope=_envelope(delivery),
+            envelope=self._attempted(_envelope(delivery), delivery.attempt, delivery.position),
             todo=todo,
             gave_up=delivery.gave_up,
             due_ns=due_ns - self._now() + self._wall() if due_ns else 0,  # a successor has its own clock
             deadline_ns=deadline_ns - self._now() + self._wall() if deadline_ns else 0,
         )
+
+    def _inherited(self, position: int) -> int:
+        """How often a waiting row was taken over, and so may have been delivered once more."""
+        return len(self._takeovers) - bisect_left(self._takeovers, position) if self._takeovers and position else 0
+
+    def _attempted(self, envelope: Envelope, attempt: int, position: int) -> Envelope:
+        """An event that is to wait at a position, as the store has it: without what is added when that is read."""
+        attempt -= self._inherited(position)
+        return envelope if attempt == envelope.attempt else replace(envelope, attempt=attempt)
 
     def _by_our_clock(self, at_ns: int) -> int:
         return at_ns - self._wall() + self._now() if at_ns else 0
@@ -978,7 +991,6 @@ class Shard:
 
     def _from_store(self, row: WaitingEvent) -> Delivery:
         envelope = row.envelope
-        inherited = row.position <= self._adopted_position
         delivery = Delivery(
             None,
             envelope.publisher,
@@ -989,7 +1001,7 @@ class Shard:
             envelope.body,
             envelope.ordinal,
             envelope.intended_ns,
-            envelope.attempt + inherited,
+            envelope.attempt + self._inherited(row.position),
             None,
             self._by_our_clock(row.deadline_ns),
             row.position,

@@ -50,6 +50,7 @@ from shardbus.messages import WireKey
 from shardbus.store import (
     ANY_SIZE,
     ROW_OVERHEAD_BYTES,
+    TAKEOVERS_MAX,
     DeadFilter,
     DeadLetter,
     Envelope,
@@ -82,6 +83,8 @@ _OPEN_TIMEOUT_S: Final = 2.0  # the same while it is opened: a predecessor that 
 # EXCLUSIVE comes before WAL: only then does SQLite keep the index of the log in its own memory. On a RAM-backed place
 # that is full, a mapped index would kill the process (SIGBUS). It also keeps a second worker out of the same file.
 _SQLITE_PRAGMAS: Final = ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=NORMAL")
+
+_NO_POSITION: Final = 2**63
 
 _PLACEHOLDERS: Final = {"qmark": "?", "numeric_dollar": "${}"}
 
@@ -194,6 +197,10 @@ _measure_waiting: Final = select(
     func.coalesce(func.max(_waiting.c.position), 0),
 )
 _measure_scheduled: Final = select(func.count(), func.coalesce(func.sum(func.length(_scheduled.c.body)), 0))
+_select_lowest: Final = (
+    select(func.min(_waiting.c.position)),
+    select(func.min(_dead.c.position)).where(text("position > 0")),  # as the index has it
+)
 _select_scheduled: Final = select(_scheduled.c.id, *(_scheduled.c[name] for name in _SCHEDULED_COLUMNS)).order_by(
     _scheduled.c.due_ns, _scheduled.c.id
 )
@@ -446,6 +453,35 @@ class SqlStore:
             bytes=counts.bytes + dead_bytes + waiting_bytes - removed_bytes,
             droppable_bytes=counts.droppable_bytes + dead_bytes - parked_bytes,
         )
+
+    @_to_its_end
+    async def take_over(self) -> tuple[int, ...]:
+        """See `Store.take_over`. One row is written, however many there are.
+
+        Raises:
+            StoreError: nothing was noted.
+        """
+        async with self._transaction() as connection:
+            found = await connection.scalar(select(_meta.c.value).where(_meta.c.name == "takeovers")) or ""
+            before = [int(position) for position in found.split()]
+            if not await self._counter(connection, "at_rest"):
+                before.append(self._counts.position_max)
+            lowest = [await connection.scalar(statement) for statement in _select_lowest]
+            least = min((position for position in lowest if position is not None), default=_NO_POSITION)
+            takeovers = tuple(position for position in before if position >= least)[-TAKEOVERS_MAX:]
+            await self._set_meta(connection, "takeovers", " ".join(map(str, takeovers)))
+            await self._set_meta(connection, "at_rest", "0")
+        return takeovers
+
+    @_to_its_end
+    async def rest(self) -> None:
+        """See `Store.rest`.
+
+        Raises:
+            StoreError: nothing was noted.
+        """
+        async with self._transaction() as connection:
+            await self._set_meta(connection, "at_rest", "1")
 
     @_to_its_end
     async def waiting_lanes(self, after: WaitingLane | None, limit: int) -> list[WaitingLane]:

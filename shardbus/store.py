@@ -22,7 +22,10 @@ ROW_OVERHEAD_BYTES: Final = 512
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """An event as a store keeps it: whose it is, what it is, and how often it may have run."""
+    """An event as a store keeps it: whose it is, what it is, and how often it may have run.
+
+    Of a waiting event, `attempt` leaves out how often it was taken over: see `Store.take_over`.
+    """
 
     publisher: bytes
     seq: int
@@ -173,6 +176,9 @@ class StoreCounts(msgspec.Struct, frozen=True, kw_only=True):
     scheduled: int = 0
 
 
+TAKEOVERS_MAX: Final = 256
+"""How often it is counted that a row was taken over; then the first time is forgotten for each new one."""
+
 NOTHING_STORED: Final = StoreCounts(dead=0, waiting=0, position_max=0)
 
 
@@ -272,6 +278,16 @@ class Store(Protocol):
         attempt, `todo`, `gave_up` and `due_ns` at its position. A position that is not there is no error. Within one call,
         additions come first and removals last.
         """
+
+    async def take_over(self) -> tuple[int, ...]:
+        """Note that a successor takes over what waits here, unless its predecessor came to rest; return up to which position
+        rows were there each time that this happened, ascending, as far as such rows are left.
+
+        So a row was taken over as often as there are numbers that are not below its position.
+        """
+
+    async def rest(self) -> None:
+        """Note that nothing of what waits here is under way: it will not have been taken over from a worker that died."""
 
     async def waiting_lanes(self, after: WaitingLane | None, limit: int) -> list[WaitingLane]:
         """Up to `limit` keys that have waiting events, behind that of `after` (None: from the first), in its own order."""

@@ -116,11 +116,17 @@ class StoreWriter:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._broken(error)  # a defect; without its writer a shard acks nothing more
 
-    async def close(self) -> None:
-        """Stop at once, and close the store. What was not committed was told to nobody."""
+    async def close(self, *, at_rest: bool = False) -> None:
+        """Stop at once, and close the store. What was not committed was told to nobody.
+
+        `at_rest`: nothing of what waits in it is under way.
+        """
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+            if at_rest:
+                with suppress(StoreError):  # then a successor counts a death too many
+                    await self._store.rest()
         await self._store.close()
 
     def idle(self) -> bool:

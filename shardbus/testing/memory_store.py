@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from shardbus.messages import WireKey
 from shardbus.store import (
     ANY_SIZE,
+    TAKEOVERS_MAX,
     DeadFilter,
     DeadLetter,
     LaneHead,
@@ -43,6 +44,8 @@ class MemoryRows:
         self.redriven = 0
         self.purged = 0
         self.dropped = 0
+        self.takeovers: tuple[int, ...] = ()
+        self.is_at_rest = False
 
 
 class MemoryStore:
@@ -133,6 +136,22 @@ class MemoryStore:
             self.rows.scheduled[self.rows.scheduled_row_max] = event
         for at in begun:
             self.rows.scheduled.pop(at, None)
+
+    async def take_over(self) -> tuple[int, ...]:
+        """See `Store.take_over`."""
+        await self._may_write()
+        rows = self.rows
+        positions = [*rows.waiting, *(letter.position for letter in rows.dead.values() if letter.position)]
+        if not rows.is_at_rest:
+            rows.takeovers = (*rows.takeovers, self.counts().position_max)
+        lowest = min(positions, default=2**63)
+        rows.takeovers = tuple(at for at in rows.takeovers if at >= lowest)[-TAKEOVERS_MAX:]
+        rows.is_at_rest = False
+        return rows.takeovers
+
+    async def rest(self) -> None:
+        """See `Store.rest`."""
+        self.rows.is_at_rest = self.rows.is_at_rest or not (self.dead or self.failing)
 
     async def waiting_lanes(self, after: WaitingLane | None, limit: int) -> list[WaitingLane]:
         """See `Store.waiting_lanes`."""

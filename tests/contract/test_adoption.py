@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from shardbus import Bus, DeadLetterFilter, Event, Retry
+from shardbus import Bus, Context, DeadLetterFilter, Event, Retry, testing
 from shardbus.local import run_local
 from shardbus.messages import WireKey
 from shardbus.routing import slot_of
@@ -129,7 +129,8 @@ async def test_what_is_new_and_what_is_asked_do_not_wait_for_very_many_keys_and_
     async with run_local(application.bus, stores=[make_store()]) as client:
         application.gate.clear()
         await client.publish(Step(key="fresh", n=7))
-        await client.dead_letters()  # answered while nothing of what waits can end
+        await client.dead_letters()
+        assert application.begun < KEYS
         application.gate.set()
         await until(lambda: len(application.ran) == 2 * KEYS + 1)
     assert application.ran.count(("fresh", 7)) == 1
@@ -214,3 +215,66 @@ async def test_a_parked_key_stays_parked_whatever_waits_behind_it(application: A
         await client.redrive(DeadLetterFilter(key=("parked",)))
         await until(lambda: len(application.ran) == 5)
         assert application.ran[3:] == [("parked", 0), ("parked", 1)]
+
+
+# -- what a crash adds to attempts
+
+
+async def test_attempts_go_on_over_many_crashes_of_what_waits_in_the_store():
+    bus, attempts = Bus("adoption"), []
+
+    @bus.on(Step, retry=Retry(attempts=3, base_s=5.0))
+    async def fail_once(event: Step, context: Context) -> None:
+        attempts.append(context.attempt)
+        if len(attempts) in (1, 5):
+            raise ConnectionError
+
+    async with testing.run(bus) as kit:
+        await kit.client.publish(Step(key="a"))
+        for call in (2, 3, 4):
+            kit.kill_at(call)
+        await kit.advance(60)
+        assert attempts == [1, 2, 3, 4, 5, 6]
+
+
+async def test_attempts_go_on_over_crashes_and_a_redrive_of_what_parks_its_key():
+    bus, attempts = Bus("adoption"), []
+
+    @bus.on(Step, retry=Retry(attempts=1), on_dead_letter="park")
+    async def fail_once(event: Step, context: Context) -> None:
+        attempts.append(context.attempt)
+        if len(attempts) == 1:
+            raise ValueError
+
+    async with testing.run(bus) as kit:
+        await kit.client.publish(Step(key="a"))
+        await kit.settle()
+        for _ in range(3):
+            await kit.kill()  # it is dead meanwhile, so these are no deliveries
+        kit.kill_at(2)
+        kit.kill_at(3)
+        redriving = asyncio.create_task(kit.client.redrive())
+        await kit.advance(60)
+        await redriving
+        assert attempts == [1, 2, 3, 4]
+
+
+async def test_what_waits_while_its_worker_stops_in_order_was_not_delivered(make_store: MakeStore):
+    bus, attempts = Bus("adoption"), []
+
+    @bus.on(Step, retry=Retry(attempts=1), on_dead_letter="park")
+    async def park_first(event: Step, context: Context) -> None:
+        if not event.n:
+            raise ValueError
+        attempts.append(context.attempt)
+
+    async with run_local(bus, stores=[make_store()]) as client:
+        await client.publish_many([Step(key="a", n=n) for n in range(3)])
+        assert (await client.flush()).waiting == 2
+    for _ in range(2):
+        async with run_local(bus, stores=[make_store()]):
+            pass
+    async with run_local(bus, stores=[make_store()]) as client:
+        await client.purge()
+        await until(lambda: len(attempts) == 2)
+    assert attempts == [1, 1]

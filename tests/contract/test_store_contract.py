@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from shardbus.messages import WireKey
 from shardbus.sql_store import MEMORY_URL, SqlStore, sqlite_file_url
 from shardbus.store import (
+    TAKEOVERS_MAX,
     DeadFilter,
     DeadLetter,
     Envelope,
@@ -317,6 +318,38 @@ async def test_what_is_loaded_together_is_bounded_by_bytes_and_lanes_behind_the_
     heads = [LaneHead("odd", 0, 9), LaneHead("even", 0, 9), LaneHead("nobody", 0, 9)]
     found = await store.load_waiting(heads, bytes_max)
     assert [[row.position for row in lane] for lane in found] == expected
+
+
+async def test_a_store_knows_how_often_its_rows_were_taken_over(path):
+    store = SqlStore(sqlite_file_url(path))
+    await takeovers_are_counted(lambda: store)
+
+
+async def test_a_store_in_memory_knows_that_too():
+    store = MemoryStore()
+    await takeovers_are_counted(lambda: store)
+
+
+async def takeovers_are_counted(next_store: Callable[[], Store]) -> None:
+    store = next_store()
+    await store.open()
+    assert await store.take_over() == ()  # there is nothing
+    await store.write(waiting=[waiting_event(2), waiting_event(5)])
+    await store.close()
+    await store.open()
+    assert await store.take_over() == (5,)
+    await store.write(waiting=[waiting_event(7, seq=7)], dead=[replace(dead_letter(9), position=9)])
+    await store.rest()
+    await store.close()
+    await store.open()
+    assert await store.take_over() == (5,)  # what came to rest did not die
+    assert await store.take_over() == (5, 9)
+    await store.write(done=[2, 5])
+    assert await store.take_over() == (9, 9)  # nothing is left that was there the first time
+    for _ in range(TAKEOVERS_MAX):
+        found = await store.take_over()
+    assert found == (9,) * TAKEOVERS_MAX
+    await store.close()
 
 
 async def test_a_lane_is_due_when_its_first_event_is(store):
