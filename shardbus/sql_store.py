@@ -13,7 +13,7 @@ import asyncio
 import os
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import wraps
 from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
@@ -67,16 +67,18 @@ from shardbus.store import (
     fitting,
     fitting_lanes,
     row_bytes,
+    traceback_bytes,
 )
 
 MEMORY_URL: Final = "sqlite+aiosqlite:///:memory:"
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 7
 """Raise it with every change of the tables below; a store of another version is refused unless it is empty."""
 
-_GROWS_FROM: Final = ("5",)  # what this version has beyond these is a table, which is made where it is missing
+_GROWS_FROM: Final = ("5", "6")  # what this version has beyond these are tables and an index, made where they are missing
 
 _ROWS_MAX: Final = 512  # rows of one statement: 19 columns of them stay far below SQLite's 32,766 parameters
 _PLACES_MAX: Final = 1024  # places whose traceback is known to be stored; when full, it starts over
+_DROP_ROWS: Final = 256  # dropped at once: with their tracebacks they may free more room than their own size
 _BUSY_TIMEOUT_S: Final = 0.3  # how long SQLite waits for another's lock before it says `database is locked`
 _OPEN_TIMEOUT_S: Final = 2.0  # the same while it is opened: a predecessor that was cancelled lets go a little later
 
@@ -126,6 +128,7 @@ _dead: Final = Table(
     Column("position", BigInteger, nullable=False),  # above 0: its key is parked, and this is its place in the lane
     Column("id", _RowNumber, primary_key=True),  # given by the database: the order in which they died
     UniqueConstraint("publisher", "seq"),
+    Index("dead_letters_by_place", "place"),  # a traceback goes with the last dead letter of its place
     Index("dead_letters_parked", "position", sqlite_where=text("position > 0"), postgresql_where=text("position > 0")),
     sqlite_autoincrement=True,  # a number is never given twice: what was asked about one row must not hit another
 )
@@ -238,6 +241,11 @@ _select_lanes: Final = (
     .order_by(_heads.c.key)
 )
 
+_SUM_TRACEBACKS: Final = "SELECT count(*), coalesce(sum(length(traceback)), 0) FROM tracebacks"
+_NO_LETTER: Final = "NOT EXISTS (SELECT 1 FROM dead_letters WHERE dead_letters.place = tracebacks.place)"
+_ROWS_ORPHANS: Final = f"SELECT place, length(traceback) FROM tracebacks WHERE {_NO_LETTER}"  # noqa: S608 - likewise
+_DELETE_ORPHANS: Final = f"DELETE FROM tracebacks WHERE {_NO_LETTER}"  # noqa: S608 - likewise
+
 _pack: Final = msgspec.msgpack.Encoder().encode
 _unpack_headers: Final = msgspec.msgpack.Decoder(dict[str, str]).decode
 
@@ -312,6 +320,10 @@ class SqlStore:
         self._insert_tracebacks = _insert(
             placeholder, _tracebacks, ("place", "traceback"), "ON CONFLICT (place) DO NOTHING"
         )
+        self._sum_tracebacks = _Statement(placeholder, f"{_SUM_TRACEBACKS} WHERE place IN (", 1, ")")
+        self._select_orphans = _Statement(placeholder, f"{_ROWS_ORPHANS} AND place IN (", 1, ")")
+        self._delete_tracebacks = _Statement(placeholder, "DELETE FROM tracebacks WHERE place IN (", 1, ")")
+        self._select_places = _Statement(placeholder, "SELECT DISTINCT place FROM dead_letters WHERE id IN (", 1, ")")
         self._insert_scheduled = _insert(placeholder, _scheduled, _SCHEDULED_COLUMNS, "")
         self._delete_scheduled = _Statement(placeholder, "DELETE FROM scheduled WHERE id IN (", 1, ")")
         self._sum_scheduled = _Statement(placeholder, f"{_SUM_SCHEDULED} WHERE id IN (", 1, ")")
@@ -351,6 +363,9 @@ class SqlStore:
                 await connection.exec_driver_sql("BEGIN IMMEDIATE")
             await self._check_version(connection)
             await connection.run_sync(_metadata.create_all)
+            for index in _dead.indexes:
+                await connection.run_sync(index.create, checkfirst=True)
+            await connection.exec_driver_sql(_DELETE_ORPHANS)
             await self._set_meta(connection, "schema_version", str(SCHEMA_VERSION))
             counts = await self._measure(connection)
             if self._shards is not None:
@@ -398,7 +413,11 @@ class SqlStore:
         waiting_rows = [_waiting_row(event) for event in waiting]
         places = self._new_places(dead)
         async with self._transaction() as connection:
+            new_places = [(place,) for place in places]
+            known = await self._sum_tracebacks.totals(connection, new_places, 2)
             await self._insert_tracebacks.run(connection, list(places.items()))
+            stored = await self._sum_tracebacks.totals(connection, new_places, 2)
+            new_tracebacks = ROW_OVERHEAD_BYTES * (stored[0] - known[0]) + stored[1] - known[1]
             added = await self._insert_dead.run(connection, dead_rows)
             if added < len(dead_rows):
                 await connection.execute(
@@ -428,15 +447,19 @@ class SqlStore:
             revived = await self._remove_dead(connection, redriven, "redriven") if redriven else _NOTHING
             await self._insert_scheduled.run(connection, [_scheduled_row(event) for event in scheduled])
             begun_rows, begun_bytes = await self._remove_scheduled(connection, begun)
-            recounted = await self._measure(connection) if added < len(dead_rows) else None
+            recounted = None
+            if added < len(dead_rows):  # some may have died elsewhere before
+                await connection.exec_driver_sql(_DELETE_ORPHANS)
+                recounted = await self._measure(connection)
         # Only now is it committed, and true.
         if len(self._known_places) + len(places) > _PLACES_MAX:
             self._known_places.clear()
         self._known_places.update(places)
         if recounted is not None:
+            self._known_places.clear()
             self._counts = recounted
             return
-        counts = revived.taken_from(self._counts)
+        counts = self._without(revived)
         dead_bytes = sum(row_bytes(letter.envelope) for letter in dead)
         parked_bytes = sum(row_bytes(letter.envelope) for letter in dead if letter.position)
         waiting_bytes = sum(row_bytes(event.envelope) for rows in (waiting, scheduled) for event in rows)
@@ -450,8 +473,8 @@ class SqlStore:
             parked=counts.parked + sum(letter.position > 0 for letter in dead),
             position_max=max(counts.position_max, *positions, 0),
             redriven=counts.redriven + revived.rows,
-            bytes=counts.bytes + dead_bytes + waiting_bytes - removed_bytes,
-            droppable_bytes=counts.droppable_bytes + dead_bytes - parked_bytes,
+            bytes=counts.bytes + dead_bytes + new_tracebacks + waiting_bytes - removed_bytes,
+            droppable_bytes=counts.droppable_bytes + dead_bytes + new_tracebacks - parked_bytes,
         )
 
     @_to_its_end
@@ -644,7 +667,7 @@ class SqlStore:
         """
         async with self._transaction() as connection:
             removed = await self._remove_dead(connection, rows, "purged")
-        counts = removed.taken_from(self._counts)
+        counts = self._without(removed)
         self._counts = replace(counts, purged=counts.purged + removed.rows)
         return removed.rows
 
@@ -656,29 +679,51 @@ class SqlStore:
             StoreError: nothing was removed.
         """
         async with self._transaction() as connection:
-            oldest: list[int] = []
-            while len(oldest) < rows or size > 0:
-                statement = _select_oldest.where(_dead.c.id > (oldest[-1] if oldest else 0)).limit(_ROWS_MAX + len(keep))
-                found = (await connection.execute(statement)).all()
+            removed, last, limit = _NOTHING, 0, _DROP_ROWS + len(keep)
+            while removed.rows < rows or removed.bytes < size:
+                found = (await connection.execute(_select_oldest.where(_dead.c.id > last).limit(limit))).all()
+                oldest: list[int] = []
+                freed = removed.bytes
                 for row, body_bytes in found:
-                    if row not in keep and (len(oldest) < rows or size > 0):
+                    last = row
+                    if row not in keep and (removed.rows + len(oldest) < rows or freed < size):
                         oldest.append(row)
-                        size -= body_bytes + ROW_OVERHEAD_BYTES
-                if len(found) < _ROWS_MAX + len(keep):
+                        freed += body_bytes + ROW_OVERHEAD_BYTES
+                removed = removed.plus(await self._remove_dead(connection, oldest, "dropped"))
+                if len(found) < limit:
                     break
-            removed = await self._remove_dead(connection, oldest, "dropped")
-        counts = removed.taken_from(self._counts)
+        counts = self._without(removed)
         self._counts = replace(counts, dropped=counts.dropped + removed.rows)
         return removed.rows
 
     async def _remove_dead(self, connection: AsyncConnection, rows: Sequence[int], counter: str) -> _Removed:
-        """Remove dead letters and count them as `counter`."""
+        """Remove dead letters, and the tracebacks that were theirs alone, and count them as `counter`."""
         removed = [(row,) for row in rows]
         count, bodies, parked, parked_bodies = await self._sum_dead.totals(connection, removed, 4)
+        places = {place for _, found in await self._select_places.rows(connection, removed) for (place,) in found}
         await self._delete_dead.run(connection, removed)
+        orphans = {
+            place: length
+            for _, found in await self._select_orphans.rows(connection, [(place,) for place in sorted(places)])
+            for place, length in found
+        }
+        await self._delete_tracebacks.run(connection, [(place,) for place in orphans])
         await self._set_meta(connection, counter, str(await self._counter(connection, counter) + count))
-        size = bodies + ROW_OVERHEAD_BYTES * count
-        return _Removed(count, parked, size, size - parked_bodies - ROW_OVERHEAD_BYTES * parked)
+        size = bodies + ROW_OVERHEAD_BYTES * count + sum(map(traceback_bytes, orphans.values()))
+        droppable = size - parked_bodies - ROW_OVERHEAD_BYTES * parked
+        return _Removed(count, parked, size, droppable, frozenset(orphans))
+
+    def _without(self, removed: _Removed) -> StoreCounts:
+        """The counts without what was removed, once that is committed."""
+        self._known_places -= removed.places
+        counts = self._counts
+        return replace(
+            counts,
+            dead=counts.dead - removed.rows,
+            parked=counts.parked - removed.parked,
+            bytes=counts.bytes - removed.bytes,
+            droppable_bytes=counts.droppable_bytes - removed.droppable_bytes,
+        )
 
     async def _remove_scheduled(self, connection: AsyncConnection, rows: Sequence[int]) -> tuple[int, int]:
         """Remove scheduled events; how many there were, and the bytes that they counted for."""
@@ -694,7 +739,9 @@ class SqlStore:
         scheduled, scheduled_bodies = (await connection.execute(_measure_scheduled)).one()
         waiting += scheduled
         waiting_bodies += scheduled_bodies
-        droppable_bytes = bodies - parked_bodies + ROW_OVERHEAD_BYTES * (dead - parked)
+        places, characters = tuple((await connection.exec_driver_sql(_SUM_TRACEBACKS)).one())
+        tracebacks = characters + ROW_OVERHEAD_BYTES * places
+        droppable_bytes = bodies - parked_bodies + ROW_OVERHEAD_BYTES * (dead - parked) + tracebacks
         counters = {name: await self._counter(connection, name) for name in ("redriven", "purged", "dropped")}
         return StoreCounts(
             dead=dead,
@@ -702,7 +749,7 @@ class SqlStore:
             scheduled=scheduled,
             parked=parked,
             position_max=max(position_max, parked_at),
-            bytes=bodies + waiting_bodies + ROW_OVERHEAD_BYTES * (dead + waiting),
+            bytes=bodies + waiting_bodies + ROW_OVERHEAD_BYTES * (dead + waiting) + tracebacks,
             droppable_bytes=droppable_bytes,
             **counters,
         )
@@ -728,7 +775,15 @@ class SqlStore:
                 await self._disconnect()
             raise StoreError(f"the store {self._name}: {_reason(error)}") from error
 
+    def _make_private(self) -> None:
+        """Let a new file be its owner's alone: it holds what events hold. SQLite gives its log the mode of the file."""
+        url = self._engine.url
+        if self._sqlite and url.database not in (None, "", ":memory:") and not url.query.get("uri"):
+            with suppress(OSError):  # it is there, or cannot be: then SQLite says why
+                os.close(os.open(str(url.database), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
     async def _connect(self) -> AsyncConnection:
+        self._make_private()
         connection = await self._engine.connect()
         try:
             if self._sqlite:
@@ -832,18 +887,19 @@ class _Removed(NamedTuple):
     parked: int
     bytes: int
     droppable_bytes: int
+    places: frozenset[str]  # whose tracebacks went with them
 
-    def taken_from(self, counts: StoreCounts) -> StoreCounts:
-        return replace(
-            counts,
-            dead=counts.dead - self.rows,
-            parked=counts.parked - self.parked,
-            bytes=counts.bytes - self.bytes,
-            droppable_bytes=counts.droppable_bytes - self.droppable_bytes,
+    def plus(self, other: _Removed) -> _Removed:
+        return _Removed(
+            self.rows + other.rows,
+            self.parked + other.parked,
+            self.bytes + other.bytes,
+            self.droppable_bytes + other.droppable_bytes,
+            self.places | other.places,
         )
 
 
-_NOTHING: Final = _Removed(0, 0, 0, 0)
+_NOTHING: Final = _Removed(0, 0, 0, 0, frozenset())
 
 
 class _Statement:

@@ -44,6 +44,11 @@ def row_bytes(envelope: Envelope) -> int:
     return len(envelope.body) + ROW_OVERHEAD_BYTES
 
 
+def traceback_bytes(characters: int) -> int:
+    """What a traceback of this length counts for, which all dead letters of its place share."""
+    return characters + ROW_OVERHEAD_BYTES
+
+
 class Failure(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Why an event was not handled.
 
@@ -160,8 +165,8 @@ class StoreCounts(msgspec.Struct, frozen=True, kw_only=True):
 
     Every event that ever died here is among `dead`, `redriven`, `purged` or `dropped`. `parked` of the `dead` park their
     key. `scheduled` of the `waiting` are not due yet, and in no lane. `position_max` is over waiting events that are in one,
-    and those that park. `bytes` are those of all rows, by `row_bytes`; `droppable_bytes` those of dead letters that park
-    nothing.
+    and those that park. `bytes` are those of all rows, by `row_bytes`, and of tracebacks, once for each place, by
+    `traceback_bytes`; `droppable_bytes` those of dead letters that park nothing, and of all tracebacks.
     """
 
     dead: int

@@ -28,6 +28,7 @@ from shardbus.store import (
     fitting,
     fitting_lanes,
     row_bytes,
+    traceback_bytes,
 )
 
 
@@ -78,6 +79,8 @@ class MemoryStore:
                 position_max = max(position_max, letter.position)
             else:
                 droppable += size
+        places = {letter.place: len(letter.traceback) for letter in rows.dead.values() if letter.traceback}
+        tracebacks = sum(map(traceback_bytes, places.values()))
         for row in rows.waiting.values():
             waiting += row_bytes(row.envelope)
         for scheduled in rows.scheduled.values():
@@ -91,8 +94,8 @@ class MemoryStore:
             redriven=rows.redriven,
             purged=rows.purged,
             dropped=rows.dropped,
-            bytes=dead + waiting,
-            droppable_bytes=droppable,
+            bytes=dead + waiting + tracebacks,
+            droppable_bytes=droppable + tracebacks,
         )
 
     async def close(self) -> None:

@@ -35,6 +35,7 @@ from shardbus.store import (
     WaitingEvent,
     WaitingLane,
     row_bytes,
+    traceback_bytes,
 )
 from shardbus.testing import MemoryRows, MemoryStore
 
@@ -575,22 +576,47 @@ async def test_the_bytes_of_a_store_are_those_of_its_rows_whatever_became_of_oth
 
     letters = [sized(seq, 1000 * seq) for seq in range(1, 6)]
     parking = replace(sized(6, 77), position=9)
+    shared = traceback_bytes(len(parking.traceback))
     events = [waiting_event(1), waiting_event(2)]
     one_event = row_bytes(events[0].envelope)
     await store.write(dead=[*letters, parking], waiting=events)
-    assert store.counts().bytes == weighed([*letters, parking]) + 2 * one_event
-    assert store.counts().droppable_bytes == weighed(letters)
+    assert store.counts().bytes == weighed([*letters, parking]) + 2 * one_event + shared
+    assert store.counts().droppable_bytes == weighed(letters) + shared
     rows = [found.row for found in await store.dead_letters(DeadFilter(), 0, 10)]
     await store.purge(rows[:1])
     await store.write(done=[2, 2, 99], redriven=rows[1:2])
-    assert store.counts().bytes == weighed([*letters[2:], parking]) + one_event
+    assert store.counts().bytes == weighed([*letters[2:], parking]) + one_event + shared
     again = sized(4, 1)
     await store.write(dead=[again, again])  # it is dead already
-    assert store.counts().bytes == weighed([letters[2], again, letters[4], parking]) + one_event
+    assert store.counts().bytes == weighed([letters[2], again, letters[4], parking]) + one_event + shared
     assert await store.drop_oldest(rows=2, size=0) == 2
     await store.purge([rows[5]])
-    assert store.counts().bytes == weighed([letters[4]]) + one_event
-    assert (store.counts().droppable_bytes, store.counts().parked) == (weighed([letters[4]]), 0)
+    assert store.counts().bytes == weighed([letters[4]]) + one_event + shared
+    assert (store.counts().droppable_bytes, store.counts().parked) == (weighed([letters[4]]) + shared, 0)
+
+
+async def test_a_traceback_counts_once_for_each_place_and_goes_with_its_last_dead_letter(store):
+    letters = [dead_letter(seq, place=place, traceback=place * 1000) for seq, place in enumerate("aabbcd", 1)]
+
+    def held_bytes(*seqs: int) -> int:
+        left = [letter for letter in letters if letter.envelope.seq in seqs]
+        return sum(row_bytes(letter.envelope) for letter in left) + 1512 * len({letter.place for letter in left})
+
+    await store.write(dead=letters)
+    assert store.counts().bytes == store.counts().droppable_bytes == held_bytes(1, 2, 3, 4, 5, 6)
+    rows = [found.row for found in await store.dead_letters(DeadFilter(), 0, 10)]
+    await store.purge(rows[:1])
+    assert store.counts().bytes == held_bytes(2, 3, 4, 5, 6)
+    await store.purge(rows[1:3])
+    assert store.counts().bytes == held_bytes(4, 5, 6)
+    await store.write(redriven=rows[3:4])
+    assert store.counts().bytes == held_bytes(5, 6)
+    await store.drop_oldest(rows=0, size=1)
+    assert store.counts().bytes == held_bytes(6)
+    letters[5] = dead_letter(6, place="e", traceback="e" * 1000)
+    await store.write(dead=[letters[5], *letters[:2]])  # it dies elsewhere; a place that has gone comes back
+    assert store.counts().bytes == store.counts().droppable_bytes == held_bytes(1, 2, 6)
+    assert {one.place: one.traceback for one in await dead_in(store, 10)} == {"a": "a" * 1000, "e": "e" * 1000}
 
 
 async def test_the_oldest_dead_letters_are_dropped_and_counted_and_nothing_else_is(store):
@@ -825,7 +851,7 @@ async def test_a_store_of_another_schema_is_refused_untouched_with_what_to_do(pa
     await store.close()
     with closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE meta SET value = value + 1")
-    with pytest.raises(StoreError, match=r"schema version 7, this shardbus knows 6.*--dead-letters"):
+    with pytest.raises(StoreError, match=r"schema version 8, this shardbus knows 7.*--dead-letters"):
         await store.open()
     with closing(sqlite3.connect(path)) as database, database:
         assert database.execute("SELECT count(*) FROM dead_letters").fetchone() == (1,)
@@ -858,7 +884,7 @@ async def test_a_store_of_the_version_before_scheduled_events_grows_and_keeps_it
     await store.write(scheduled=[scheduled_event(7, 3)])
     await store.close()
     with closing(sqlite3.connect(path)) as database:
-        assert database.execute("SELECT value FROM meta WHERE name = 'schema_version'").fetchone() == ("6",)
+        assert database.execute("SELECT value FROM meta WHERE name = 'schema_version'").fetchone() == ("7",)
     assert (await store.open()).scheduled == 1
     await store.close()
 
@@ -869,8 +895,8 @@ async def test_a_store_of_another_schema_that_holds_only_scheduled_events_is_ref
     await store.write(scheduled=[scheduled_event(7, 3)])
     await store.close()
     with closing(sqlite3.connect(path)) as database, database:
-        database.execute("UPDATE meta SET value = '7' WHERE name = 'schema_version'")
-    with pytest.raises(StoreError, match="schema version 7"):
+        database.execute("UPDATE meta SET value = '8' WHERE name = 'schema_version'")
+    with pytest.raises(StoreError, match="schema version 8"):
         await store.open()
     with closing(sqlite3.connect(path)) as database:
         assert database.execute("SELECT count(*) FROM scheduled").fetchone() == (1,)
@@ -881,6 +907,40 @@ async def test_a_file_that_is_no_database_is_a_store_error(tmp_path):
     store = SqlStore(sqlite_file_url(str(tmp_path / "store.db")))
     with pytest.raises(StoreError, match="not a database"):
         await store.open()
+
+
+async def test_a_new_file_is_its_owners_alone_and_one_that_is_there_keeps_its_mode(path):
+    for mode in (0o600, 0o640):
+        before = os.umask(0o022)
+        try:
+            store = SqlStore(sqlite_file_url(path))
+            await store.open()
+            await store.write(dead=[dead_letter(mode)])
+        finally:
+            os.umask(before)
+        modes = {name: os.stat(Path(path).parent / name).st_mode & 0o777 for name in files_beside(path)}
+        assert modes == dict.fromkeys(modes, mode)
+        assert len(modes) == 2
+        await store.close()
+        os.chmod(path, 0o640)
+
+
+async def test_nothing_of_a_purged_dead_letter_is_found_also_where_an_older_version_left_its_traceback(path):
+    store = SqlStore(sqlite_file_url(path))
+    await store.open()
+    await store.write(dead=[dead_letter(1)])
+    await store.purge([one.row for one in await store.dead_letters(DeadFilter(), 0, 10)])
+    await store.close()
+    with closing(sqlite3.connect(path)) as database, database:
+        assert database.execute("SELECT count(*) FROM tracebacks").fetchone() == (0,)
+        database.execute("INSERT INTO tracebacks VALUES ('gone', 'a card number')")
+        database.execute("DROP INDEX dead_letters_by_place")
+        database.execute("UPDATE meta SET value = '6' WHERE name = 'schema_version'")
+    assert (await store.open()).bytes == 0
+    await store.close()
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT count(*) FROM tracebacks").fetchone() == (0,)
+        assert database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'dead_letters_by_place'").fetchone() == (1,)
 
 
 async def test_a_directory_that_does_not_exist_is_a_store_error(tmp_path):
