@@ -188,7 +188,7 @@ class Shard:
             self._judge()
         await self._writer.open()
         counts = self._writer.counts
-        self._adopts = counts.dead + counts.waiting > 0
+        self._adopts = counts.dead + counts.waiting + counts.removed > 0
         self._position = counts.position_max
         if self._takeovers is None:
             self._takeovers = await self._store.take_over() if counts.dead + counts.waiting else ()

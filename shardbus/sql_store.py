@@ -33,6 +33,7 @@ from sqlalchemy import (
     UniqueConstraint,
     bindparam,
     case,
+    delete,
     func,
     insert,
     inspect,
@@ -49,6 +50,7 @@ from shardbus.errors import ConfigError
 from shardbus.messages import WireKey
 from shardbus.store import (
     ANY_SIZE,
+    REMOVED_MAX,
     ROW_OVERHEAD_BYTES,
     TAKEOVERS_MAX,
     DeadFilter,
@@ -160,6 +162,16 @@ _tracebacks: Final = Table(
     _metadata,
     Column("place", Text, primary_key=True),
     Column("traceback", Text, nullable=False),
+)
+
+_removed: Final = Table(
+    "removed",
+    _metadata,
+    Column("publisher", LargeBinary, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("was_dead", Integer, nullable=False),
+    Column("id", _RowNumber, primary_key=True),  # the order in which they were removed: the first are forgotten first
+    Index("removed_by_publisher", "publisher", "seq"),
 )
 
 _meta: Final = Table(
@@ -325,6 +337,9 @@ class SqlStore:
         self._delete_tracebacks = _Statement(placeholder, "DELETE FROM tracebacks WHERE place IN (", 1, ")")
         self._select_places = _Statement(placeholder, "SELECT DISTINCT place FROM dead_letters WHERE id IN (", 1, ")")
         self._insert_scheduled = _insert(placeholder, _scheduled, _SCHEDULED_COLUMNS, "")
+        note = "INSERT INTO removed (publisher, seq, was_dead) SELECT publisher, seq,"
+        self._note_purged = _Statement(placeholder, f"{note} 1 FROM dead_letters WHERE id IN (", 1, ") ORDER BY id")
+        self._note_cancelled = _Statement(placeholder, f"{note} 0 FROM scheduled WHERE id IN (", 1, ")")
         self._delete_scheduled = _Statement(placeholder, "DELETE FROM scheduled WHERE id IN (", 1, ")")
         self._sum_scheduled = _Statement(placeholder, f"{_SUM_SCHEDULED} WHERE id IN (", 1, ")")
         self._delete_waiting = _Statement(placeholder, "DELETE FROM waiting WHERE position IN (", 1, ")")
@@ -567,16 +582,20 @@ class SqlStore:
         """
         async with self._transaction() as connection:
             dead, waiting, scheduled = [
-                list(
+                set(
                     await connection.scalars(
-                        select(table.c.seq)
-                        .where(table.c.publisher == publisher, table.c.seq >= first)
-                        .order_by(table.c.seq)
+                        select(table.c.seq).where(table.c.publisher == publisher, table.c.seq >= first)
                     )
                 )
                 for table in (_dead, _waiting, _scheduled)
             ]
-        return dead, sorted(waiting + scheduled) if scheduled else waiting
+            waiting |= scheduled
+            if self._counts.removed:
+                asked = select(_removed.c.seq, _removed.c.was_dead)
+                asked = asked.where(_removed.c.publisher == publisher, _removed.c.seq >= first)
+                for seq, was_dead in (await connection.execute(asked)).all():
+                    (dead if was_dead else waiting).add(seq)
+        return sorted(dead), sorted(waiting)
 
     @_to_its_end
     async def due(
@@ -619,10 +638,16 @@ class SqlStore:
             found = await connection.scalars(
                 select(_scheduled.c.id).where(_scheduled.c.publisher == publisher, _scheduled.c.seq == seq)
             )
-            rows, size = await self._remove_scheduled(connection, found.all())
+            cancelled = found.all()
+            known = await self._note_removed(connection, self._note_cancelled, cancelled)
+            rows, size = await self._remove_scheduled(connection, cancelled)
         counts = self._counts
         self._counts = replace(
-            counts, waiting=counts.waiting - rows, scheduled=counts.scheduled - rows, bytes=counts.bytes - size
+            counts,
+            waiting=counts.waiting - rows,
+            scheduled=counts.scheduled - rows,
+            removed=known,
+            bytes=counts.bytes - size,
         )
         return rows
 
@@ -666,9 +691,10 @@ class SqlStore:
             StoreError: nothing was removed.
         """
         async with self._transaction() as connection:
+            known = await self._note_removed(connection, self._note_purged, rows)
             removed = await self._remove_dead(connection, rows, "purged")
         counts = self._without(removed)
-        self._counts = replace(counts, purged=counts.purged + removed.rows)
+        self._counts = replace(counts, purged=counts.purged + removed.rows, removed=known)
         return removed.rows
 
     @_to_its_end
@@ -713,6 +739,14 @@ class SqlStore:
         droppable = size - parked_bodies - ROW_OVERHEAD_BYTES * parked
         return _Removed(count, parked, size, droppable, frozenset(orphans))
 
+    async def _note_removed(self, connection: AsyncConnection, note: _Statement, rows: Sequence[int]) -> int:
+        """Keep the identities of what is about to be removed; return of how many they are kept."""
+        known = self._counts.removed + await note.run(connection, [(row,) for row in rows])
+        if known > REMOVED_MAX:
+            last = await connection.scalar(select(func.max(_removed.c.id)))
+            await connection.execute(delete(_removed).where(_removed.c.id <= (last or 0) - REMOVED_MAX))
+        return min(known, REMOVED_MAX)
+
     def _without(self, removed: _Removed) -> StoreCounts:
         """The counts without what was removed, once that is committed."""
         self._known_places -= removed.places
@@ -748,6 +782,7 @@ class SqlStore:
             waiting=waiting,
             scheduled=scheduled,
             parked=parked,
+            removed=await connection.scalar(select(func.count()).select_from(_removed)) or 0,
             position_max=max(position_max, parked_at),
             bytes=bodies + waiting_bodies + ROW_OVERHEAD_BYTES * (dead + waiting) + tracebacks,
             droppable_bytes=droppable_bytes,

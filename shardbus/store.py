@@ -164,15 +164,17 @@ class StoreCounts(msgspec.Struct, frozen=True, kw_only=True):
     """What a store holds, and what became of dead letters that it holds no more.
 
     Every event that ever died here is among `dead`, `redriven`, `purged` or `dropped`. `parked` of the `dead` park their
-    key. `scheduled` of the `waiting` are not due yet, and in no lane. `position_max` is over waiting events that are in one,
-    and those that park. `bytes` are those of all rows, by `row_bytes`, and of tracebacks, once for each place, by
-    `traceback_bytes`; `droppable_bytes` those of dead letters that park nothing, and of all tracebacks.
+    key. `scheduled` of the `waiting` are not due yet, and in no lane. `removed` events were purged or cancelled, and are
+    still known to `outcomes`. `position_max` is over waiting events that are in a lane, and those that park. `bytes` are
+    those of all rows, by `row_bytes`, and of tracebacks, once for each place, by `traceback_bytes`; `droppable_bytes` those
+    of dead letters that park nothing, and of all tracebacks.
     """
 
     dead: int
     waiting: int
     position_max: int
     parked: int = 0
+    removed: int = 0
     redriven: int = 0
     purged: int = 0
     dropped: int = 0
@@ -180,6 +182,9 @@ class StoreCounts(msgspec.Struct, frozen=True, kw_only=True):
     droppable_bytes: int = 0
     scheduled: int = 0
 
+
+REMOVED_MAX: Final = 65_536
+"""How many events a store knows that were purged or cancelled, the last ones: as many as a publisher's outbox holds."""
 
 TAKEOVERS_MAX: Final = 256
 """How often it is counted that a row was taken over; then the first time is forgotten for each new one."""
@@ -310,6 +315,9 @@ class Store(Protocol):
 
     async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
         """The sequences from `first` on that this publisher has among the dead, and among the waiting and scheduled, sorted.
+
+        Those of the last `REMOVED_MAX` events that were purged or cancelled are among them, as what they were: their
+        publisher may not have heard of that, and what people have removed is not to come back when it greets.
         """
 
     async def due(

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from shardbus.messages import WireKey
 from shardbus.store import (
     ANY_SIZE,
+    REMOVED_MAX,
     TAKEOVERS_MAX,
     DeadFilter,
     DeadLetter,
@@ -45,6 +46,7 @@ class MemoryRows:
         self.redriven = 0
         self.purged = 0
         self.dropped = 0
+        self.removed: list[tuple[bytes, int, bool]] = []  # publisher, sequence, and whether it was dead
         self.takeovers: tuple[int, ...] = ()
         self.is_at_rest = False
 
@@ -91,6 +93,7 @@ class MemoryStore:
             scheduled=len(rows.scheduled),
             position_max=max(position_max, max(rows.waiting, default=0)),
             parked=parked,
+            removed=len(rows.removed),
             redriven=rows.redriven,
             purged=rows.purged,
             dropped=rows.dropped,
@@ -183,14 +186,17 @@ class MemoryStore:
 
     async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
         """See `Store.outcomes`."""
-        dead = sorted(seq for owner, seq in self.rows.dead if owner == publisher and seq >= first)
-        waiting = sorted(
+        dead = {seq for owner, seq in self.rows.dead if owner == publisher and seq >= first}
+        waiting = {
             envelope.seq
             for rows in (self.rows.waiting, self.rows.scheduled)
             for envelope in [row.envelope for row in rows.values()]
             if envelope.publisher == publisher and envelope.seq >= first
-        )
-        return dead, waiting
+        }
+        for owner, seq, was_dead in self.rows.removed:
+            if owner == publisher and seq >= first:
+                (dead if was_dead else waiting).add(seq)
+        return sorted(dead), sorted(waiting)
 
     async def due(
         self, until_ns: int, after: tuple[int, int], limit: int, bytes_max: int = ANY_SIZE
@@ -214,6 +220,7 @@ class MemoryStore:
         ]
         for row in found:
             del self.rows.scheduled[row]
+            self._note_removed(publisher, seq, was_dead=False)
         return len(found)
 
     async def dead_letters(
@@ -231,6 +238,9 @@ class MemoryStore:
     async def purge(self, rows: Sequence[int]) -> int:
         """See `Store.purge`."""
         await self._may_write()
+        for (publisher, seq), row in self.rows.rows.items():
+            if row in rows:
+                self._note_removed(publisher, seq, was_dead=True)
         purged = self._remove_dead(rows)
         self.rows.purged += purged
         return purged
@@ -254,6 +264,10 @@ class MemoryStore:
             await asyncio.Event().wait()
         if self.failing:
             raise StoreError(self.failing)
+
+    def _note_removed(self, publisher: bytes, seq: int, *, was_dead: bool) -> None:
+        self.rows.removed.append((publisher, seq, was_dead))
+        del self.rows.removed[:-REMOVED_MAX]
 
     def _remove_dead(self, rows: Sequence[int]) -> int:
         if not rows:

@@ -278,3 +278,64 @@ async def test_what_waits_while_its_worker_stops_in_order_was_not_delivered(make
         await client.purge()
         await until(lambda: len(attempts) == 2)
     assert attempts == [1, 1]
+
+
+# -- what people have removed before its publisher has heard of it
+
+
+class Apart:
+    """A bus whose client does not hear of the next worker until it is to: its process stands still."""
+
+    def __init__(self, kit: testing.Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kit = kit
+        self._patch = monkeypatch.context()
+
+    async def kill_when(self, condition: Callable[[], object]) -> None:
+        """Kill the worker once the store has something, before the client has the ack of that."""
+        while not condition():  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0)
+        assert self.kit.client.ledger().in_flight == 1
+        self._patch.__enter__().setattr(self.kit.client, "_adopt", lambda table: None)
+        await self.kit.kill()
+
+    async def let_hear(self) -> None:
+        self._patch.__exit__(None, None, None)
+        await self.kit.advance(5)
+
+
+async def test_what_was_purged_before_its_publisher_heard_of_it_does_not_come_back(monkeypatch: pytest.MonkeyPatch):
+    bus, calls = Bus("adoption"), []
+
+    @bus.on(Step, retry=Retry(attempts=1))
+    async def fail(event: Step) -> None:
+        calls.append(event.n)
+        raise ValueError
+
+    async with testing.run(bus) as kit, kit.connect() as operator:
+        apart = Apart(kit, monkeypatch)
+        await kit.client.publish(Step(key="a"))
+        await apart.kill_when(lambda: kit.rows[0].dead)
+        assert await operator.purge() == 1
+        await kit.kill()  # also where that was told to a worker that has died since
+        await apart.let_hear()
+        ledger = kit.client.ledger()
+        assert (calls, ledger.dead, ledger.in_flight, await kit.dead_letters()) == ([0], 1, 0, [])
+
+
+async def test_what_was_cancelled_before_its_publisher_heard_of_it_is_never_handled(monkeypatch: pytest.MonkeyPatch):
+    bus, calls = Bus("adoption"), []
+
+    @bus.on(Step)
+    async def take(event: Step) -> None:
+        calls.append(event.n)
+
+    async with testing.run(bus) as kit, kit.connect() as operator:
+        apart = Apart(kit, monkeypatch)
+        scheduled = await kit.client.schedule(Step(key="a"), delay=60)
+        await apart.kill_when(lambda: kit.rows[0].scheduled)
+        assert await operator.cancel(scheduled.id)
+        await kit.kill()
+        await apart.let_hear()
+        await kit.advance(600)
+        ledger = kit.client.ledger()
+        assert (calls, ledger.waiting, ledger.in_flight) == ([], 1, 0)

@@ -653,6 +653,34 @@ async def test_outcomes_are_those_of_one_publisher_from_a_sequence_on(store):
     assert await store.outcomes(b"nobody", 0) == ([], [])
 
 
+async def test_what_was_purged_or_cancelled_is_still_known_to_whoever_asks_for_outcomes(make_store):
+    store = make_store()
+    await store.open()
+    letters = [dead_letter(seq, publisher=publisher) for publisher in (PUBLISHER, OTHER) for seq in (3, 4, 5)]
+    await store.write(dead=letters, scheduled=[scheduled_event(7, 6), scheduled_event(7, 8)], waiting=[waiting_event(9)])
+    rows = [found.row for found in await store.dead_letters(DeadFilter(), 0, 10)]
+    await store.purge([rows[1], rows[2], rows[5], 999])
+    await store.unschedule(PUBLISHER, 6)
+    assert await store.outcomes(PUBLISHER, 0) == ([3, 4, 5], [6, 8, 9])
+    assert await store.outcomes(PUBLISHER, 5) == ([5], [6, 8, 9])
+    assert await store.outcomes(OTHER, 0) == ([3, 4, 5], [])
+    await store.write(done=[9], redriven=rows[:1])  # those were not removed by people, and their attempts say what they are
+    assert await store.outcomes(PUBLISHER, 0) == ([4, 5], [6, 8])
+    assert store.counts().removed == 4
+    await store.close()
+
+
+async def test_of_what_was_removed_the_last_are_known(store, monkeypatch):
+    for module in ("sql_store", "testing.memory_store"):
+        monkeypatch.setattr(f"shardbus.{module}.REMOVED_MAX", 3)
+    await store.write(dead=[dead_letter(seq) for seq in range(1, 8)])
+    rows = [found.row for found in await store.dead_letters(DeadFilter(), 0, 10)]
+    await store.purge(rows[:2])
+    await store.purge(rows[2:5])
+    await store.purge(rows[5:6])
+    assert (await store.outcomes(PUBLISHER, 0), store.counts().removed) == (([4, 5, 6, 7], []), 3)
+
+
 async def test_dead_letters_of_one_place_share_its_traceback_and_those_of_others_do_not(store):
     letters = [
         dead_letter(1, first_ns=1, place="a", traceback="A"),
