@@ -148,7 +148,7 @@ class Schedule:
         self._looking = True
         self._again = self._left_behind = False
         self._after = (0, 0)
-        self._writer.add_read(self._read)
+        self._writer.add_read(self._read, behind_writes=True)
 
     async def _read(self) -> None:
         """A page of what is due; one page between two transactions, so that what was read is written first."""
@@ -162,7 +162,7 @@ class Schedule:
             if found.row not in self._leaving:
                 self._begin(found)
         if page and len(self._made) < _WINDOW:
-            self._writer.add_read(self._read)
+            self._writer.add_read(self._read, behind_writes=True)
             return
         next_ns = await self._store.next_due(now_ns)
         self._looking = False

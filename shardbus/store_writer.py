@@ -96,7 +96,9 @@ class StoreWriter:
         self._changed: dict[int, WaitingEvent] = {}  # by position: the last change is the one that counts
         self._done: deque[int] = deque()
         self._reads: deque[Callable[[], Awaitable[None]]] = deque()
+        self._reads_behind: deque[Callable[[], Awaitable[None]]] = deque()  # not while a write fails
         self._lane_reads = LaneReads()
+        self._reading_lanes = False
         self._wanted = asyncio.Event()
         self._writing = False
         self._task: asyncio.Task[None] | None = None
@@ -134,7 +136,7 @@ class StoreWriter:
         return not (self._writes_left() or self._reads_left() or self._wanted.is_set() or self._writing)
 
     def _reads_left(self) -> bool:
-        return bool(self._reads or self._lane_reads)
+        return bool(self._reads or self._reads_behind or self._lane_reads or self._reading_lanes)
 
     def _writes_left(self) -> bool:
         return bool(
@@ -223,9 +225,10 @@ class StoreWriter:
             self._done.append(position)
         self._wanted.set()
 
-    def add_read(self, ask: Callable[[], Awaitable[None]]) -> None:
-        """Ask the store between two transactions."""
-        self._reads.append(ask)
+    def add_read(self, ask: Callable[[], Awaitable[None]], *, behind_writes: bool = False) -> None:
+        """Ask the store between two transactions; `behind_writes`: not before the next one is committed, because what it
+        brings back is to be written, too, and must not heap up."""
+        (self._reads_behind if behind_writes else self._reads).append(ask)
         self._wanted.set()
 
     def add_lane_read(self, read: LaneRead) -> None:
@@ -237,13 +240,15 @@ class StoreWriter:
         while True:
             await self._wanted.wait()
             self._wanted.clear()
-            error = ""
+            error, writes = "", True
             try:
                 if not await self._write() and self._writes_left():
                     error = f"it is full ({self.counts.dead + self.counts.waiting:,} rows, {self.counts.bytes:,} bytes)"
             except StoreError as failed:
-                error = str(failed)
+                error, writes = str(failed), False
             try:
+                if writes:
+                    await self._ask(self._reads_behind)
                 await self._read()
             except StoreError as failed:
                 error = error or str(failed)
@@ -340,8 +345,9 @@ class StoreWriter:
             self._done.extend(position for position in written_now if position in self._dropped)
             self._dropped.difference_update(written_now)
         self.counts = self._store.counts()
-        if new or kept or scheduled or not (self._dead or self._waiting or self._scheduled):
-            self._works()  # else what needs room may still find none
+        found_room = new or scheduled or any(not keeping.had_row for keeping in kept)
+        if found_room or not (self._dead or self._waiting or self._scheduled):
+            self._works()
         for burial in dead:
             burial.then()
         for keeping in waiting:
@@ -458,20 +464,27 @@ class StoreWriter:
                 return True
         return found
 
+    @staticmethod
+    async def _ask(reads: deque[Callable[[], Awaitable[None]]]) -> bool:
+        count = min(len(reads), _READS_MAX)
+        for _ in range(count):
+            await reads[0]()
+            reads.popleft()
+        return count > 0
+
     async def _read(self) -> bool:
         """Answer some of what was asked by now, and read some lanes whose rows are in; whether there was anything."""
-        asked = min(len(self._reads), _READS_MAX)
-        for _ in range(asked):
-            await self._reads[0]()
-            self._reads.popleft()
+        asked = await self._ask(self._reads)
         lanes = self._lane_reads.take(self._committed)
         if not lanes:
-            return asked > 0
+            return asked
         answered = 0
+        self._reading_lanes = True
         try:
             found = await self._store.load_waiting([read.head for read in lanes], _LANES_BYTES_MAX)
             answered = len(found)
         finally:
+            self._reading_lanes = False
             self._lane_reads.give_back(lanes[answered:])
         for read, rows in zip(lanes, found, strict=False):
             read.then(rows)

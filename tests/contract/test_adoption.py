@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from shardbus import Bus, Context, DeadLetterFilter, Event, Retry, testing
 from shardbus.local import run_local
@@ -215,6 +216,32 @@ async def test_a_parked_key_stays_parked_whatever_waits_behind_it(application: A
         await client.redrive(DeadLetterFilter(key=("parked",)))
         await until(lambda: len(application.ran) == 5)
         assert application.ran[3:] == [("parked", 0), ("parked", 1)]
+
+
+async def test_whether_all_that_waits_is_in_the_store_is_known_without_a_look_at_each_key(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+):
+    def looked(lane: object) -> bool:
+        raise AssertionError("it looks at each")
+
+    store = MemoryStore()
+    later = [replace(waiting(1 + at, f"k{at}", 0), due_ns=2**62) for at in range(3)]
+    await filled(store, [*later, waiting(20, "parked", 1)], [parking(10, "parked")])
+    async with run_local(application.bus, stores=[store]) as client:
+        lanes = client._connector._bus.shards[0].lanes  # type: ignore[attr-defined]
+        await client.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr("shardbus.lanes._Lane.asleep", property(looked))
+            assert lanes.idle()
+        assert lanes.busy_keys == 4
+        application.gate.clear()
+        await client.publish(Step(key="free"))
+        await until(lambda: application.begun)
+        assert not lanes.idle()
+        application.gate.set()
+        await client.flush()
+        await until(lanes.idle)
+        assert lanes.running() == []
 
 
 # -- what a crash adds to attempts

@@ -608,6 +608,7 @@ class World(Cluster):
             if self.parks and any(rows.dead for rows in self.rows):
                 await self.redrive(clients[0])
             assert self.loop.now < 3600, "waiting events never end"
+        assert not any(one is None or one.lanes.running() for one in self.shards)  # `idle` only counts
         if self.parks:
             assert all(one is not None and not one.lanes.busy_keys and not one.lanes.parked_keys for one in self.shards)
             await self.asked(clients[0])

@@ -193,6 +193,24 @@ async def test_what_is_asked_is_answered_while_writes_fail():
         assert writer.failing == ""
 
 
+async def test_what_brings_back_more_to_write_waits_until_writes_work():
+    store, order = MemoryStore(), []
+
+    async def ask() -> None:
+        order.append("asked")
+
+    async with writing(store) as writer:
+        store.failing = "the disk is full"
+        writer.add_waiting(row(1), lambda: order.append("written"))
+        writer.add_read(ask, behind_writes=True)
+        for _ in range(2):
+            await asked(writer)
+        assert order == []
+        store.failing = ""
+        await settled(writer)
+        assert order == ["written", "asked"]
+
+
 async def test_a_full_store_does_not_say_that_it_writes_again_before_it_does(caplog: pytest.LogCaptureFixture):
     async with writing(MemoryStore(), Limits(store_rows_max=2)) as writer:
         kept: list[int] = []
