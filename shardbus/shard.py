@@ -189,9 +189,10 @@ class Shard:
         await self._writer.open()
         counts = self._writer.counts
         self._adopts = counts.dead + counts.waiting + counts.removed > 0
-        self._position = counts.position_max
         if self._takeovers is None:
             self._takeovers = await self._store.take_over() if counts.dead + counts.waiting else ()
+        # New rows come behind all that were ever taken over, also where the last of those have gone.
+        self._position = max(counts.position_max, *self._takeovers, 0)
         if counts.parked:
             await self._adopt_parked()
         if counts.waiting > counts.scheduled:

@@ -506,7 +506,7 @@ class SqlStore:
                 before.append(self._counts.position_max)
             lowest = [await connection.scalar(statement) for statement in _select_lowest]
             least = min((position for position in lowest if position is not None), default=_NO_POSITION)
-            takeovers = tuple(position for position in before if position >= least)[-TAKEOVERS_MAX:]
+            takeovers = tuple(sorted(position for position in before if position >= least))[-TAKEOVERS_MAX:]
             await self._set_meta(connection, "takeovers", " ".join(map(str, takeovers)))
             await self._set_meta(connection, "at_rest", "0")
         return takeovers

@@ -151,7 +151,7 @@ class MemoryStore:
         if not rows.is_at_rest:
             rows.takeovers = (*rows.takeovers, self.counts().position_max)
         lowest = min(positions, default=2**63)
-        rows.takeovers = tuple(at for at in rows.takeovers if at >= lowest)[-TAKEOVERS_MAX:]
+        rows.takeovers = tuple(sorted(at for at in rows.takeovers if at >= lowest))[-TAKEOVERS_MAX:]
         rows.is_at_rest = False
         return rows.takeovers
 

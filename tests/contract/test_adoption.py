@@ -286,6 +286,30 @@ async def test_attempts_go_on_over_crashes_and_a_redrive_of_what_parks_its_key()
         assert attempts == [1, 2, 3, 4]
 
 
+async def test_what_comes_after_a_crash_has_no_part_in_it_though_rows_of_higher_places_have_gone():
+    bus, attempts = Bus("adoption"), []
+
+    @bus.on(Step, retry=Retry(attempts=1), on_dead_letter="park")
+    async def park_first(event: Step, context: Context) -> None:
+        if not event.n:
+            raise ValueError
+        attempts.append((event.n, context.attempt))
+
+    async with testing.run(bus) as kit:
+        await kit.client.publish_many([Step(key="a"), *(Step(key="b", n=n) for n in (0, 1, 2))])
+        await kit.settle()
+        await kit.kill()
+        await kit.client.purge(DeadLetterFilter(key=("b",)))
+        await kit.settle()
+        await kit.kill()
+        await kit.client.publish(Step(key="a", n=3))
+        await kit.client.schedule(Step(key="a", n=4), delay=10)
+        await kit.advance(20)
+        await kit.client.purge()
+        await kit.settle()
+    assert attempts == [(1, 2), (2, 2), (3, 1), (4, 1)]
+
+
 async def test_what_waits_while_its_worker_stops_in_order_was_not_delivered(make_store: MakeStore):
     bus, attempts = Bus("adoption"), []
 

@@ -347,9 +347,15 @@ async def takeovers_are_counted(next_store: Callable[[], Store]) -> None:
     assert await store.take_over() == (5, 9)
     await store.write(done=[2, 5])
     assert await store.take_over() == (9, 9)  # nothing is left that was there the first time
-    for _ in range(TAKEOVERS_MAX):
+    await store.write(waiting=[waiting_event(12)])
+    assert await store.take_over() == (9, 9, 12)
+    await store.write(done=[12])
+    await store.close()
+    await store.open()
+    assert await store.take_over() == (9, 9, 9, 12)  # ascending, also where the last rows have gone
+    for _ in range(TAKEOVERS_MAX + 1):
         found = await store.take_over()
-    assert found == (9,) * TAKEOVERS_MAX
+    assert found == (*(9,) * (TAKEOVERS_MAX - 1), 12)
     await store.close()
 
 
