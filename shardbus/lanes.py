@@ -94,6 +94,7 @@ _PLACES_MAX: Final = 1024
 _OUR_FILES: Final = (__file__, batch_handlers.__file__, asyncio.timeouts.__file__, *OUR_FILES)
 _OVERDUE_NS: Final = 1_000_000_000  # so long after its deadline a command's handler is ended, whatever its caller said
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
+_FETCHES_MAX: Final = 1024  # lanes that are being read back or ready to run; others that are due wait in the store
 
 _STREAMS: Final = ("StreamingCommand", "{} streams its reply; use client.stream(…)")
 _STREAMS_NOT: Final = ("PlainCommand", "the handler of {} does not yield; use client.execute(…)")
@@ -190,18 +191,28 @@ class _Lane:
     A message without a key that has to wait has a lane of its own, which no other message joins.
     """
 
-    __slots__ = ("batch", "key", "more", "parked", "parking", "queue", "running", "stored", "timer")
+    __slots__ = ("batch", "is_counted", "key", "more", "parked", "parking", "queue", "running", "stored", "timer")
 
     def __init__(self, key: WireKey, running: Delivery | None) -> None:
         self.key = key
         self.running = running
         self.batch: Batch | None = None  # in which that one is, and `more` behind it
         self.more: list[Delivery] | None = None
-        self.queue: deque[Delivery | _Stored] = deque()
+        # A tuple while nothing of it is in memory: of lanes that wait in the store there may be very many, and a deque takes
+        # 700 bytes.
+        self.queue: deque[Delivery | _Stored] | tuple[_Stored, ...] = ()
         self.stored = False
         self.parked = False
         self.parking = False  # what parks it is not committed yet
         self.timer: asyncio.TimerHandle | None = None  # armed while the head is not due
+        self.is_counted = False  # among those that are asleep
+
+    def opened(self) -> deque[Delivery | _Stored]:
+        """Its queue, to change it."""
+        queue = self.queue
+        if isinstance(queue, tuple):
+            queue = self.queue = deque(queue)
+        return queue
 
     @property
     def asleep(self) -> bool:
@@ -254,6 +265,9 @@ class Lanes:
         self._ready: deque[_Lane] = deque()
         self._due = False  # the host may have scheduled events that are due
         self._due_next = False  # and it is their turn, before the batches'
+        self._wanted: deque[_Lane] = deque()  # to be read back from the store
+        self._fetched = 0  # those of them that the host was asked for
+        self._rows_fetched = 0  # up to so many will come
         self._leader: object | None = None
         self._leading: asyncio.Task[None] | None = None  # the leader's task, or the last one's
         self._armed = False
@@ -266,6 +280,7 @@ class Lanes:
         self._lingers = True
         self._keyless: dict[object | None, Delivery] = {}  # of overtaken leaders whose message has no lane
         self._loose: set[_Lane] = set()  # lanes of messages without a key that wait
+        self._asleep = 0  # of all these lanes
         self._calls: dict[Identity, _Call] = {}  # of commands that run
         self._places: dict[tuple[Any, ...], tuple[str, str, list[CodeType]]] = {}
 
@@ -287,21 +302,31 @@ class Lanes:
     ) -> None:
         """Make a lane of `count` waiting events that the store has, behind position `after`, the first due at `due_ns`.
 
-        `last` is the position of the last one where it may not be written yet; `parked`: a dead letter parks it.
+        `last` is the position of the last one where it may not be written yet; `parked`: a dead letter parks it. A key that
+        was adopted as parked may be adopted once more, for what waits behind that.
         """
-        lane = _Lane(key, None)
-        if key is None:
-            self._loose.add(lane)
-        else:
-            self._busy[key] = lane
-        lane.stored = True
+        lane = None if key is None else self._busy.get(key)
+        if lane is None:
+            lane = _Lane(key, None)
+            if key is None:
+                self._loose.add(lane)
+            else:
+                self._busy[key] = lane
+            lane.stored = True
+            lane.parked = parked
+            self.parked_keys += parked
         if count:
-            lane.queue.append(_Stored(after, count, last, due_ns))
-        if parked:
-            lane.parked = True
-            self.parked_keys += 1
+            lane.queue = (_Stored(after, count, last, due_ns),)
+        if lane.parked:
+            self._count(lane)
         else:
             self._continue(lane)
+
+    def _count(self, lane: _Lane) -> None:
+        """Something may have woken a lane, or let it sleep."""
+        if lane.is_counted != lane.asleep:
+            self._asleep += -1 if lane.is_counted else 1
+            lane.is_counted = not lane.is_counted
 
     def parked(self, key: WireKey) -> None:
         """What parks a key is committed: its lane may go to the store. May be called again."""
@@ -325,7 +350,7 @@ class Lanes:
                 head.count += 1
                 head.due_ns = 0
             else:
-                lane.queue.appendleft(_Stored(position - 1, 1, position))
+                lane.opened().appendleft(_Stored(position - 1, 1, position))
         self._continue(lane)
 
     def can_rejoin(self, key: WireKey) -> bool:
@@ -352,8 +377,10 @@ class Lanes:
         if isinstance(end, _Stored):
             end.count += 1
             end.last = position
+        elif lane.queue:
+            lane.opened().append(_Stored(position - 1, 1, position))
         else:
-            lane.queue.append(_Stored(position - 1, 1, position))
+            lane.queue = (_Stored(position - 1, 1, position),)
 
     def cancel(self, session: WorkerSession, seq: int) -> None:
         """Nobody waits for a command any more: end its handler where it runs; where it has not begun, it never does."""
@@ -392,7 +419,7 @@ class Lanes:
         """Whether nothing runs, and nothing is queued but what the store has and will give back in its time."""
         if self._tasks or self._inbox or self._cursor or self._ready or self._due or self._gatherings:
             return False
-        return all(lane.asleep for lane in (*self._busy.values(), *self._loose))
+        return self._asleep == len(self._busy) + len(self._loose)
 
     @property
     def busy_keys(self) -> int:
@@ -434,6 +461,7 @@ class Lanes:
         self._closing = True
         self._inbox.clear()
         self._ready.clear()
+        self._wanted.clear()
         self.hurry()
         self._gatherings.clear()
         self._cursor = None
@@ -806,9 +834,11 @@ class Lanes:
 
     async def _run_head(self, lane: _Lane, token: object) -> None:
         """Run the next message of a lane."""
-        head = lane.queue.popleft()
+        head = lane.opened().popleft()
         assert isinstance(head, Delivery)  # `_continue` makes no other lane ready
         self.queued -= 1
+        if self._wanted:
+            self._fetch()
         if self._quarantine.suspects and not self._may_run(lane, head):
             return
         await self._run_taken(lane, head, token)
@@ -856,7 +886,7 @@ class Lanes:
             lane.running, lane.batch = delivery, batch
             while lane.queue and isinstance(head := lane.queue[0], Delivery) and self._joins(lane, head):
                 self.queued -= 1
-                lane.queue.popleft()
+                lane.opened().popleft()
         self._gatherings.joined(batch)
         if not batch.is_open:
             running = self._journal.running
@@ -1035,7 +1065,7 @@ class Lanes:
                 lane = self._busy[key]
                 lane.batch = lane.more = None
                 behind = held.get(key, [])
-                lane.queue.extendleft(reversed(behind))
+                lane.opened().extendleft(reversed(behind))
                 self.queued += len(behind)
         for at, (member, outcome) in enumerate(zip(batch.members, outcomes, strict=True)):
             if isinstance(outcome, HeldBack):
@@ -1126,17 +1156,17 @@ class Lanes:
                 return False
             case Hold(delay_s=delay_s):
                 head.due_ns = self._now() + int(delay_s * 1e9)
-                lane.queue.appendleft(head)
+                lane.opened().appendleft(head)
                 self.queued += 1
                 self._continue(lane)
                 return False
             case Crowded(deaths=deaths):
-                lane.queue.appendleft(head)
+                lane.opened().appendleft(head)
                 self.queued += 1
                 self._crowded.setdefault(deaths, deque()).append(lane)
                 return False
             case Run(alone_s=alone_s) if alone_s:
-                lane.queue.appendleft(head)
+                lane.opened().appendleft(head)
                 self.queued += 1
                 self._solo = lane
                 self._soloist = (head.identity, alone_s)
@@ -1167,7 +1197,7 @@ class Lanes:
         assert lane is not None
         assert self._soloist is not None
         self._keep_silent(self._soloist[1])
-        head = lane.queue.popleft()
+        head = lane.opened().popleft()
         assert isinstance(head, Delivery)  # a lane that waits keeps its beginning in memory
         self.queued -= 1
         await self._run_taken(lane, head, token)
@@ -1453,6 +1483,7 @@ class Lanes:
             self.queued -= len(commands)
             for command in commands:
                 self._refuse(command)
+        self._count(lane)
 
     def _refuse(self, command: Delivery) -> None:
         """A command to a parked key fails at once: it might wait for days, and must not overtake what waits there."""
@@ -1470,10 +1501,12 @@ class Lanes:
             if not self._closing:
                 loop = asyncio.get_running_loop()
                 lane.timer = loop.call_later(self._limits.lane_wait_s_max, self._lay_down, lane, context=self._clean)
+            self._count(lane)
             return
         lane.stored = True
         if lane.queue:
             self._unload(lane, 0)
+        self._count(lane)
 
     def _postpone(self, delivery: Delivery, later: Later) -> None:
         """Put a message back at the head of its lane, until its time. A long wait is the store's."""
@@ -1490,7 +1523,7 @@ class Lanes:
             else:
                 self._busy[delivery.key] = lane
         lane.running = None
-        lane.queue.appendleft(delivery)
+        lane.opened().appendleft(delivery)
         self.queued += 1
         if delivery.position:
             self._host.amend(delivery)
@@ -1517,14 +1550,15 @@ class Lanes:
             count = sum(1 if isinstance(one, Delivery) else one.count for one in rest)
             last = max(one.position if isinstance(one, Delivery) else one.last for one in rest)
             after = min(one.position - 1 if isinstance(one, Delivery) else one.after for one in rest)
-            for _ in rest:
-                lane.queue.pop()
             self.queued -= len(loaded)
-            lane.queue.append(_Stored(after, count, last))
+            stretch = _Stored(after, count, last)
+            lane.queue = deque([*islice(lane.queue, first), stretch]) if first else (stretch,)
 
     def _continue(self, lane: _Lane) -> None:
         """Nothing of this lane runs: make its head ready, wait for its time, fetch it from the store, or end the lane."""
         lane.timer = None
+        if lane.is_counted:
+            self._count(lane)
         if not lane.queue:
             if lane.key is None:
                 self._loose.discard(lane)
@@ -1537,17 +1571,33 @@ class Lanes:
             if not self._closing:
                 loop = asyncio.get_running_loop()
                 lane.timer = loop.call_later(wait_ns / 1e9, self._continue, lane, context=self._clean)
+                self._count(lane)
         elif isinstance(head, _Stored):
-            limit = self._rows_in_memory(self.queued)
-            self._host.load(lane.key, head.after, head.last, limit, lambda rows: self._loaded(lane, rows))
+            self._wanted.append(lane)
+            self._fetch()
         else:
             self._ready.append(lane)
             if not self._armed and not self._closing:
                 self._armed = True
                 asyncio.get_running_loop().call_soon(self._turn, context=self._clean)
 
-    def _loaded(self, lane: _Lane, rows: list[Delivery]) -> None:
-        """Rows of the lane's first stored stretch came back."""
+    def _fetch(self) -> None:
+        """Have lanes read back that are due: as many as run soon, and many at a time, because they share a read then."""
+        if self._fetched + len(self._ready) > _FETCHES_MAX // 2:
+            return
+        for _ in range(min(len(self._wanted), _FETCHES_MAX // 2)):
+            lane = self._wanted.popleft()
+            head = lane.queue[0]
+            assert isinstance(head, _Stored)  # nothing of it can run
+            limit = min(head.count, self._rows_in_memory(self.queued + self._rows_fetched))
+            self._fetched += 1
+            self._rows_fetched += limit
+            self._host.load(lane.key, head.after, head.last, limit, partial(self._loaded, lane, limit))
+
+    def _loaded(self, lane: _Lane, limit: int, rows: list[Delivery]) -> None:
+        """Rows of the lane's first stored stretch came back, of `limit` that were asked for."""
+        self._fetched -= 1
+        self._rows_fetched -= limit
         head = lane.queue[0]
         assert isinstance(head, _Stored)
         rows = rows[: head.count]
@@ -1556,15 +1606,16 @@ class Lanes:
             head.count -= len(rows)
         else:
             head.count = 0  # somebody else removed them
+        queue = lane.opened()
         if not head.count:
-            lane.queue.popleft()
+            queue.popleft()
         self.queued += len(rows)
         if lane.key is None:
             # They have no order: each waits for its own time.
             for row in rows:
                 loose = _Lane(None, None)
                 loose.stored = True
-                loose.queue.append(row)
+                loose.opened().append(row)
                 self._loose.add(loose)
                 self._continue(loose)
             if self.queued > self._limits.queued_events_max:
@@ -1572,11 +1623,18 @@ class Lanes:
                     self._limits.lane_wait_s_max * 1e9
                 )  # the rest when some of them have run
         else:
-            lane.queue.extendleft(reversed(rows))
+            queue.extendleft(reversed(rows))
         self._continue(lane)
+        if self._wanted:
+            self._fetch()
 
     def _append(self, lane: _Lane, delivery: Delivery) -> None:
         """Queue a message behind a busy key: in memory, or in the store where its lane has gone there."""
+        self._put_behind(lane, delivery)
+        if lane.parked or lane.timer is not None:
+            self._count(lane)
+
+    def _put_behind(self, lane: _Lane, delivery: Delivery) -> None:
         if lane.parked and not delivery.is_event:
             self._refuse(delivery)
             return
@@ -1606,7 +1664,7 @@ class Lanes:
             self._spill(lane)
 
     def _queue(self, lane: _Lane, delivery: Delivery) -> None:
-        lane.queue.append(delivery)
+        lane.opened().append(delivery)
         self.queued += 1
 
     def _spill(self, lane: _Lane) -> bool:
@@ -1625,6 +1683,7 @@ class Lanes:
         lane.stored = True
         self._host.keep(events)
         self._unload_from(lane, self._rows_in_memory(self.queued - len(lane.queue)))
+        self._count(lane)
         return True
 
     def _rows_in_memory(self, others: int) -> int:

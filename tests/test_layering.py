@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("registry", "middleware", "tracing"),
     ("store", "session_states"),
+    ("lane_reads",),
     ("store_writer",),
     ("lookahead",),
     ("schedule",),
