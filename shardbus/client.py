@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import os
-from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
@@ -24,7 +23,7 @@ from uuid import UUID
 import msgspec
 from msgspec.structs import replace
 
-from shardbus.arguments import check_count, check_headers, check_seconds, is_number
+from shardbus.arguments import check_count, check_seconds, is_number
 from shardbus.clock import NowNs, monotonic_ns, wall_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.dead_letters import (
@@ -49,15 +48,32 @@ from shardbus.errors import (
     RemoteProtocolError,
     UsageError,
 )
-from shardbus.messages import Command, Event, Message, WireKey, key_getter, reply_type, to_wire_key, wire_name
+from shardbus.messages import Command, Event, WireKey, to_wire_key
 from shardbus.metrics import Evidence
+from shardbus.packing import (
+    UNENCODABLE,
+    Packed,
+    Packing,
+    Part,
+    Route,
+    cannot_encode,
+    check_stamp,
+    deadline_ns,
+    encode,
+    events_of,
+    headers_bytes,
+    packed_parts,
+    packed_stamps,
+    picked,
+    raw_key,
+)
 from shardbus.routing import ShardAddress, Table
 from shardbus.scheduled_events import CANCEL, Scheduled, decode_cancelled, due_ns, encode_cancel, event_of, scheduled
 from shardbus.sessions import OpenSessions, Session
 from shardbus.store import DeadFilter
 from shardbus.streams import Flow, Stream
 from shardbus.subscriptions import OnSlow, Subscription, Subscriptions
-from shardbus.wire.codec import Batch, Extra, encode_bodies, has_negative
+from shardbus.wire.codec import Batch, Extra
 from shardbus.wire.frames import (
     REASONS,
     REPLY_EXPIRED,
@@ -88,7 +104,6 @@ _SILENT_TICKS_MAX: Final = 30  # a bus is asked once a second; one that says not
 _TURN_SEALS: Final = 8  # a publisher that never waits gives the event loop a turn after so many batches
 # As many smaller bodies as a batch may have fit into it uncounted.
 _SMALL_BYTES: Final = DEFAULT_LIMITS.batch_bytes_target // DEFAULT_LIMITS.batch_events_max
-_HEADER_BYTES_MAX: Final = 4096
 _HIGH_WATER: Final = 0.75  # of an outbox's bound
 _LOW_WATER: Final = 0.25
 _PAGE_ROWS: Final = 256
@@ -97,14 +112,10 @@ _DEAD_LETTERS_S: Final = 30.0  # a worker that is being replaced answers late
 _MALFORMED_MAX: Final = 3  # a worker that calls our frames unsound more often than that is not one of ours
 _NS: Final = 1_000_000_000
 
-_encode: Final = msgspec.msgpack.Encoder().encode
 _decode_table: Final = msgspec.msgpack.Decoder(Table).decode
 _decode_total: Final = msgspec.msgpack.Decoder(int).decode
 _decode_failure: Final = msgspec.msgpack.Decoder(tuple[str, str, str]).decode
 _decode_evidence: Final = msgspec.msgpack.Decoder(list[Evidence]).decode
-
-
-_UNENCODABLE: Final = (TypeError, ValueError, OverflowError, msgspec.EncodeError, RecursionError)
 
 
 class Channel(Protocol):
@@ -164,9 +175,6 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     outboxes: tuple[OutboxState, ...]
 
 
-Packed = tuple[str, WireKey, bytes, dict[str, str] | None, int]
-"""An event as it travels, checked: name, key, body, headers, and the bytes of the last two. See `Client.pack`."""
-
 OnFull = Literal["wait", "reject", "drop_oldest"]
 
 
@@ -176,23 +184,6 @@ def check_full(on_full: OnFull, on_pressure: object) -> None:
         raise UsageError(f"on_full={on_full!r}: it is 'wait', 'reject' or 'drop_oldest'")
     if on_pressure is not None and not callable(on_pressure):
         raise UsageError(f"on_pressure={on_pressure!r}: give a function of (under_pressure), which is True or False")
-
-
-class _Route:
-    """How one message type is published."""
-
-    __slots__ = ("idempotent", "key_class", "key_of", "name", "type")
-
-    def __init__(self, message_type: type[Message]) -> None:
-        self.type = message_type
-        self.idempotent = message_type.__shardbus_idempotent__
-        self.name = wire_name(message_type)
-        self.key_of = key_getter(message_type)
-        # Keys of this very class are in their normal form; others pass through `to_wire_key`.
-        annotation = message_type.__annotations__.get(message_type.__shardbus_key__ or "", None)
-        self.key_class: type | None = {"str": str, "int": int, "bytes": bytes, str: str, int: int, bytes: bytes}.get(
-            annotation
-        )
 
 
 class _Outbox:
@@ -251,21 +242,6 @@ class _Outbox:
         return call is not None and call.flow is None
 
 
-class _Part:
-    """Events of one keyed type and one outbox, encoded; `places` says which of those published, None: all of them."""
-
-    __slots__ = ("bodies", "keys", "name", "outbox", "places")
-
-    def __init__(
-        self, outbox: _Outbox, name: str, keys: Sequence[Any], bodies: bytes, places: Sequence[int] | None
-    ) -> None:
-        self.outbox = outbox
-        self.name = name
-        self.keys = keys
-        self.bodies = bodies
-        self.places = places
-
-
 class _Call(msgspec.Struct):
     """A command whose reply is awaited."""
 
@@ -297,7 +273,7 @@ class _Caller:
     """A streaming command, as its `Stream` sees the client."""
 
     def __init__(
-        self, client: Client, route: _Route, key: WireKey, body: bytes, flow: Flow, extra: Extra, end: float
+        self, client: Client, route: Route, key: WireKey, body: bytes, flow: Flow, extra: Extra, end: float
     ) -> None:
         self._client = client
         self._route = route
@@ -363,9 +339,8 @@ class Client:
         self._outbox_of: dict[WireKey, _Outbox] = {}  # by key, as far as remembered; bounded by route_cache_max
         self._keyless = 0
         self._more_told_ns = 0
-        self._routes: dict[type, _Route] = {}  # of events
-        self._command_routes: dict[type, _Route] = {}
-        self._replies: dict[type, Callable[[bytes], Any]] = {}
+        self._packing = Packing(limits, self._outbox_of, self._check_open)
+        self._routes = self._packing.events
         self._on_full = on_full
         self._on_pressure = on_pressure
         self._under_pressure = False
@@ -537,11 +512,11 @@ class Client:
             return
         route = self._routes.get(event.__class__)
         if route is None:
-            route = self._learn(event, Event)
+            route = self._packing.learn_event(event)
         try:
-            body = _encode(event)
-        except _UNENCODABLE as error:
-            raise _cannot_encode(route, error) from error
+            body = encode(event)
+        except UNENCODABLE as error:
+            raise cannot_encode(route, error) from error
         key: Any = None
         if route.key_of is not None:
             key = route.key_of(event)
@@ -552,11 +527,11 @@ class Client:
             outbox = self._outboxes[self._keyless]
         size = len(body)
         if headers is not None:
-            size += _SMALL_BYTES + _check_headers(headers, self._limits)  # what has headers is always counted
-        deadline_ns = 0 if deadline is None else self._now() + _checked_ns(deadline)
+            size += _SMALL_BYTES + headers_bytes(headers, self._limits)  # what has headers is always counted
+        end_ns = 0 if deadline is None else self._now() + deadline_ns(deadline)
         if ordinal or intended_ns:
-            _check_stamp(ordinal)
-            _check_stamp(intended_ns)
+            check_stamp(ordinal)
+            check_stamp(intended_ns)
         if len(body) > self._limits.event_bytes_max:
             raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
         if outbox.paused:
@@ -568,8 +543,8 @@ class Client:
         batch.add(route.name, key, body)
         if ordinal or intended_ns:
             batch.stamp(ordinal, intended_ns)
-        if headers or deadline_ns:
-            left_ns = max(1, deadline_ns - self._now()) if deadline_ns else 0
+        if headers or end_ns:
+            left_ns = max(1, end_ns - self._now()) if end_ns else 0
             batch.extras.append(Extra(len(batch) - 1, {} if headers is None else headers.copy(), 0, False, left_ns))
         self._published += 1
         # As `_appended` does: this is the hot path of a publisher.
@@ -602,7 +577,7 @@ class Client:
         for stamps in (ordinals, intended_ns):
             if stamps is not None and len(stamps) != total:
                 raise UsageError(f"{total} events and {len(stamps)} stamps; give one for each event, or none")
-        all_ordinals, all_instants = _stamps(ordinals), _stamps(intended_ns)
+        all_ordinals, all_instants = packed_stamps(ordinals), packed_stamps(intended_ns)
         if headers is not None or deadline is not None:
             await self._publish_each(events, headers, deadline, all_ordinals, all_instants)
             return
@@ -628,30 +603,14 @@ class Client:
         instants: Sequence[int] | None,
     ) -> None:
         """What `publish_many` does where each event has more than itself."""
-        end_ns = None if deadline is None else self._now() + _checked_ns(deadline)
+        end_ns = None if deadline is None else self._now() + deadline_ns(deadline)
         for event, ordinal, instant in zip(events, ordinals or repeat(0), instants or repeat(0), strict=False):
             left = None if end_ns is None else max(1, end_ns - self._now()) / _NS
             await self.publish(event, headers=headers, deadline=left, ordinal=ordinal, intended_ns=instant)
 
     def pack(self, event: Event, headers: dict[str, str] | None = None) -> Packed:
         """Check an event and encode it, for `publish_packed`. Any thread may call it. Raises as `publish` does."""
-        route = self._routes.get(event.__class__) or self._learn(event, Event)
-        try:
-            body = _encode(event)
-        except _UNENCODABLE as error:
-            raise _cannot_encode(route, error) from error
-        if len(body) > self._limits.event_bytes_max:
-            raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
-        size_bytes = len(body)
-        if headers is not None:
-            size_bytes += _check_headers(headers, self._limits)
-            headers = headers.copy() or None
-        key: Any = None
-        if route.key_of is not None:
-            key = route.key_of(event)
-            if key.__class__ is not route.key_class or key not in self._outbox_of:
-                key = to_wire_key(key)
-        return route.name, key, body, headers, size_bytes
+        return self._packing.pack(event, headers)
 
     def publish_packed(self, events: Iterable[Packed]) -> None:
         """Put events into their outboxes at once, also into full ones, and also when the bus has refused this client.
@@ -677,43 +636,30 @@ class Client:
         """Whether no outbox is full."""
         return not any(map(self._is_full, self._outboxes))
 
-    def _parts_of(self, chunk: Sequence[Event]) -> list[_Part] | None:
-        """Events of one keyed type, encoded outbox by outbox; None where they are not such, or one of them is not sound.
-
-        A third of the cost of one at a time, because the loops run in C.
-        """
-        route = self._routes.get(chunk[0].__class__)
-        if route is None or route.key_of is None or set(map(type, chunk)) != {route.type}:
+    def _parts_of(self, chunk: Sequence[Event]) -> list[Part[_Outbox]] | None:
+        """Events of one keyed type, encoded outbox by outbox; None where they are not such, or one of them is not sound."""
+        found = self._packing.alike(chunk)
+        if found is None:
             return None
-        keys = list(map(route.key_of, chunk))
-        if set(map(type, keys)) != {route.key_class}:
-            return None
+        route, keys = found
         try:
             outboxes = list(map(self._outbox_of.get, keys))
             distinct = set(outboxes)
             if None in distinct:
                 outboxes = [self._outbox_of.get(key) or self._place(key) for key in keys]
                 distinct = set(outboxes)
-            if len(distinct) == 1:
-                (outbox,) = cast(set[_Outbox], distinct)
-                parts = [_Part(outbox, route.name, keys, encode_bodies(list(chunk)), None)]
-            else:
-                places: dict[_Outbox, list[int]] = {outbox: [] for outbox in cast(set[_Outbox], distinct)}
-                for at, outbox in enumerate(cast(list[_Outbox], outboxes)):
-                    places[outbox].append(at)
-                parts = [
-                    _Part(outbox, route.name, [keys[at] for at in ats], encode_bodies([chunk[at] for at in ats]), ats)
-                    for outbox, ats in places.items()
-                ]
+            parts = packed_parts(
+                route, chunk, keys, cast(list[_Outbox], outboxes), cast(set[_Outbox], distinct)
+            )
         except Exception:  # one of them cannot be published: one at a time finds which, behind those before it
             return None
         if any(len(part.bodies) > self._limits.batch_bytes_target for part in parts):
             return None
         return parts
 
-    async def _room_for_all(self, parts: Sequence[_Part]) -> bool:
+    async def _room_for_all(self, parts: Sequence[Part[_Outbox]]) -> bool:
         """Wait until each outbox has room for its part; False where that is for each event to decide."""
-        outboxes = [part.outbox for part in parts]
+        outboxes = [part.target for part in parts]
         while any(outbox.paused for outbox in outboxes):
             if self._on_full != "wait":
                 return False
@@ -722,16 +668,16 @@ class Client:
                     await self._room(outbox)
         return all(outbox in self._outboxes for outbox in outboxes)  # a bus that came back with others has none of these
 
-    def _append(self, part: _Part, ordinals: Sequence[int] | None, instants: Sequence[int] | None) -> None:
+    def _append(self, part: Part[_Outbox], ordinals: Sequence[int] | None, instants: Sequence[int] | None) -> None:
         """Append a part to the open batch of its outbox, which has room for it; where the batch has not, it leaves first."""
-        outbox, count = part.outbox, len(part.keys)
+        outbox, count = part.target, len(part.keys)
         if len(outbox.batch) + count > self._limits.batch_events_max:
             self._seal(outbox)
         if len(part.bodies) > count * _SMALL_BYTES:
             self._weigh(outbox, len(part.bodies))
         batch = outbox.batch
         batch.add_many(part.name, part.keys, part.bodies)
-        batch.stamp_many(_picked(ordinals, part.places), _picked(instants, part.places), count)
+        batch.stamp_many(picked(ordinals, part.places), picked(instants, part.places), count)
         self._published += count
         self._appended(outbox)
 
@@ -937,7 +883,7 @@ class Client:
         route, key, body, size = self._packed_command(command, timeout, headers)
         outbox = self._command_outbox(key)
         loop = asyncio.get_running_loop()
-        call = _Call(route.name, self._reply_decoder(command), loop.create_future())
+        call = _Call(route.name, self._packing.reply_decoder(command), loop.create_future())
         # A timer for the reply, and no `asyncio.timeout`: that took a quarter of what a command costs here.
         timer = loop.call_later(timeout, _time_out, call.reply)
         left_ns = max(1, int(timeout * _NS))
@@ -988,24 +934,14 @@ class Client:
         flow = Flow(route.name, window)
         end = asyncio.get_running_loop().time() + timeout
         caller = _Caller(self, route, key, body, flow, Extra(0, dict(headers or {}), 0, False, window=window), end)
-        return Stream(flow, caller, self._reply_decoder(command), timeout)
+        return Stream(flow, caller, self._packing.reply_decoder(command), timeout)
 
     def _packed_command(
         self, command: Command[Any], timeout: float, headers: dict[str, str] | None
-    ) -> tuple[_Route, WireKey, bytes, int]:
-        """A command, checked: its route, key, body, and the bytes of body and headers."""
+    ) -> tuple[Route, WireKey, bytes, int]:
         self._check_open()
         check_seconds("timeout", timeout)
-        route = self._command_routes.get(command.__class__) or self._learn(command, Command)
-        try:
-            body = _encode(command)
-        except _UNENCODABLE as error:
-            raise _cannot_encode(route, error) from error
-        key = None if route.key_of is None else to_wire_key(route.key_of(command))
-        size = len(body) + (0 if headers is None else _check_headers(headers, self._limits))
-        if len(body) > self._limits.event_bytes_max:
-            raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
-        return route, key, body, size
+        return self._packing.pack_command(command, headers)
 
     def _command_outbox(self, key: WireKey) -> _Outbox:
         return self._outboxes[self._keyless] if key is None else self._outbox_of.get(key) or self._place(key)
@@ -1023,7 +959,7 @@ class Client:
         return outbox
 
     def _append_command(
-        self, outbox: _Outbox, route: _Route, key: WireKey, body: bytes, extra: Extra, call: _Call
+        self, outbox: _Outbox, route: Route, key: WireKey, body: bytes, extra: Extra, call: _Call
     ) -> int:
         """Put a command into an outbox that has room; return its sequence."""
         batch = outbox.batch
@@ -1045,7 +981,7 @@ class Client:
         if len(outbox.command_seqs) > 2 * self._limits.commands_in_flight_max:
             outbox.unfinished_commands()
 
-    def _unanswered(self, route: _Route, outbox: _Outbox, seq: int, timeout_s: float) -> str:
+    def _unanswered(self, route: Route, outbox: _Outbox, seq: int, timeout_s: float) -> str:
         told = f"{route.name}: no reply within {timeout_s:g} s; "
         if seq >= 0 and outbox.session.was_sent(seq):
             return told + "it may have run, in part or wholly, and is cancelled where it still runs"
@@ -1072,7 +1008,7 @@ class Client:
             BusUnreachable: no answer in time.
         """
         # One question each: an answer is one frame, and the histograms of many publishers would not fit into it.
-        asked = (self.ask("evidence", _encode([publisher]), timeout=timeout) for publisher in publishers)
+        asked = (self.ask("evidence", encode([publisher]), timeout=timeout) for publisher in publishers)
         return [one for answer in await asyncio.gather(*asked) for one in _decode_evidence(answer)]
 
     async def ask(self, what: str, body: bytes, *, timeout: float) -> bytes:
@@ -1198,29 +1134,10 @@ class Client:
 
     # -- inside: outboxes
 
-    def _learn(self, message: Message, kind: type[Message]) -> _Route:
-        self._check_open()
-        message_type = type(message)
-        if isinstance(message, type) and issubclass(message, Message):
-            raise UsageError(f"got the class {message.__name__}; make one: {message.__name__}(…)")
-        if not isinstance(message, kind):
-            verb = "publish takes events" if kind is Event else "execute takes commands"
-            hint = "; use execute" if isinstance(message, Command) else "; use publish" if isinstance(message, Event) else ""
-            raise UsageError(f"{verb}, and {message_type.__name__} is none{hint}")
-        routes = self._routes if kind is Event else self._command_routes
-        route = routes[message_type] = _Route(message_type)
-        return route
-
-    def _reply_decoder(self, command: Command[Any]) -> Callable[[bytes], Any]:
-        decode = self._replies.get(type(command))
-        if decode is None:
-            decode = self._replies[type(command)] = msgspec.msgpack.Decoder(reply_type(type(command))).decode
-        return decode
-
     def _place(self, key: WireKey) -> _Outbox:
         """The outbox of a key that is not remembered; validates the key."""
         self._check_open()
-        return self._remember(to_wire_key(key) if not isinstance(key, tuple) else to_wire_key(_uuid(key)))
+        return self._remember(to_wire_key(raw_key(key)))
 
     def _remember(self, key: WireKey) -> _Outbox:
         assert self._table is not None  # the client has started
@@ -1622,67 +1539,10 @@ class Client:
             )
 
 
-def _cannot_encode(route: _Route, error: Exception) -> UsageError:
-    return UsageError(f"{route.name} cannot be encoded, so nothing was published: {error}")
-
-
 def _time_out(reply: asyncio.Future[Any]) -> None:
     if not reply.done():
         reply.set_exception(TimeoutError())
         reply.exception()  # nobody may be left to see it
-
-
-def events_of(events: Any) -> list[Event]:
-    """What `publish_many` was given, as a list: not every sequence has slices. Raises `UsageError`: it is none."""
-    if isinstance(events, Sequence):
-        return list(events)
-    hint = "use publish" if isinstance(events, Event) else "write publish_many(list(…))"
-    raise UsageError(f"publish_many takes a list of events, and got one {type(events).__name__}; {hint}")
-
-
-def _uuid(key: tuple[bytes]) -> UUID:
-    return UUID(bytes=key[0])
-
-
-def _check_headers(headers: dict[str, str], limits: Limits) -> int:
-    """How many bytes they take."""
-    check_headers(headers, limits.own_headers_max)
-    total = 0
-    for name, value in headers.items():
-        try:
-            size = len(name.encode()) + len(value.encode())
-        except (AttributeError, UnicodeEncodeError):
-            size = _HEADER_BYTES_MAX + 1
-        if size > _HEADER_BYTES_MAX:
-            raise UsageError(f"the header {name!r}: names and values are text, together up to {_HEADER_BYTES_MAX:,} bytes")
-        total += size
-    return total
-
-
-def _picked(stamps: Sequence[int] | None, places: Sequence[int] | None) -> Sequence[int] | None:
-    return stamps if stamps is None or places is None else [stamps[at] for at in places]
-
-
-def _checked_ns(deadline_s: float) -> int:
-    check_seconds("deadline", deadline_s)
-    return int(deadline_s * _NS)
-
-
-def _check_stamp(stamp: int) -> None:
-    if type(stamp) is not int or not 0 <= stamp < 2**63:
-        raise UsageError(f"{stamp!r} is no stamp: ordinals and instants are whole numbers from 0 to 2⁶³ - 1")
-
-
-def _stamps(stamps: Sequence[int] | None) -> array[int] | None:
-    if stamps is None:
-        return None
-    try:
-        packed = array("q", stamps)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UsageError(f"stamps are whole numbers from 0 to 2⁶³ - 1: {error}") from None
-    if has_negative(packed):
-        _check_stamp(min(packed))
-    return packed
 
 
 @contextlib.asynccontextmanager

@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("wire.frames",),
     ("wire.codec",),
     ("wire.session",),
-    ("outgoing",),
+    ("outgoing", "packing"),
     ("context",),
     ("signatures", "threads", "outlet"),
     ("filters",),
