@@ -56,6 +56,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("shard",),
     ("subscriptions", "streams"),
     ("sessions",),
+    ("gate",),
+    ("outboxes",),
     ("client", "worker", "supervisor"),  # roles
     ("publishing", "handler_client"),
     ("local", "connecting", "worker_process"),
