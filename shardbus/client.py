@@ -24,6 +24,7 @@ import msgspec
 from msgspec.structs import replace
 
 from shardbus.arguments import check_count, check_seconds, is_number
+from shardbus.calls import Calls
 from shardbus.clock import NowNs, monotonic_ns, wall_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.dead_letters import (
@@ -39,8 +40,6 @@ from shardbus.errors import (
     BusRejected,
     BusUnreachable,
     ClientClosed,
-    CommandFailed,
-    CommandLost,
     ConfigError,
     MessageTooLarge,
     NotDelivered,
@@ -53,7 +52,6 @@ from shardbus.metrics import Evidence
 from shardbus.outboxes import (
     SMALL_BYTES,
     Bound,
-    Call,
     Channel,
     Connector,
     Ledger,
@@ -69,7 +67,6 @@ from shardbus.packing import (
     Packed,
     Packing,
     Part,
-    Route,
     cannot_encode,
     check_stamp,
     deadline_ns,
@@ -83,18 +80,15 @@ from shardbus.routing import ShardAddress, Table
 from shardbus.scheduled_events import CANCEL, Scheduled, decode_cancelled, due_ns, encode_cancel, event_of, scheduled
 from shardbus.sessions import OpenSessions, Session
 from shardbus.store import DeadFilter
-from shardbus.streams import Flow, Stream
+from shardbus.streams import Stream
 from shardbus.subscriptions import OnSlow, Subscription, Subscriptions
 from shardbus.wire.codec import Extra
 from shardbus.wire.frames import (
     REASONS,
-    REPLY_EXPIRED,
-    REPLY_OK,
     Answer,
     Ask,
     Feed,
     Items,
-    More,
     Subscribed,
     TableChanged,
     ToListener,
@@ -120,8 +114,6 @@ _MALFORMED_MAX: Final = 3  # a worker that calls our frames unsound more often t
 _NS: Final = 1_000_000_000
 
 _decode_table: Final = msgspec.msgpack.Decoder(Table).decode
-_decode_total: Final = msgspec.msgpack.Decoder(int).decode
-_decode_failure: Final = msgspec.msgpack.Decoder(tuple[str, str, str]).decode
 _decode_evidence: Final = msgspec.msgpack.Decoder(list[Evidence]).decode
 
 
@@ -139,42 +131,6 @@ class _Lines:
         if outbox.session.state is not State.OPEN:
             return None
         return outbox.session.epoch, lambda frame: self._outboxes.send(outbox, frame)
-
-
-class _Caller:
-    """A streaming command, as its `Stream` sees the client."""
-
-    def __init__(
-        self, client: Client, route: Route, key: WireKey, body: bytes, flow: Flow, extra: Extra, end: float
-    ) -> None:
-        self._client = client
-        self._route = route
-        self._key = key
-        self._body = body
-        self._flow = flow
-        self._extra = extra
-        self._end = end
-        self._outbox: Outbox | None = None
-        self._seq = -1
-
-    async def begin(self) -> None:
-        client = self._client
-        size = len(self._body) + sum(map(len, self._extra.headers.values()))
-        outbox = await client._room_for_command(self._key, size)
-        left_s = self._end - asyncio.get_running_loop().time()
-        extra = replace(self._extra, at=len(outbox.batch), timeout_ns=max(1, int(left_s * _NS)))
-        call = Call(self._route.name, _decode_total, self._flow.reply, self._flow)
-        self._seq = client._append_command(outbox, self._route, self._key, self._body, extra, call)
-        self._outbox = outbox
-
-    def more(self, allowed: int) -> None:
-        # A worker that drains takes nothing new, and goes on with what it has.
-        if self._outbox is not None and self._outbox.session.state is not State.GREETING:
-            self._client._outboxes.send(self._outbox, encode_frame(More(self._outbox.session.epoch, self._seq, allowed)))
-
-    def leave(self) -> None:
-        if self._outbox is not None:
-            self._client._leave_command(self._outbox, self._seq)
 
 
 class Client:
@@ -220,8 +176,8 @@ class Client:
         self._outbox_of = self._outboxes.by_key
         self._packing = Packing(limits, self._outbox_of, self._gate.check)
         self._routes = self._packing.events
+        self._calls = Calls(self._gate, self._outboxes, self._packing, limits)
         self._table: Table | None = None
-        self._more_told_ns = 0
         self._subscriptions = Subscriptions(_Lines(self._outboxes), limits)
         self._open_sessions = OpenSessions()
         self._published = 0
@@ -270,8 +226,7 @@ class Client:
             if not self._gate.is_closed:
                 self._gate.begin_closing()
                 self._outboxes.pause()
-                for outbox in self._outboxes:
-                    self._end_streams(outbox)
+                self._calls.end_streams()
                 await self._flush(timeout_s)
         finally:
             await self.abort()
@@ -290,7 +245,7 @@ class Client:
             if outbox.channel is not None:
                 outbox.channel.close()
         self._subscriptions.end(ClientClosed("the client was closed, and its subscriptions with it"))
-        self._fail_commands(ClientClosed("the client was closed while the command was under way"))
+        self._calls.fail(ClientClosed("the client was closed while the command was under way"))
         self._fail_questions(ClientClosed("the client was closed while the question was under way"))
         if self._control is not None:
             self._control.close()
@@ -298,32 +253,6 @@ class Client:
         self._gate.made_progress()
         if self._ticker is not None:  # last: whoever waits here may be cancelled
             await asyncio.wait([self._ticker])
-
-    def _end_streams(self, outbox: Outbox) -> None:
-        for seq, call in list(outbox.commands.items()):
-            if call.flow is not None:
-                if not call.reply.done():
-                    call.reply.set_exception(ClientClosed("the client was closed while the stream was under way"))
-                self._leave_command(outbox, seq)
-        self._outboxes.pump(outbox)
-
-    def _repeat_more(self, now_ns: int) -> None:
-        """Say once a second again how far waiting streams may go on: what said it may be lost."""
-        if now_ns - self._more_told_ns < _NS:
-            return
-        self._more_told_ns = now_ns
-        for outbox in self._outboxes:
-            session = outbox.session
-            if session.state is not State.GREETING:
-                for seq, call in outbox.commands.items():
-                    if call.flow is not None and call.flow.waits:
-                        self._outboxes.send(outbox, encode_frame(More(session.epoch, seq, call.flow.allow_more())))
-
-    def _fail_commands(self, error: Exception) -> None:
-        for outbox in self._outboxes:
-            for call in outbox.commands.values():
-                if not call.reply.done():
-                    call.reply.set_exception(error)
 
     def _fail_questions(self, error: Exception) -> None:
         for future in self._asked.values():
@@ -695,31 +624,7 @@ class Client:
                 with `idempotent=True`, which is sent again.
             ClientClosed, InvalidKey, MessageTooLarge: as for `publish`.
         """
-        route, key, body, size = self._packed_command(command, timeout, headers)
-        outbox = self._outboxes.of(key)
-        loop = asyncio.get_running_loop()
-        call = Call(route.name, self._packing.reply_decoder(command), loop.create_future())
-        # A timer for the reply, and no `asyncio.timeout`: that took a quarter of what a command costs here.
-        timer = loop.call_later(timeout, _time_out, call.reply)
-        left_ns = max(1, int(timeout * _NS))
-        seq = -1
-        try:
-            if self._has_room_for_command(outbox):
-                self._outboxes.weigh(outbox, size)
-            else:
-                end = loop.time() + timeout
-                async with asyncio.timeout_at(end):
-                    outbox = await self._room_for_command(key, size)
-                left_ns = max(1, int((end - loop.time()) * _NS))
-            extra = Extra(len(outbox.batch), dict(headers or {}), left_ns, route.idempotent)
-            seq = self._append_command(outbox, route, key, body, extra, call)
-            reply: ReplyT = await call.reply
-            return reply
-        except TimeoutError:
-            raise TimeoutError(self._unanswered(route, outbox, seq, timeout)) from None
-        finally:
-            timer.cancel()
-            self._leave_command(outbox, seq)
+        return await self._calls.execute(command, timeout, headers)
 
     def stream(
         self,
@@ -743,68 +648,7 @@ class Client:
         Raises:
             UsageError: a window or a time-out that is none; else as for `publish`. What comes later is in `Stream`.
         """
-        route, key, body, _ = self._packed_command(command, timeout, headers)
-        if type(window) is not int or not 1 <= window <= self._limits.stream_items_max:
-            raise UsageError(f"window={window!r}: take 1 to {self._limits.stream_items_max:,}")
-        flow = Flow(route.name, window)
-        end = asyncio.get_running_loop().time() + timeout
-        caller = _Caller(self, route, key, body, flow, Extra(0, dict(headers or {}), 0, False, window=window), end)
-        return Stream(flow, caller, self._packing.reply_decoder(command), timeout)
-
-    def _packed_command(
-        self, command: Command[Any], timeout: float, headers: dict[str, str] | None
-    ) -> tuple[Route, WireKey, bytes, int]:
-        self._gate.check()
-        check_seconds("timeout", timeout)
-        return self._packing.pack_command(command, headers)
-
-    def _has_room_for_command(self, outbox: Outbox) -> bool:
-        return not outbox.paused and len(outbox.commands) < self._limits.commands_in_flight_max
-
-    async def _room_for_command(self, key: WireKey, size: int) -> Outbox:
-        """The outbox of a key, with room for a command of so many bytes."""
-        outbox = self._outboxes.of(key)
-        while not self._has_room_for_command(outbox):
-            if outbox.paused:
-                await self._outboxes.wait_for_room(outbox)
-            else:
-                await self._gate.wait_for_progress()
-            outbox = self._outboxes.present(outbox, key)
-        self._outboxes.weigh(outbox, size)
-        return outbox
-
-    def _append_command(
-        self, outbox: Outbox, route: Route, key: WireKey, body: bytes, extra: Extra, call: Call
-    ) -> int:
-        """Put a command into an outbox that has room; return its sequence."""
-        batch = outbox.batch
-        batch.add(route.name, key, body)
-        batch.extras.append(extra)
-        seq = outbox.session.next_seq + len(batch) - 1
-        outbox.commands[seq] = call
-        (outbox.open_idempotent if extra.idempotent else outbox.open_commands).append(seq)
-        outbox.command_seqs.add(seq)
-        self._outboxes.appended(outbox)
-        return seq
-
-    def _leave_command(self, outbox: Outbox, seq: int) -> None:
-        """Nobody waits for this command any more: where it has no outcome, it is cancelled."""
-        if outbox.commands.pop(seq, None) is not None:
-            outbox.session.abandon(seq)
-            self._outboxes.pump(outbox)
-            self._gate.made_progress()
-        if len(outbox.command_seqs) > 2 * self._limits.commands_in_flight_max:
-            outbox.unfinished_commands()
-
-    def _unanswered(self, route: Route, outbox: Outbox, seq: int, timeout_s: float) -> str:
-        told = f"{route.name}: no reply within {timeout_s:g} s; "
-        if seq >= 0 and outbox.session.was_sent(seq):
-            return told + "it may have run, in part or wholly, and is cancelled where it still runs"
-        session = outbox.session
-        if seq >= session.next_seq and session.state is State.OPEN:
-            return told + "its deadline was over before it could be sent"
-        why = "has not answered yet" if session.state is State.GREETING else "takes nothing now"
-        return told + f"it was never sent, because shard {outbox.shard} {why} (see `shardbus status`)"
+        return self._calls.stream(command, timeout, window, headers)
 
     # -- what the supervisor knows
 
@@ -962,10 +806,9 @@ class Client:
             return
         for what in happened:
             if isinstance(what, Replied):
-                for seq, status, body in what.replies:
-                    self._replied(outbox, seq, status, body)
+                self._calls.replied(outbox, what.replies)
             elif isinstance(what, Lost):
-                self._lost(outbox, what)
+                self._calls.lose(outbox, what.seq)
             else:
                 self._rejected(outbox, what)
         if isinstance(frame, Welcome):
@@ -980,30 +823,10 @@ class Client:
             self._answered(frame)
         elif frame.epoch != outbox.session.epoch:
             return  # a worker that is gone
-        elif not isinstance(frame, Items):
+        elif isinstance(frame, Items):
+            self._calls.streamed(outbox, frame)
+        else:
             self._subscriptions.receive(outbox.shard, frame, self._now())
-        elif (call := outbox.commands.get(frame.seq)) is not None and call.flow is not None:
-            call.flow.put(frame.first, frame.items)
-
-    def _replied(self, outbox: Outbox, seq: int, status: str, body: bytes) -> None:
-        call = outbox.commands.pop(seq, None)
-        if call is None or call.reply.done():
-            return
-        try:
-            if status == REPLY_OK:
-                call.reply.set_result(call.decode(body))
-            elif status == REPLY_EXPIRED:
-                pass  # its caller is about to time out, by the same deadline
-            else:
-                call.reply.set_exception(CommandFailed(call.name, *_decode_failure(body)))
-        except Exception as error:  # what a reply type's own checks raise
-            told = f"its reply is not as declared: {error}"
-            call.reply.set_exception(CommandFailed(call.name, type(error).__name__, told))
-
-    def _lost(self, outbox: Outbox, what: Lost) -> None:
-        call = outbox.commands.pop(what.seq, None)
-        if call is not None and not call.reply.done():
-            call.reply.set_exception(CommandLost(call.name))
 
     def _rejected(self, outbox: Outbox, what: Rejected) -> None:
         if what.reason in ("stale-epoch", "stale-layout"):
@@ -1024,7 +847,7 @@ class Client:
         self._gate.refuse(error)
         self._outboxes.pause()
         self._subscriptions.end(error)
-        self._fail_commands(error)
+        self._calls.fail(error)
         self._fail_questions(error)
         self._gate.made_progress()
 
@@ -1066,9 +889,7 @@ class Client:
                     )
                 )
                 return
-            for outbox in self._outboxes:
-                for seq in list(outbox.commands):
-                    self._lost(outbox, Lost(seq))
+            self._calls.lose_all()
             self.publisher = os.urandom(16)  # sequences begin anew
             self._outboxes.forget()
         moved = known is not None and not len(self._outboxes)
@@ -1093,7 +914,7 @@ class Client:
         if session.epoch == address.epoch:
             return
         for lost in session.open(address.epoch, layout):
-            self._lost(outbox, lost)
+            self._calls.lose(outbox, lost.seq)
         self._connect(outbox, address.address)
         if not self._gate.is_closing:
             self._open_sessions.tell(
@@ -1145,7 +966,7 @@ class Client:
             outbox.session.tick(now_ns)
             self._outboxes.pump(outbox)
         self._subscriptions.pump(now_ns)
-        self._repeat_more(now_ns)
+        self._calls.repeat_more(now_ns)
         self._note_silence()
 
     def _heard(self) -> None:
@@ -1168,12 +989,6 @@ class Client:
                 self._silent_ticks * _TICK_S,
                 held,
             )
-
-
-def _time_out(reply: asyncio.Future[Any]) -> None:
-    if not reply.done():
-        reply.set_exception(TimeoutError())
-        reply.exception()  # nobody may be left to see it
 
 
 @contextlib.asynccontextmanager

@@ -58,6 +58,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sessions",),
     ("gate",),
     ("outboxes",),
+    ("calls",),
     ("client", "worker", "supervisor"),  # roles
     ("publishing", "handler_client"),
     ("local", "connecting", "worker_process"),
