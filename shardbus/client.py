@@ -1,7 +1,8 @@
-"""The publisher's side of a bus: outboxes, sessions, commands, and what the supervisor tells.
+"""The publisher's side of a bus: what programs call, and the connections to the workers that the supervisor names.
 
-Owns one outbox and one session for each shard, and when they are sent. Carried by a `Connector`, which opens channels to
-addresses and knows nothing of what they carry; `zmq_transport` has one, and so has `local`.
+Owns a client's life, its channels and what comes back through them. What is published waits in `outboxes`, commands are in
+`calls`, questions in `questions`. Carried by a `Connector`, which opens channels to addresses and knows nothing of what they
+carry; `zmq_transport` has one, and so has `local`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -21,21 +21,12 @@ from typing import Any, Final, NoReturn, TypeVar, cast
 from uuid import UUID
 
 import msgspec
-from msgspec.structs import replace
 
-from shardbus.arguments import check_count, check_seconds, is_number
+from shardbus.arguments import check_seconds
 from shardbus.calls import Calls
 from shardbus.clock import NowNs, monotonic_ns, wall_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
-from shardbus.dead_letters import (
-    EVENTS_MAX,
-    DeadLetter,
-    DeadLetterFilter,
-    Request,
-    decode_count,
-    decode_page,
-    encode_request,
-)
+from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import (
     BusRejected,
     BusUnreachable,
@@ -76,10 +67,10 @@ from shardbus.packing import (
     packed_parts,
     packed_stamps,
 )
+from shardbus.questions import Questions
 from shardbus.routing import ShardAddress, Table
 from shardbus.scheduled_events import CANCEL, Scheduled, decode_cancelled, due_ns, encode_cancel, event_of, scheduled
 from shardbus.sessions import OpenSessions, Session
-from shardbus.store import DeadFilter
 from shardbus.streams import Stream
 from shardbus.subscriptions import OnSlow, Subscription, Subscriptions
 from shardbus.wire.codec import Extra
@@ -107,14 +98,10 @@ EventT = TypeVar("EventT", bound=Event)
 
 _TICK_S: Final = 0.1
 _SILENT_TICKS_MAX: Final = 30  # a bus is asked once a second; one that says nothing for so long is gone
-_PAGE_ROWS: Final = 256
-_ASK_AGAIN_S: Final = 1.0  # a question is lost with the worker that it was put to
-_DEAD_LETTERS_S: Final = 30.0  # a worker that is being replaced answers late
 _MALFORMED_MAX: Final = 3  # a worker that calls our frames unsound more often than that is not one of ours
 _NS: Final = 1_000_000_000
 
 _decode_table: Final = msgspec.msgpack.Decoder(Table).decode
-_decode_evidence: Final = msgspec.msgpack.Decoder(list[Evidence]).decode
 
 
 class _Lines:
@@ -177,13 +164,12 @@ class Client:
         self._packing = Packing(limits, self._outbox_of, self._gate.check)
         self._routes = self._packing.events
         self._calls = Calls(self._gate, self._outboxes, self._packing, limits)
+        self._questions = Questions(self._gate, self._outboxes, self._to_supervisor, address, wall)
         self._table: Table | None = None
         self._subscriptions = Subscriptions(_Lines(self._outboxes), limits)
         self._open_sessions = OpenSessions()
         self._published = 0
         self._control: Channel | None = None
-        self._requests = 0
-        self._asked: dict[int, asyncio.Future[bytes]] = {}
         self._ticks = ticks
         self._ticker: asyncio.Task[None] | None = None
         self._table_wanted = True
@@ -246,19 +232,13 @@ class Client:
                 outbox.channel.close()
         self._subscriptions.end(ClientClosed("the client was closed, and its subscriptions with it"))
         self._calls.fail(ClientClosed("the client was closed while the command was under way"))
-        self._fail_questions(ClientClosed("the client was closed while the question was under way"))
+        self._questions.fail(ClientClosed("the client was closed while the question was under way"))
         if self._control is not None:
             self._control.close()
         self._connector.close()
         self._gate.made_progress()
         if self._ticker is not None:  # last: whoever waits here may be cancelled
             await asyncio.wait([self._ticker])
-
-    def _fail_questions(self, error: Exception) -> None:
-        for future in self._asked.values():
-            if not future.done():
-                future.set_exception(error)
-                future.exception()  # whoever asked may be gone
 
     # -- events
 
@@ -603,7 +583,7 @@ class Client:
                     while not outbox.session.is_finished(event[1]):
                         await self._gate.wait_for_progress()
                         self._gate.check()
-                return decode_cancelled(await self._ask_worker(outbox, CANCEL, encode_cancel(event), timeout))
+                return decode_cancelled(await self._questions.ask_worker(outbox, CANCEL, encode_cancel(event), timeout))
         except TimeoutError:
             raise BusUnreachable(self.address, timeout) from None
 
@@ -658,7 +638,7 @@ class Client:
         Raises:
             BusUnreachable: no answer in time.
         """
-        return msgspec.msgpack.decode(await self.ask("status", b"", timeout=timeout), type=dict[str, Any])
+        return await self._questions.status(timeout)
 
     async def evidence(self, publishers: Sequence[bytes], *, timeout: float = 10.0) -> list[Evidence]:
         """What each shard can prove of the stamped events of these publishers (each client's `publisher`).
@@ -666,38 +646,11 @@ class Client:
         Raises:
             BusUnreachable: no answer in time.
         """
-        # One question each: an answer is one frame, and the histograms of many publishers would not fit into it.
-        asked = (self.ask("evidence", encode([publisher]), timeout=timeout) for publisher in publishers)
-        return [one for answer in await asyncio.gather(*asked) for one in _decode_evidence(answer)]
+        return await self._questions.evidence(publishers, timeout)
 
     async def ask(self, what: str, body: bytes, *, timeout: float) -> bytes:
         """Put a question to the supervisor. Raises `BusUnreachable` or, where it says no, `BusRejected`."""
-
-        def send(frame: bytes) -> None:
-            if self._control is not None:
-                self._control.send(frame)
-
-        return await self._ask(what, body, send, timeout)
-
-    async def _ask(self, what: str, body: bytes, send: Callable[[bytes], object], timeout: float) -> bytes:
-        self._gate.check()
-        check_seconds("timeout", timeout)
-        self._requests += 1
-        number = self._requests
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._asked[number] = future
-        frame = encode_frame(Ask(number, what, body))
-        try:
-            async with asyncio.timeout(timeout):
-                while True:
-                    send(frame)
-                    done, _ = await asyncio.wait([future], timeout=min(max(0.5, timeout / 4), _ASK_AGAIN_S))
-                    if done:
-                        return future.result()
-        except TimeoutError:
-            raise BusUnreachable(self.address, timeout) from None
-        finally:
-            self._asked.pop(number, None)
+        return await self._questions.ask_supervisor(what, body, timeout)
 
     # -- dead letters
 
@@ -711,17 +664,7 @@ class Client:
         Raises:
             BusUnreachable: a shard's worker did not answer in time.
         """
-        check_count("limit", limit, 1)
-        found: list[DeadLetter] = []
-        for outbox, filter_ in self._asked_shards(where):
-            after = 0
-            while len(found) < limit:
-                body = encode_request(Request(filter_, after, min(_PAGE_ROWS, limit - len(found))))
-                page, after = decode_page(await self._ask_worker(outbox, "dead-letters", body), outbox.shard)
-                if not page:
-                    break
-                found += page
-        return found[:limit]
+        return await self._questions.dead_letters(where, limit)
 
     async def redrive(self, where: DeadLetterFilter | None = None, *, rate: float | None = None) -> int:
         """Have dead letters handled again, by the handlers that gave up; return how many.
@@ -737,9 +680,7 @@ class Client:
         Raises:
             BusUnreachable: a shard's worker did not answer in time. Some may have been redriven.
         """
-        if rate is not None and not (is_number(rate) and 0 < rate < math.inf):
-            raise UsageError(f"rate={rate!r}: give dead letters a second, above 0; None is as fast as they are written")
-        return await self._dispose("redrive", where, rate)
+        return await self._questions.redrive(where, rate)
 
     async def purge(self, where: DeadLetterFilter | None = None) -> int:
         """Remove dead letters for good; return how many. Default: all. A key that one of them parked goes on.
@@ -747,49 +688,7 @@ class Client:
         Raises:
             BusUnreachable: a shard's worker did not answer in time. Some may have been removed.
         """
-        return await self._dispose("purge", where, None)
-
-    async def _dispose(self, what: str, where: DeadLetterFilter | None, rate: float | None) -> int:
-        """Page by page, up to what has died by now: what dies meanwhile, perhaps again, is not meant."""
-        until_ns = self._wall()
-        total = 0
-        began = asyncio.get_running_loop().time()
-        for outbox, filter_ in self._asked_shards(where):
-            filter_ = replace(filter_, until_ns=until_ns)
-            step = _PAGE_ROWS if rate is None else max(1, min(_PAGE_ROWS, int(rate / 4)))
-            after = 0
-            while True:
-                answer = await self._ask_worker(outbox, what, encode_request(Request(filter_, after, step)))
-                count, after = decode_count(answer)
-                if not after:
-                    break
-                total += count
-                if rate is not None:
-                    await asyncio.sleep(max(0.0, began + total / rate - asyncio.get_running_loop().time()))
-        return total
-
-    def _asked_shards(self, where: DeadLetterFilter | None) -> list[tuple[Outbox, DeadFilter]]:
-        """Each shard that is meant, with what to ask it: more than once where many events are named."""
-        if where is not None and not isinstance(where, DeadLetterFilter):
-            raise UsageError(f"where={where!r:.100}: give a filter, for instance DeadLetterFilter(type='OrderPlaced')")
-        filter_, shards = (where or DeadLetterFilter()).for_shards()
-        if shards is None:
-            return [(outbox, filter_) for outbox in self._outboxes]
-        return [
-            (outbox, replace(filter_, events=named[at : at + EVENTS_MAX]))
-            for outbox in self._outboxes
-            for named in (shards.get(outbox.shard, []),)
-            for at in range(0, len(named), EVENTS_MAX)
-        ]
-
-    async def _ask_worker(
-        self, outbox: Outbox, what: str, body: bytes, timeout_s: float = _DEAD_LETTERS_S
-    ) -> bytes:
-        def send(frame: bytes) -> None:
-            if outbox.channel is not None:
-                outbox.channel.send(frame)
-
-        return await self._ask(what, body, send, timeout_s)
+        return await self._questions.purge(where)
 
     # -- inside: frames from workers
 
@@ -848,10 +747,14 @@ class Client:
         self._outboxes.pause()
         self._subscriptions.end(error)
         self._calls.fail(error)
-        self._fail_questions(error)
+        self._questions.fail(error)
         self._gate.made_progress()
 
     # -- inside: the supervisor
+
+    def _to_supervisor(self, frame: bytes) -> None:
+        if self._control is not None:
+            self._control.send(frame)
 
     def _on_control(self, data: bytes) -> None:
         self._heard()
@@ -867,13 +770,8 @@ class Client:
     def _answered(self, frame: Answer) -> None:
         if frame.request == 0:
             self._adopt(_decode_table(frame.body))
-            return
-        future = self._asked.get(frame.request)
-        if future is not None and not future.done():
-            if frame.error:
-                future.set_exception(BusRejected(frame.error))
-            else:
-                future.set_result(frame.body)
+        else:
+            self._questions.answered(frame)
 
     def _adopt(self, table: Table) -> None:
         """Follow a routing table: greet workers that are new, leave those that are gone."""

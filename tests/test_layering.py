@@ -58,7 +58,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sessions",),
     ("gate",),
     ("outboxes",),
-    ("calls",),
+    ("calls", "questions"),
     ("client", "worker", "supervisor"),  # roles
     ("publishing", "handler_client"),
     ("local", "connecting", "worker_process"),
