@@ -423,9 +423,7 @@ class Client:
             if None in distinct:
                 outboxes = [self._outbox_of.get(key) or self._outboxes.place(key) for key in keys]
                 distinct = set(outboxes)
-            parts = packed_parts(
-                route, chunk, keys, cast(list[Outbox], outboxes), cast(set[Outbox], distinct)
-            )
+            parts = packed_parts(route, chunk, keys, cast(list[Outbox], outboxes), cast(set[Outbox], distinct))
         except Exception:  # one of them cannot be published: one at a time finds which, behind those before it
             return None
         if any(len(part.bodies) > self._limits.batch_bytes_target for part in parts):

@@ -38,14 +38,13 @@ class _ChildClient(Client):
 
     def put(self, event: Event, headers: dict[str, str], origin: Origin) -> None:
         """Publish at once, as a child. Raises as `Outgoing.publish`."""
-        packed = self.pack(event, headers)
-        key = packed[1]
-        outbox = self._outboxes.of(key)
+        packed = self._packing.pack(event, headers)
+        outbox = self._outboxes.of(packed[1])
         if self._outboxes.is_full(outbox):
             outbox.session.thin_out()
-        if self._outboxes.is_full(outbox):
-            self._gate.check()
-            raise OutboxFull(outbox.shard, outbox.session.held_events)
+            if self._outboxes.is_full(outbox):
+                self._gate.check()
+                raise OutboxFull(outbox.shard, outbox.session.held_events)
         self.publish_packed((packed,))
         children = origin.children
         if children is None:

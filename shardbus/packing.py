@@ -120,9 +120,7 @@ class Packing:
                 key = to_wire_key(key)
         return route.name, key, body, headers, size_bytes
 
-    def pack_command(
-        self, command: Command[Any], headers: dict[str, str] | None
-    ) -> tuple[Route, WireKey, bytes, int]:
+    def pack_command(self, command: Command[Any], headers: dict[str, str] | None) -> tuple[Route, WireKey, bytes, int]:
         """A command, checked: its route, key, body, and the bytes of body and headers. Raises as `Client.execute`."""
         route = self._commands.get(command.__class__) or self._learn(self._commands, command, Command)
         try:
