@@ -21,7 +21,7 @@ import msgspec
 from shardbus import blocking
 from shardbus.addresses import check_ports, default_address, parse_address
 from shardbus.application import DEMO, load_application, load_message_type
-from shardbus.client import Client, Ledger
+from shardbus.client import Client
 from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
@@ -31,6 +31,7 @@ from shardbus.fork_server import ForkServer
 from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, key_from_text, message_from_json
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.messages import Command, Event, Message, wire_name
+from shardbus.outboxes import Ledger
 from shardbus.processes import check_platform
 from shardbus.reports import WORKER
 from shardbus.store import DEAD_REASONS, StoreError

@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("wire.frames",),
     ("wire.codec",),
     ("wire.session",),
-    ("outgoing",),
+    ("outgoing", "packing", "gate"),
     ("context",),
     ("signatures", "threads", "outlet"),
     ("filters",),
@@ -58,6 +58,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("shard",),
     ("subscriptions", "streams"),
     ("sessions",),
+    ("outboxes",),
+    ("calls", "questions"),
     ("client", "worker", "supervisor"),  # roles
     ("publishing", "handler_client"),
     ("local", "connecting", "worker_process"),
@@ -76,6 +78,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # Arrows that point down the list and are forbidden all the same: (from, to) → why.
 NEVER: dict[tuple[str, str], str] = {
     ("client", "shard"): "a publisher must not know what a worker does with its frames",
+    ("outboxes", "shard"): "a publisher must not know what a worker does with its frames",
+    ("calls", "shard"): "a publisher must not know what a worker does with its frames",
+    ("questions", "shard"): "a publisher must not know what a worker does with its frames",
     ("supervisor", "shard"): "the supervisor is never on the data path",
     ("local", "worker"): "the local engine has no processes",
     ("local", "supervisor"): "the local engine has no processes",

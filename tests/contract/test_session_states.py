@@ -506,7 +506,7 @@ async def test_sessions_of_a_client_that_is_not_heard_of_for_30_seconds_end():
         await other.publish(Said(chat="7", text="x"))
         await kit.advance(100)
         assert chats.told == ["SessionStarted 7", "open 7"]
-        other._send = lambda *_: None  # type: ignore[method-assign, assignment]
+        other._outboxes.send = lambda *_: None  # type: ignore[method-assign, assignment]
         await kit.advance(26)
         assert chats.told == ["SessionStarted 7", "open 7"]
         await kit.advance(6)
