@@ -32,7 +32,7 @@ from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, key_
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.messages import Command, Event, Message, wire_name
 from shardbus.outboxes import Ledger
-from shardbus.processes import check_platform
+from shardbus.processes import check_platform, use_all_descriptors
 from shardbus.reports import WORKER
 from shardbus.store import DEAD_REASONS, StoreError
 from shardbus.subscriptions import Missed
@@ -172,6 +172,7 @@ def serve(
     Prints one line on standard output when every worker is ready, however long a lifespan takes; logs to standard error. A
     first signal drains, a second one ends at once. Exit code 0: everything was drained.
     """
+    use_all_descriptors()
     forks = ForkServer(WORKER)  # first, because it imports what workers need while this process does other things
     click.get_current_context().call_on_close(forks.close)
     # No other command is to wait for what only this one needs.

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -272,6 +273,7 @@ class Lanes:
         self._leading: asyncio.Task[None] | None = None  # the leader's task, or the last one's
         self._armed = False
         self._closing = False
+        self._is_a_copy = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._stride = 1
         # What the leader runs outside the fast path, for whoever overtakes it.
@@ -414,6 +416,11 @@ class Lanes:
         for call in self._calls.values():
             if 0 < call.deadline_ns < before:
                 call.cancel()
+
+    def disown(self) -> None:
+        """This process is a copy of the one that these lanes are of: when the handler that made it returns, it ends."""
+        self._is_a_copy = True
+        self._leader = None  # so that whoever leads looks, and nobody else has to
 
     def idle(self) -> bool:
         """Whether nothing runs, and nothing is queued but what the store has and will give back in its time."""
@@ -800,6 +807,8 @@ class Lanes:
 
     def _overtaken(self, token: object, key: WireKey) -> Delivery:
         """What the follower made of the message whose handler was running when this task was overtaken."""
+        if self._is_a_copy:
+            os._exit(0)
         if key is None:
             return self._keyless.pop(token)
         running = self._busy[key].running
@@ -847,11 +856,17 @@ class Lanes:
         lane.running = head
         if head.key is None:
             self._loose.discard(lane)
+        self._waits_no_more(head)
         began_ns = 0
         if self._quarantine.suspects:  # it matters for them only
             began_ns = self._journal.running[ALIVE] = self._now()
         self._journal.lead(head.publisher, head.seq, head.seq + 1, began_ns)
         await self._deliver(head, token)
+
+    def _waits_no_more(self, delivery: Delivery) -> None:
+        if delivery.journalled >= 0:
+            self._journal.resume(delivery.journalled)
+            delivery.journalled = -1
 
     async def _deliver(self, delivery: Delivery, token: object) -> None:
         """Run one message's handlers and settle it; afterwards the caller may have been overtaken."""
@@ -1047,6 +1062,8 @@ class Lanes:
 
     def _settle_all(self, batch: Batch, outcomes: list[Outcome]) -> None:
         """Settle the events of a batch, each key's in order; what is held back goes to the head of its lane first."""
+        if self._is_a_copy:
+            os._exit(0)
         last: dict[WireKey, int] = {}
         held: dict[WireKey, list[Delivery]] = {}
         for at, (member, outcome) in enumerate(zip(batch.members, outcomes, strict=True)):
@@ -1107,11 +1124,19 @@ class Lanes:
         self._absorb(error)
         return "timeout" if isinstance(error, _HandlerTimeout) else "failed"
 
-    def failed(self, delivery: Delivery, handler: Registered, error: BaseException, reason: str) -> Failure | Later:
-        """A batch handler has failed with this event."""
+    def failed(
+        self, delivery: Delivery, handler: Registered, error: BaseException, reason: str, *, with_others: bool = False
+    ) -> Failure | Later:
+        """A batch handler has failed with this event. With others beside it, what is not retried may be another's error, so
+        it is called alone; unless it is never to be called again."""
         round_ = _Round(delivery)
         round_.ran = True
-        self._handler_failed(round_, handler, error, reason)
+        failures = round_.failures_before(handler)
+        retry = handler.retry
+        if with_others and retry.attempts > 1 and isinstance(retry.decide(failures + 1, error, 0.0), GiveUp):
+            round_.again(handler, failures, 0.0)
+        else:
+            self._handler_failed(round_, handler, error, reason)
         outcome = self._outcome(delivery, round_)
         assert outcome is not None  # it gave up, or is to be called again
         return outcome
@@ -1424,10 +1449,10 @@ class Lanes:
 
         For good: write the evidence, then finish it, then let its lane go on.
         """
+        if self._is_a_copy:
+            os._exit(0)
         delivery.runs = ""
-        if delivery.journalled >= 0:
-            self._journal.resume(delivery.journalled)
-            delivery.journalled = -1
+        self._waits_no_more(delivery)
         if self._quarantine.suspects and not (isinstance(outcome, Failure) and outcome.reason == CRASHED):
             if isinstance(outcome, Later):
                 self._quarantine.pause(delivery.identity)
@@ -1533,6 +1558,9 @@ class Lanes:
             self._spill(lane)
         if later.delay_s > self._limits.lane_wait_s_max and lane.stored and delivery.key is not None:
             self._unload(lane, delivery.due_ns)
+        if later.ran and lane.queue and lane.queue[0] is delivery:
+            # What the call left behind may yet end the worker, and then nothing else would name it.
+            delivery.journalled = self._journal.wait(delivery.publisher, delivery.seq, self._now())
         self._continue(lane)
 
     def _unload(self, lane: _Lane, due_ns: int) -> None:
@@ -1551,6 +1579,8 @@ class Lanes:
             last = max(one.position if isinstance(one, Delivery) else one.last for one in rest)
             after = min(one.position - 1 if isinstance(one, Delivery) else one.after for one in rest)
             self.queued -= len(loaded)
+            for one in loaded:
+                self._waits_no_more(one)
             stretch = _Stored(after, count, last)
             lane.queue = deque([*islice(lane.queue, first), stretch]) if first else (stretch,)
 
