@@ -3,7 +3,7 @@
 from shardbus import blocking
 from shardbus.breaker import Breaker
 from shardbus.bus import Bus
-from shardbus.client import Client, Ledger, Statistics
+from shardbus.client import Client
 from shardbus.connecting import connect
 from shardbus.context import Context
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
@@ -30,6 +30,7 @@ from shardbus.event_loop import run
 from shardbus.filters import Filter, header_matches, is_type, key_matches, where
 from shardbus.messages import Command, Event
 from shardbus.middleware import HandlerTimes, Idempotency, Logging, RateLimit, Timing, Validation
+from shardbus.outboxes import Ledger, Statistics
 from shardbus.pipeline import CallNext, Middleware
 from shardbus.publishing import PublishMiddleware
 from shardbus.registry import WorkerInfo

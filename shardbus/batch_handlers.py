@@ -112,8 +112,10 @@ class Caller(Protocol):
     def reason_of(self, error: BaseException) -> str | None:
         """Why a dead letter is one that is dead of this; None: the worker ends, and it is no failure."""
 
-    def failed(self, delivery: Delivery, handler: Registered, error: BaseException, reason: str) -> Failure | Later:
-        """The handler has failed with it: what follows."""
+    def failed(
+        self, delivery: Delivery, handler: Registered, error: BaseException, reason: str, *, with_others: bool = False
+    ) -> Failure | Later:
+        """The handler has failed with it, or with it and others at once: what follows."""
 
     def blocked(self, delivery: Delivery, handler: Registered, circuit: Circuit, delay_s: float) -> Failure | Later:
         """The handler's circuit is open: what follows."""
@@ -238,7 +240,7 @@ def settled(
             assert circuit is not None
             outcome = caller.blocked(member, handler, circuit, whole.delay_s)
         elif at in called and isinstance(whole, Fault):
-            outcome = caller.failed(member, handler, whole.error, whole.reason)
+            outcome = caller.failed(member, handler, whole.error, whole.reason, with_others=len(called) > 1)
         elif isinstance(one, Fault):
             outcome = caller.failed(member, handler, one.error, one.reason)
         else:

@@ -47,12 +47,14 @@ from shardbus.arguments import check_seconds
 from shardbus.blocking_readers import BlockingStream, BlockingSubscription, open_stream
 from shardbus.blocking_sessions import BlockingSession
 from shardbus.bus import Bus
-from shardbus.client import Client, Ledger, OnFull, Packed, Statistics
+from shardbus.client import Client
 from shardbus.config import DEFAULT_LIMITS, StoreFull
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import BusRejected, ClientClosed, NotDelivered, UsageError
 from shardbus.event_loop import run
 from shardbus.messages import Command, Event
+from shardbus.outboxes import Ledger, OnFull, Statistics
+from shardbus.packing import Packed
 from shardbus.publishing import PublishMiddleware
 from shardbus.scheduled_events import Scheduled
 from shardbus.subscriptions import OnSlow

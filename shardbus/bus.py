@@ -9,10 +9,11 @@ from typing import get_args
 from msgspec.structs import replace
 
 from shardbus.arguments import check_count, check_seconds
-from shardbus.client import Client, ClientBlock, OnFull, check_full
+from shardbus.client import Client, ClientBlock
 from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.errors import ConfigError
 from shardbus.local import run_local
+from shardbus.outboxes import OnFull, check_full
 from shardbus.publishing import PublishMiddleware, client_class
 from shardbus.registry import Registry
 

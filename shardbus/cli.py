@@ -22,7 +22,7 @@ import msgspec
 from shardbus import blocking
 from shardbus.addresses import check_ports, default_address, parse_address
 from shardbus.application import DEMO, load_application, load_message_type
-from shardbus.client import Client, Ledger
+from shardbus.client import Client
 from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
@@ -32,7 +32,8 @@ from shardbus.fork_server import ForkServer
 from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, key_from_text, message_from_json
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.messages import Command, Event, Message, wire_name
-from shardbus.processes import check_platform
+from shardbus.outboxes import Ledger
+from shardbus.processes import check_platform, use_all_descriptors
 from shardbus.reports import WORKER
 from shardbus.store import DEAD_REASONS, StoreError
 from shardbus.subscriptions import Missed
@@ -174,6 +175,7 @@ def serve(
     Prints one line on standard output when every worker is ready, however long a lifespan takes; logs to standard error. A
     first signal drains, a second one ends at once. Exit code 0: everything was drained.
     """
+    use_all_descriptors()
     forks = ForkServer(WORKER)  # first, because it imports what workers need while this process does other things
     click.get_current_context().call_on_close(forks.close)
     # No other command is to wait for what only this one needs.

@@ -1,7 +1,8 @@
-"""The publisher's side of a bus: outboxes, sessions, commands, and what the supervisor tells.
+"""The publisher's side of a bus: what programs call, and the connections to the workers that the supervisor names.
 
-Owns one outbox and one session for each shard, and when they are sent. Carried by a `Connector`, which opens channels to
-addresses and knows nothing of what they carry; `zmq_transport` has one, and so has `local`.
+Owns a client's life, its channels and what comes back through them. What is published waits in `outboxes`, commands are in
+`calls`, questions in `questions`. Carried by a `Connector`, which opens channels to addresses and knows nothing of what they
+carry; `zmq_transport` has one, and so has `local`.
 """
 
 from __future__ import annotations
@@ -9,64 +10,76 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
-from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from functools import partial
 from itertools import repeat
 from types import TracebackType
-from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar, cast, get_args
+from typing import Any, Final, NoReturn, TypeVar, cast
 from uuid import UUID
 
 import msgspec
-from msgspec.structs import replace
 
-from shardbus.arguments import check_count, check_headers, check_seconds, is_number
+from shardbus.arguments import check_seconds
+from shardbus.calls import Calls
 from shardbus.clock import NowNs, monotonic_ns, wall_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
-from shardbus.dead_letters import (
-    EVENTS_MAX,
-    DeadLetter,
-    DeadLetterFilter,
-    Request,
-    decode_count,
-    decode_page,
-    encode_request,
-)
+from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import (
     BusRejected,
     BusUnreachable,
     ClientClosed,
-    CommandFailed,
-    CommandLost,
     ConfigError,
     MessageTooLarge,
     NotDelivered,
-    OutboxFull,
     RemoteProtocolError,
     UsageError,
 )
-from shardbus.messages import Command, Event, Message, WireKey, key_getter, reply_type, to_wire_key, wire_name
+from shardbus.gate import Gate
+from shardbus.messages import Command, Event, WireKey, to_wire_key
 from shardbus.metrics import Evidence
+from shardbus.outboxes import (
+    SMALL_BYTES,
+    Bound,
+    Channel,
+    Connector,
+    Ledger,
+    OnFull,
+    Outbox,
+    Outboxes,
+    Statistics,
+    check_full,
+    publishers_bound,
+)
+from shardbus.packing import (
+    UNENCODABLE,
+    Packed,
+    Packing,
+    Part,
+    cannot_encode,
+    check_stamp,
+    deadline_ns,
+    encode,
+    events_of,
+    headers_bytes,
+    packed_parts,
+    packed_stamps,
+)
+from shardbus.questions import Questions
 from shardbus.routing import ShardAddress, Table
 from shardbus.scheduled_events import CANCEL, Scheduled, decode_cancelled, due_ns, encode_cancel, event_of, scheduled
 from shardbus.sessions import OpenSessions, Session
-from shardbus.store import DeadFilter
-from shardbus.streams import Flow, Stream
+from shardbus.streams import Stream
 from shardbus.subscriptions import OnSlow, Subscription, Subscriptions
-from shardbus.wire.codec import Batch, Extra, encode_bodies, has_negative
+from shardbus.wire.codec import Extra
 from shardbus.wire.frames import (
     REASONS,
-    REPLY_EXPIRED,
-    REPLY_OK,
     Answer,
     Ask,
     Feed,
     Items,
-    More,
     Subscribed,
     TableChanged,
     ToListener,
@@ -85,248 +98,26 @@ EventT = TypeVar("EventT", bound=Event)
 
 _TICK_S: Final = 0.1
 _SILENT_TICKS_MAX: Final = 30  # a bus is asked once a second; one that says nothing for so long is gone
-_TURN_SEALS: Final = 8  # a publisher that never waits gives the event loop a turn after so many batches
-# As many smaller bodies as a batch may have fit into it uncounted.
-_SMALL_BYTES: Final = DEFAULT_LIMITS.batch_bytes_target // DEFAULT_LIMITS.batch_events_max
-_HEADER_BYTES_MAX: Final = 4096
-_HIGH_WATER: Final = 0.75  # of an outbox's bound
-_LOW_WATER: Final = 0.25
-_PAGE_ROWS: Final = 256
-_ASK_AGAIN_S: Final = 1.0  # a question is lost with the worker that it was put to
-_DEAD_LETTERS_S: Final = 30.0  # a worker that is being replaced answers late
 _MALFORMED_MAX: Final = 3  # a worker that calls our frames unsound more often than that is not one of ours
 _NS: Final = 1_000_000_000
 
-_encode: Final = msgspec.msgpack.Encoder().encode
 _decode_table: Final = msgspec.msgpack.Decoder(Table).decode
-_decode_total: Final = msgspec.msgpack.Decoder(int).decode
-_decode_failure: Final = msgspec.msgpack.Decoder(tuple[str, str, str]).decode
-_decode_evidence: Final = msgspec.msgpack.Decoder(list[Evidence]).decode
-
-
-_UNENCODABLE: Final = (TypeError, ValueError, OverflowError, msgspec.EncodeError, RecursionError)
-
-
-class Channel(Protocol):
-    """One way to a peer. Frames go out in order, or are lost with the connection."""
-
-    def send(self, frame: bytes) -> bool:
-        """Hand over a frame; False where it cannot be taken now. Never blocks."""
-
-    def close(self) -> None:
-        """Let go at once; what was not sent is dropped."""
-
-
-class Connector(Protocol):
-    """Opens channels. `on_frame` is called from the event loop with each frame that comes back."""
-
-    def open(self, address: str, on_frame: Callable[[bytes], None]) -> Channel:
-        """A channel to an address, connected or connecting."""
-
-    def close(self) -> None:
-        """Close all that is left open."""
-
-
-class Ledger(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a client's events: `published = handled + dead + waiting + dropped + in_flight`.
-
-    Counted from acks. `waiting` events were taken over by a shard's store, and are counted so for ever: what becomes of them
-    then, `status` and the dead letters tell. `dropped` is 0 unless the client may drop.
-    """
-
-    published: int
-    handled: int
-    dead: int
-    waiting: int
-    dropped: int
-    in_flight: int
-
-
-class OutboxState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a client holds for one shard: not finished, sent or not."""
-
-    shard: int
-    connected: bool
-    held_events: int
-    held_bytes: int
-
-
-class Statistics(msgspec.Struct, frozen=True, kw_only=True):
-    """A client's ledger, and what keeping it took.
-
-    `waits` publish calls waited for room, `waited_s` seconds together; `rejected` were refused instead.
-    """
-
-    ledger: Ledger
-    waits: int
-    waited_s: float
-    rejected: int
-    outboxes: tuple[OutboxState, ...]
-
-
-Packed = tuple[str, WireKey, bytes, dict[str, str] | None, int]
-"""An event as it travels, checked: name, key, body, headers, and the bytes of the last two. See `Client.pack`."""
-
-OnFull = Literal["wait", "reject", "drop_oldest"]
-
-
-def check_full(on_full: OnFull, on_pressure: object) -> None:
-    """Refuse what is no policy for a full outbox, and what cannot be called when one fills. Raises `UsageError`."""
-    if on_full not in get_args(OnFull):
-        raise UsageError(f"on_full={on_full!r}: it is 'wait', 'reject' or 'drop_oldest'")
-    if on_pressure is not None and not callable(on_pressure):
-        raise UsageError(f"on_pressure={on_pressure!r}: give a function of (under_pressure), which is True or False")
-
-
-class _Route:
-    """How one message type is published."""
-
-    __slots__ = ("idempotent", "key_class", "key_of", "name", "type")
-
-    def __init__(self, message_type: type[Message]) -> None:
-        self.type = message_type
-        self.idempotent = message_type.__shardbus_idempotent__
-        self.name = wire_name(message_type)
-        self.key_of = key_getter(message_type)
-        # Keys of this very class are in their normal form; others pass through `to_wire_key`.
-        annotation = message_type.__annotations__.get(message_type.__shardbus_key__ or "", None)
-        self.key_class: type | None = {"str": str, "int": int, "bytes": bytes, str: str, int: int, bytes: bytes}.get(
-            annotation
-        )
-
-
-class _Outbox:
-    """Everything one shard has not finished: an open batch, and the session that keeps the sealed ones.
-
-    When it is full, publishers wait; nothing is dropped.
-    """
-
-    __slots__ = (
-        "batch",
-        "big_bytes",
-        "channel",
-        "command_seqs",
-        "commands",
-        "dirty",
-        "malformed",
-        "open_commands",
-        "open_idempotent",
-        "paused",
-        "session",
-        "shard",
-        "told",
-    )
-
-    def __init__(self, shard: int, session: PublisherSession) -> None:
-        self.shard = shard
-        self.session = session
-        self.batch = Batch()
-        self.big_bytes = 0
-        self.channel: Channel | None = None
-        self.commands: dict[int, _Call] = {}
-        self.command_seqs: set[int] = set()  # of commands that may be unfinished, awaited or not
-        self.open_commands: list[int] = []
-        self.open_idempotent: list[int] = []  # likewise, those that may be sent twice
-        self.dirty = False
-        self.paused = False  # publishers must look before they append
-        self.malformed = 0
-        self.told = False  # that it has no connection, or no place at its worker
-
-    def unfinished_commands(self) -> int:
-        """Commands that the worker has not finished."""
-        self.command_seqs = {seq for seq in self.command_seqs if not self.session.is_finished(seq)}
-        return len(self.command_seqs)
-
-    def is_flushed(self, goal: int) -> bool:
-        """Whether all before `goal` is finished, but for commands whose callers wait no more."""
-        left = self.session.unfinished_below(goal)
-        if not left:
-            return True
-        self.unfinished_commands()
-        return left == sum(seq < goal and not self._is_awaited(seq) for seq in self.command_seqs)
-
-    def _is_awaited(self, seq: int) -> bool:
-        """Whether somebody waits for the end of a command; that of a stream is its reader's own affair."""
-        call = self.commands.get(seq)
-        return call is not None and call.flow is None
-
-
-class _Part:
-    """Events of one keyed type and one outbox, encoded; `places` says which of those published, None: all of them."""
-
-    __slots__ = ("bodies", "keys", "name", "outbox", "places")
-
-    def __init__(
-        self, outbox: _Outbox, name: str, keys: Sequence[Any], bodies: bytes, places: Sequence[int] | None
-    ) -> None:
-        self.outbox = outbox
-        self.name = name
-        self.keys = keys
-        self.bodies = bodies
-        self.places = places
-
-
-class _Call(msgspec.Struct):
-    """A command whose reply is awaited."""
-
-    name: str
-    decode: Callable[[bytes], Any]
-    reply: asyncio.Future[Any]
-    flow: Flow | None = None  # of a stream
 
 
 class _Lines:
     """The shards, as subscriptions see the client."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, outboxes: Outboxes) -> None:
+        self._outboxes = outboxes
 
     def route(self, key: WireKey) -> list[int]:
-        client = self._client
-        assert client._table is not None  # it has started
-        return [outbox.shard for outbox in client._outboxes] if key is None else [client._table.shard_of(key)]
+        return [outbox.shard for outbox in self._outboxes] if key is None else [self._outboxes.shard_of(key)]
 
     def line(self, shard: int) -> tuple[bytes, Callable[[bytes], object]] | None:
-        outbox = self._client._outboxes[shard]
+        outbox = self._outboxes[shard]
         if outbox.session.state is not State.OPEN:
             return None
-        return outbox.session.epoch, lambda frame: self._client._send(outbox, frame)
-
-
-class _Caller:
-    """A streaming command, as its `Stream` sees the client."""
-
-    def __init__(
-        self, client: Client, route: _Route, key: WireKey, body: bytes, flow: Flow, extra: Extra, end: float
-    ) -> None:
-        self._client = client
-        self._route = route
-        self._key = key
-        self._body = body
-        self._flow = flow
-        self._extra = extra
-        self._end = end
-        self._outbox: _Outbox | None = None
-        self._seq = -1
-
-    async def begin(self) -> None:
-        client = self._client
-        size = len(self._body) + sum(map(len, self._extra.headers.values()))
-        outbox = await client._room_for_command(self._key, size)
-        left_s = self._end - asyncio.get_running_loop().time()
-        extra = replace(self._extra, at=len(outbox.batch), timeout_ns=max(1, int(left_s * _NS)))
-        call = _Call(self._route.name, _decode_total, self._flow.reply, self._flow)
-        self._seq = client._append_command(outbox, self._route, self._key, self._body, extra, call)
-        self._outbox = outbox
-
-    def more(self, allowed: int) -> None:
-        # A worker that drains takes nothing new, and goes on with what it has.
-        if self._outbox is not None and self._outbox.session.state is not State.GREETING:
-            self._client._send(self._outbox, encode_frame(More(self._outbox.session.epoch, self._seq, allowed)))
-
-    def leave(self) -> None:
-        if self._outbox is not None:
-            self._client._leave_command(self._outbox, self._seq)
+        return outbox.session.epoch, lambda frame: self._outboxes.send(outbox, frame)
 
 
 class Client:
@@ -347,6 +138,7 @@ class Client:
         publisher: bytes | None = None,
         on_full: OnFull = "wait",
         on_pressure: Callable[[bool], object] | None = None,
+        bound: Bound | None = None,
         ticks: bool = True,
     ) -> None:
         check_full(on_full, on_pressure)
@@ -358,43 +150,32 @@ class Client:
         self._limits = limits
         self._now = now
         self._wall = wall
+        self._gate = Gate()
+        self._outboxes = Outboxes(
+            self._gate,
+            limits,
+            publishers_bound(limits) if bound is None else bound,
+            self._make_session,
+            on_full=on_full,
+            on_pressure=on_pressure,
+            now=now,
+        )
+        self._outbox_of = self._outboxes.by_key
+        self._packing = Packing(limits, self._outbox_of, self._gate.check)
+        self._routes = self._packing.events
+        self._calls = Calls(self._gate, self._outboxes, self._packing, limits)
+        self._questions = Questions(self._gate, self._outboxes, self._to_supervisor, address, wall)
         self._table: Table | None = None
-        self._outboxes: list[_Outbox] = []
-        self._outbox_of: dict[WireKey, _Outbox] = {}  # by key, as far as remembered; bounded by route_cache_max
-        self._keyless = 0
-        self._more_told_ns = 0
-        self._routes: dict[type, _Route] = {}  # of events
-        self._command_routes: dict[type, _Route] = {}
-        self._replies: dict[type, Callable[[bytes], Any]] = {}
-        self._on_full = on_full
-        self._on_pressure = on_pressure
-        self._under_pressure = False
-        self._dropped = 0
-        self._dead_before = 0  # of sessions with shards that are gone
-        self._waiting_before = 0
-        self._refused = 0
-        self._waits = 0
-        self._waited_ns = 0
-        self._subscriptions = Subscriptions(_Lines(self), limits)
+        self._subscriptions = Subscriptions(_Lines(self._outboxes), limits)
         self._open_sessions = OpenSessions()
         self._published = 0
-        self._commands_finished = 0
-        self._dirty: list[_Outbox] = []
-        self._seals = 0
-        self._progress: asyncio.Event = asyncio.Event()
-        self._waiters = 0
         self._control: Channel | None = None
-        self._requests = 0
-        self._asked: dict[int, asyncio.Future[bytes]] = {}
         self._ticks = ticks
         self._ticker: asyncio.Task[None] | None = None
         self._table_wanted = True
         self._table_asked_ns = -(2**63)
         self._silent_ticks = 0  # since the bus was heard; by ticks, so that a program that blocks its loop blames nobody
         self._told_silent = False
-        self._fatal: BusRejected | None = None
-        self._closing = False  # what is published now would not be waited for
-        self._closed = False
 
     # -- life
 
@@ -413,7 +194,7 @@ class Client:
         try:
             async with asyncio.timeout(timeout_s):
                 while self._table is None or (workers and not any(shard.epoch for shard in self._table.shards)):
-                    await self._wait_for_progress()
+                    await self._gate.wait_for_progress()
         except TimeoutError:
             await self.abort()
             raise BusUnreachable(self.address, timeout_s) from None
@@ -428,69 +209,36 @@ class Client:
             NotDelivered: events were left when the time was up.
         """
         try:
-            if not self._closed:
-                self._closing = True
-                for outbox in self._outboxes:
-                    outbox.paused = True
-                    self._end_streams(outbox)
+            if not self._gate.is_closed:
+                self._gate.begin_closing()
+                self._outboxes.pause()
+                self._calls.end_streams()
                 await self._flush(timeout_s)
         finally:
             await self.abort()
 
     async def abort(self) -> None:
         """Let go at once. What is unfinished is forgotten here; it may or may not be handled."""
-        if self._closed:
+        if self._gate.is_closed:
             return
-        self._closed = True
+        self._gate.close()
         if self._ticker is not None:
             self._ticker.cancel()
+        self._outboxes.pause()
         for outbox in self._outboxes:
             for frame in outbox.session.leave():
-                self._send(outbox, frame)
+                self._outboxes.send(outbox, frame)
             if outbox.channel is not None:
                 outbox.channel.close()
-            outbox.paused = True
         self._subscriptions.end(ClientClosed("the client was closed, and its subscriptions with it"))
-        self._fail_commands(ClientClosed("the client was closed while the command was under way"))
-        self._fail_questions(ClientClosed("the client was closed while the question was under way"))
+        self._calls.fail(ClientClosed("the client was closed while the command was under way"))
+        self._questions.fail(ClientClosed("the client was closed while the question was under way"))
         if self._control is not None:
             self._control.close()
         self._connector.close()
-        self._made_progress()
+        self._gate.made_progress()
         if self._ticker is not None:  # last: whoever waits here may be cancelled
             await asyncio.wait([self._ticker])
-
-    def _end_streams(self, outbox: _Outbox) -> None:
-        for seq, call in list(outbox.commands.items()):
-            if call.flow is not None:
-                if not call.reply.done():
-                    call.reply.set_exception(ClientClosed("the client was closed while the stream was under way"))
-                self._leave_command(outbox, seq)
-        self._pump(outbox)
-
-    def _repeat_more(self, now_ns: int) -> None:
-        """Say once a second again how far waiting streams may go on: what said it may be lost."""
-        if now_ns - self._more_told_ns < _NS:
-            return
-        self._more_told_ns = now_ns
-        for outbox in self._outboxes:
-            session = outbox.session
-            if session.state is not State.GREETING:
-                for seq, call in outbox.commands.items():
-                    if call.flow is not None and call.flow.waits:
-                        self._send(outbox, encode_frame(More(session.epoch, seq, call.flow.allow_more())))
-
-    def _fail_commands(self, error: Exception) -> None:
-        for outbox in self._outboxes:
-            for call in outbox.commands.values():
-                if not call.reply.done():
-                    call.reply.set_exception(error)
-
-    def _fail_questions(self, error: Exception) -> None:
-        for future in self._asked.values():
-            if not future.done():
-                future.set_exception(error)
-                future.exception()  # whoever asked may be gone
 
     # -- events
 
@@ -537,46 +285,46 @@ class Client:
             return
         route = self._routes.get(event.__class__)
         if route is None:
-            route = self._learn(event, Event)
+            route = self._packing.learn_event(event)
         try:
-            body = _encode(event)
-        except _UNENCODABLE as error:
-            raise _cannot_encode(route, error) from error
+            body = encode(event)
+        except UNENCODABLE as error:
+            raise cannot_encode(route, error) from error
         key: Any = None
         if route.key_of is not None:
             key = route.key_of(event)
             if key.__class__ is not route.key_class:
                 key = to_wire_key(key)
-            outbox = self._outbox_of.get(key) or self._place(key)
+            outbox = self._outbox_of.get(key) or self._outboxes.place(key)
         else:
-            outbox = self._outboxes[self._keyless]
+            outbox = self._outboxes.keyless
         size = len(body)
         if headers is not None:
-            size += _SMALL_BYTES + _check_headers(headers, self._limits)  # what has headers is always counted
-        deadline_ns = 0 if deadline is None else self._now() + _checked_ns(deadline)
+            size += SMALL_BYTES + headers_bytes(headers, self._limits)  # what has headers is always counted
+        end_ns = 0 if deadline is None else self._now() + deadline_ns(deadline)
         if ordinal or intended_ns:
-            _check_stamp(ordinal)
-            _check_stamp(intended_ns)
+            check_stamp(ordinal)
+            check_stamp(intended_ns)
         if len(body) > self._limits.event_bytes_max:
             raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
         if outbox.paused:
-            await self._room(outbox)
-            outbox = self._present(outbox, key)
-        if size > _SMALL_BYTES:
-            self._weigh(outbox, size)
+            await self._outboxes.wait_for_room(outbox)
+            outbox = self._outboxes.present(outbox, key)
+        if size > SMALL_BYTES:
+            self._outboxes.weigh(outbox, size)
         batch = outbox.batch
         batch.add(route.name, key, body)
         if ordinal or intended_ns:
             batch.stamp(ordinal, intended_ns)
-        if headers or deadline_ns:
-            left_ns = max(1, deadline_ns - self._now()) if deadline_ns else 0
+        if headers or end_ns:
+            left_ns = max(1, end_ns - self._now()) if end_ns else 0
             batch.extras.append(Extra(len(batch) - 1, {} if headers is None else headers.copy(), 0, False, left_ns))
         self._published += 1
-        # As `_appended` does: this is the hot path of a publisher.
+        # As `Outboxes.appended` does: this is the hot path of a publisher.
         if len(batch) >= self._limits.batch_events_max:
-            self._seal(outbox)
+            self._outboxes.seal(outbox)
         elif not outbox.dirty:
-            self._mark(outbox)
+            self._outboxes.mark(outbox)
 
     async def publish_many(
         self,
@@ -602,7 +350,7 @@ class Client:
         for stamps in (ordinals, intended_ns):
             if stamps is not None and len(stamps) != total:
                 raise UsageError(f"{total} events and {len(stamps)} stamps; give one for each event, or none")
-        all_ordinals, all_instants = _stamps(ordinals), _stamps(intended_ns)
+        all_ordinals, all_instants = packed_stamps(ordinals), packed_stamps(intended_ns)
         if headers is not None or deadline is not None:
             await self._publish_each(events, headers, deadline, all_ordinals, all_instants)
             return
@@ -612,9 +360,10 @@ class Client:
             ordinals = None if all_ordinals is None else all_ordinals[at : at + step]
             instants = None if all_instants is None else all_instants[at : at + step]
             parts = self._parts_of(chunk)
-            if parts is not None and await self._room_for_all(parts):
+            if parts is not None and await self._outboxes.wait_for_room_in([part.target for part in parts]):
                 for part in parts:
-                    self._append(part, ordinals, instants)
+                    self._outboxes.append(part, ordinals, instants)
+                self._published += len(chunk)
                 continue
             for event, ordinal, instant in zip(chunk, ordinals or repeat(0), instants or repeat(0), strict=False):
                 await self.publish(event, ordinal=ordinal, intended_ns=instant)
@@ -628,112 +377,58 @@ class Client:
         instants: Sequence[int] | None,
     ) -> None:
         """What `publish_many` does where each event has more than itself."""
-        end_ns = None if deadline is None else self._now() + _checked_ns(deadline)
+        end_ns = None if deadline is None else self._now() + deadline_ns(deadline)
         for event, ordinal, instant in zip(events, ordinals or repeat(0), instants or repeat(0), strict=False):
             left = None if end_ns is None else max(1, end_ns - self._now()) / _NS
             await self.publish(event, headers=headers, deadline=left, ordinal=ordinal, intended_ns=instant)
 
     def pack(self, event: Event, headers: dict[str, str] | None = None) -> Packed:
         """Check an event and encode it, for `publish_packed`. Any thread may call it. Raises as `publish` does."""
-        route = self._routes.get(event.__class__) or self._learn(event, Event)
-        try:
-            body = _encode(event)
-        except _UNENCODABLE as error:
-            raise _cannot_encode(route, error) from error
-        if len(body) > self._limits.event_bytes_max:
-            raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
-        size_bytes = len(body)
-        if headers is not None:
-            size_bytes += _check_headers(headers, self._limits)
-            headers = headers.copy() or None
-        key: Any = None
-        if route.key_of is not None:
-            key = route.key_of(event)
-            if key.__class__ is not route.key_class or key not in self._outbox_of:
-                key = to_wire_key(key)
-        return route.name, key, body, headers, size_bytes
+        return self._packing.pack(event, headers)
 
     def publish_packed(self, events: Iterable[Packed]) -> None:
         """Put events into their outboxes at once, also into full ones, and also when the bus has refused this client.
 
         For who gave their publishers a promise already; whoever calls it looks at `has_room` before, and bounds how many.
         """
+        appended = self._outboxes.appended
         for name, key, body, headers, size_bytes in events:
             if key is None:
-                outbox = self._outboxes[self._keyless]
+                outbox = self._outboxes.keyless
             else:
-                outbox = self._outbox_of.get(key) or self._remember(key)
-            size = size_bytes if headers is None else _SMALL_BYTES + size_bytes  # what has headers is always counted
-            if size > _SMALL_BYTES:
-                self._weigh(outbox, size)
+                outbox = self._outbox_of.get(key) or self._outboxes.remember(key)
+            size = size_bytes if headers is None else SMALL_BYTES + size_bytes  # what has headers is always counted
+            if size > SMALL_BYTES:
+                self._outboxes.weigh(outbox, size)
             batch = outbox.batch
             batch.add(name, key, body)
             if headers is not None:
                 batch.extras.append(Extra(len(batch) - 1, headers, 0, False))
             self._published += 1
-            self._appended(outbox)
+            appended(outbox)
 
     def has_room(self) -> bool:
         """Whether no outbox is full."""
-        return not any(map(self._is_full, self._outboxes))
+        return self._outboxes.has_room()
 
-    def _parts_of(self, chunk: Sequence[Event]) -> list[_Part] | None:
-        """Events of one keyed type, encoded outbox by outbox; None where they are not such, or one of them is not sound.
-
-        A third of the cost of one at a time, because the loops run in C.
-        """
-        route = self._routes.get(chunk[0].__class__)
-        if route is None or route.key_of is None or set(map(type, chunk)) != {route.type}:
+    def _parts_of(self, chunk: Sequence[Event]) -> list[Part[Outbox]] | None:
+        """Events of one keyed type, encoded outbox by outbox; None where they are not such, or one of them is not sound."""
+        found = self._packing.alike(chunk)
+        if found is None:
             return None
-        keys = list(map(route.key_of, chunk))
-        if set(map(type, keys)) != {route.key_class}:
-            return None
+        route, keys = found
         try:
             outboxes = list(map(self._outbox_of.get, keys))
             distinct = set(outboxes)
             if None in distinct:
-                outboxes = [self._outbox_of.get(key) or self._place(key) for key in keys]
+                outboxes = [self._outbox_of.get(key) or self._outboxes.place(key) for key in keys]
                 distinct = set(outboxes)
-            if len(distinct) == 1:
-                (outbox,) = cast(set[_Outbox], distinct)
-                parts = [_Part(outbox, route.name, keys, encode_bodies(list(chunk)), None)]
-            else:
-                places: dict[_Outbox, list[int]] = {outbox: [] for outbox in cast(set[_Outbox], distinct)}
-                for at, outbox in enumerate(cast(list[_Outbox], outboxes)):
-                    places[outbox].append(at)
-                parts = [
-                    _Part(outbox, route.name, [keys[at] for at in ats], encode_bodies([chunk[at] for at in ats]), ats)
-                    for outbox, ats in places.items()
-                ]
+            parts = packed_parts(route, chunk, keys, cast(list[Outbox], outboxes), cast(set[Outbox], distinct))
         except Exception:  # one of them cannot be published: one at a time finds which, behind those before it
             return None
         if any(len(part.bodies) > self._limits.batch_bytes_target for part in parts):
             return None
         return parts
-
-    async def _room_for_all(self, parts: Sequence[_Part]) -> bool:
-        """Wait until each outbox has room for its part; False where that is for each event to decide."""
-        outboxes = [part.outbox for part in parts]
-        while any(outbox.paused for outbox in outboxes):
-            if self._on_full != "wait":
-                return False
-            for outbox in outboxes:
-                if outbox.paused:
-                    await self._room(outbox)
-        return all(outbox in self._outboxes for outbox in outboxes)  # a bus that came back with others has none of these
-
-    def _append(self, part: _Part, ordinals: Sequence[int] | None, instants: Sequence[int] | None) -> None:
-        """Append a part to the open batch of its outbox, which has room for it; where the batch has not, it leaves first."""
-        outbox, count = part.outbox, len(part.keys)
-        if len(outbox.batch) + count > self._limits.batch_events_max:
-            self._seal(outbox)
-        if len(part.bodies) > count * _SMALL_BYTES:
-            self._weigh(outbox, len(part.bodies))
-        batch = outbox.batch
-        batch.add_many(part.name, part.keys, part.bodies)
-        batch.stamp_many(_picked(ordinals, part.places), _picked(instants, part.places), count)
-        self._published += count
-        self._appended(outbox)
 
     async def flush(self, timeout: float | None = None) -> Ledger:
         """Wait until every event published so far is handled, dead or waiting; return the counts.
@@ -742,7 +437,7 @@ class Client:
             NotDelivered: `timeout` seconds were not enough.
             BusRejected: the bus has refused this client for good.
         """
-        self._check_open()
+        self._gate.check()
         if timeout is not None:
             check_seconds("timeout", timeout, zero=True)
         return await self._flush(timeout)
@@ -751,54 +446,28 @@ class Client:
         goals = []
         for outbox in self._outboxes:
             if len(outbox.batch):
-                self._seal(outbox)
+                self._outboxes.seal(outbox)
             goals.append((outbox, outbox.session.next_seq))
             if not outbox.is_flushed(outbox.session.next_seq):
                 outbox.session.hurry()
-            self._pump(outbox)
+            self._outboxes.pump(outbox)
         try:
             async with asyncio.timeout(timeout):
                 while not all(outbox.is_flushed(goal) for outbox, goal in goals):
-                    if self._closed:
+                    if self._gate.is_closed:
                         raise NotDelivered(self.ledger().in_flight, 0.0)
-                    await self._wait_for_progress()
+                    await self._gate.wait_for_progress()
         except TimeoutError:
             raise NotDelivered(self.ledger().in_flight, timeout or 0.0) from None
         return self.ledger()
 
     def ledger(self) -> Ledger:
         """What became of this client's events so far, as far as it has heard."""
-        dead = self._dead_before + sum(outbox.session.dead for outbox in self._outboxes)
-        waiting = self._waiting_before + sum(outbox.session.waiting for outbox in self._outboxes)
-        held = sum(
-            outbox.session.held_events + len(outbox.batch) - outbox.unfinished_commands() for outbox in self._outboxes
-        )
-        return Ledger(
-            published=self._published,
-            handled=self._published - held - dead - waiting - self._dropped,
-            dead=dead,
-            waiting=waiting,
-            dropped=self._dropped,
-            in_flight=held,
-        )
+        return self._outboxes.ledger(self._published)
 
     def statistics(self) -> Statistics:
         """The ledger, what publishing waited for, and what is held for each shard."""
-        return Statistics(
-            ledger=self.ledger(),
-            waits=self._waits,
-            waited_s=self._waited_ns / _NS,
-            rejected=self._refused,
-            outboxes=tuple(
-                OutboxState(
-                    shard=outbox.shard,
-                    connected=outbox.session.state is State.OPEN,
-                    held_events=outbox.session.held_events + len(outbox.batch),
-                    held_bytes=outbox.session.held_bytes,
-                )
-                for outbox in self._outboxes
-            ),
-        )
+        return self._outboxes.statistics(self._published)
 
     # -- subscriptions
 
@@ -828,7 +497,7 @@ class Client:
             UsageError: no event types, a bound or policy that is none, or more subscriptions than a client may have.
             InvalidKey, ClientClosed: as for `publish`.
         """
-        self._check_open()
+        self._gate.check()
         wire_key = None if key is None else to_wire_key(key)
         return self._subscriptions.open(event_types, wire_key, queue_events_max, on_slow, self._now())
 
@@ -867,18 +536,17 @@ class Client:
         """
         due = due_ns(at, delay, self._wall())
         name, key, body, headers, size = self.pack(event, headers)
-        outbox = self._outboxes[self._keyless] if key is None else self._outbox_of.get(key) or self._place(key)
+        outbox = self._outboxes.of(key)
         if outbox.paused:
-            await self._room(outbox)
-            outbox = self._present(outbox, key)
-        self._weigh(outbox, _SMALL_BYTES + size)
+            await self._outboxes.wait_for_room(outbox)
+            outbox = self._outboxes.present(outbox, key)
+        self._outboxes.weigh(outbox, SMALL_BYTES + size)
         batch = outbox.batch
         batch.add(name, key, body)
         batch.extras.append(Extra(len(batch) - 1, headers or {}, 0, False, due_ns=due))
-        seq = outbox.session.next_seq + len(batch) - 1
         self._published += 1
-        self._appended(outbox)
-        return scheduled(self.publisher, outbox.shard, seq, due)
+        self._outboxes.appended(outbox)
+        return scheduled(self.publisher, outbox.shard, outbox.last_seq, due)
 
     async def cancel(self, which: Scheduled | str, *, timeout: float = 30.0) -> bool:
         """Cancel a scheduled event; return whether that is done, so that it will never be handled.
@@ -896,7 +564,7 @@ class Client:
             BusRejected: the shard's store cannot do that now; it was not cancelled.
             UsageError: it is no scheduled event's.
         """
-        self._check_open()
+        self._gate.check()
         check_seconds("timeout", timeout)
         shard, event = event_of(which)
         if shard >= len(self._outboxes):
@@ -904,16 +572,16 @@ class Client:
         outbox = self._outboxes[shard]
         try:
             async with asyncio.timeout(timeout):
-                if event[0] == self.publisher and event[1] < outbox.session.next_seq + len(outbox.batch):
+                if event[0] == self.publisher and event[1] <= outbox.last_seq:
                     if len(outbox.batch):
-                        self._seal(outbox)
+                        self._outboxes.seal(outbox)
                     if not outbox.session.is_finished(event[1]):
                         outbox.session.hurry()
-                        self._pump(outbox)
+                        self._outboxes.pump(outbox)
                     while not outbox.session.is_finished(event[1]):
-                        await self._wait_for_progress()
-                        self._check_open()
-                return decode_cancelled(await self._ask_worker(outbox, CANCEL, encode_cancel(event), timeout))
+                        await self._gate.wait_for_progress()
+                        self._gate.check()
+                return decode_cancelled(await self._questions.ask_worker(outbox, CANCEL, encode_cancel(event), timeout))
         except TimeoutError:
             raise BusUnreachable(self.address, timeout) from None
 
@@ -934,31 +602,7 @@ class Client:
                 with `idempotent=True`, which is sent again.
             ClientClosed, InvalidKey, MessageTooLarge: as for `publish`.
         """
-        route, key, body, size = self._packed_command(command, timeout, headers)
-        outbox = self._command_outbox(key)
-        loop = asyncio.get_running_loop()
-        call = _Call(route.name, self._reply_decoder(command), loop.create_future())
-        # A timer for the reply, and no `asyncio.timeout`: that took a quarter of what a command costs here.
-        timer = loop.call_later(timeout, _time_out, call.reply)
-        left_ns = max(1, int(timeout * _NS))
-        seq = -1
-        try:
-            if self._has_room_for_command(outbox):
-                self._weigh(outbox, size)
-            else:
-                end = loop.time() + timeout
-                async with asyncio.timeout_at(end):
-                    outbox = await self._room_for_command(key, size)
-                left_ns = max(1, int((end - loop.time()) * _NS))
-            extra = Extra(len(outbox.batch), dict(headers or {}), left_ns, route.idempotent)
-            seq = self._append_command(outbox, route, key, body, extra, call)
-            reply: ReplyT = await call.reply
-            return reply
-        except TimeoutError:
-            raise TimeoutError(self._unanswered(route, outbox, seq, timeout)) from None
-        finally:
-            timer.cancel()
-            self._leave_command(outbox, seq)
+        return await self._calls.execute(command, timeout, headers)
 
     def stream(
         self,
@@ -982,78 +626,7 @@ class Client:
         Raises:
             UsageError: a window or a time-out that is none; else as for `publish`. What comes later is in `Stream`.
         """
-        route, key, body, _ = self._packed_command(command, timeout, headers)
-        if type(window) is not int or not 1 <= window <= self._limits.stream_items_max:
-            raise UsageError(f"window={window!r}: take 1 to {self._limits.stream_items_max:,}")
-        flow = Flow(route.name, window)
-        end = asyncio.get_running_loop().time() + timeout
-        caller = _Caller(self, route, key, body, flow, Extra(0, dict(headers or {}), 0, False, window=window), end)
-        return Stream(flow, caller, self._reply_decoder(command), timeout)
-
-    def _packed_command(
-        self, command: Command[Any], timeout: float, headers: dict[str, str] | None
-    ) -> tuple[_Route, WireKey, bytes, int]:
-        """A command, checked: its route, key, body, and the bytes of body and headers."""
-        self._check_open()
-        check_seconds("timeout", timeout)
-        route = self._command_routes.get(command.__class__) or self._learn(command, Command)
-        try:
-            body = _encode(command)
-        except _UNENCODABLE as error:
-            raise _cannot_encode(route, error) from error
-        key = None if route.key_of is None else to_wire_key(route.key_of(command))
-        size = len(body) + (0 if headers is None else _check_headers(headers, self._limits))
-        if len(body) > self._limits.event_bytes_max:
-            raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
-        return route, key, body, size
-
-    def _command_outbox(self, key: WireKey) -> _Outbox:
-        return self._outboxes[self._keyless] if key is None else self._outbox_of.get(key) or self._place(key)
-
-    def _has_room_for_command(self, outbox: _Outbox) -> bool:
-        return not outbox.paused and len(outbox.commands) < self._limits.commands_in_flight_max
-
-    async def _room_for_command(self, key: WireKey, size: int) -> _Outbox:
-        """The outbox of a key, with room for a command of so many bytes."""
-        outbox = self._command_outbox(key)
-        while not self._has_room_for_command(outbox):
-            await self._command_room(outbox)
-            outbox = self._present(outbox, key)
-        self._weigh(outbox, size)
-        return outbox
-
-    def _append_command(
-        self, outbox: _Outbox, route: _Route, key: WireKey, body: bytes, extra: Extra, call: _Call
-    ) -> int:
-        """Put a command into an outbox that has room; return its sequence."""
-        batch = outbox.batch
-        batch.add(route.name, key, body)
-        batch.extras.append(extra)
-        seq = outbox.session.next_seq + len(batch) - 1
-        outbox.commands[seq] = call
-        (outbox.open_idempotent if extra.idempotent else outbox.open_commands).append(seq)
-        outbox.command_seqs.add(seq)
-        self._appended(outbox)
-        return seq
-
-    def _leave_command(self, outbox: _Outbox, seq: int) -> None:
-        """Nobody waits for this command any more: where it has no outcome, it is cancelled."""
-        if outbox.commands.pop(seq, None) is not None:
-            outbox.session.abandon(seq)
-            self._pump(outbox)
-            self._made_progress()
-        if len(outbox.command_seqs) > 2 * self._limits.commands_in_flight_max:
-            outbox.unfinished_commands()
-
-    def _unanswered(self, route: _Route, outbox: _Outbox, seq: int, timeout_s: float) -> str:
-        told = f"{route.name}: no reply within {timeout_s:g} s; "
-        if seq >= 0 and outbox.session.was_sent(seq):
-            return told + "it may have run, in part or wholly, and is cancelled where it still runs"
-        session = outbox.session
-        if seq >= session.next_seq and session.state is State.OPEN:
-            return told + "its deadline was over before it could be sent"
-        why = "has not answered yet" if session.state is State.GREETING else "takes nothing now"
-        return told + f"it was never sent, because shard {outbox.shard} {why} (see `shardbus status`)"
+        return self._calls.stream(command, timeout, window, headers)
 
     # -- what the supervisor knows
 
@@ -1063,7 +636,7 @@ class Client:
         Raises:
             BusUnreachable: no answer in time.
         """
-        return msgspec.msgpack.decode(await self.ask("status", b"", timeout=timeout), type=dict[str, Any])
+        return await self._questions.status(timeout)
 
     async def evidence(self, publishers: Sequence[bytes], *, timeout: float = 10.0) -> list[Evidence]:
         """What each shard can prove of the stamped events of these publishers (each client's `publisher`).
@@ -1071,38 +644,11 @@ class Client:
         Raises:
             BusUnreachable: no answer in time.
         """
-        # One question each: an answer is one frame, and the histograms of many publishers would not fit into it.
-        asked = (self.ask("evidence", _encode([publisher]), timeout=timeout) for publisher in publishers)
-        return [one for answer in await asyncio.gather(*asked) for one in _decode_evidence(answer)]
+        return await self._questions.evidence(publishers, timeout)
 
     async def ask(self, what: str, body: bytes, *, timeout: float) -> bytes:
         """Put a question to the supervisor. Raises `BusUnreachable` or, where it says no, `BusRejected`."""
-
-        def send(frame: bytes) -> None:
-            if self._control is not None:
-                self._control.send(frame)
-
-        return await self._ask(what, body, send, timeout)
-
-    async def _ask(self, what: str, body: bytes, send: Callable[[bytes], object], timeout: float) -> bytes:
-        self._check_open()
-        check_seconds("timeout", timeout)
-        self._requests += 1
-        number = self._requests
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._asked[number] = future
-        frame = encode_frame(Ask(number, what, body))
-        try:
-            async with asyncio.timeout(timeout):
-                while True:
-                    send(frame)
-                    done, _ = await asyncio.wait([future], timeout=min(max(0.5, timeout / 4), _ASK_AGAIN_S))
-                    if done:
-                        return future.result()
-        except TimeoutError:
-            raise BusUnreachable(self.address, timeout) from None
-        finally:
-            self._asked.pop(number, None)
+        return await self._questions.ask_supervisor(what, body, timeout)
 
     # -- dead letters
 
@@ -1116,17 +662,7 @@ class Client:
         Raises:
             BusUnreachable: a shard's worker did not answer in time.
         """
-        check_count("limit", limit, 1)
-        found: list[DeadLetter] = []
-        for outbox, filter_ in self._asked_shards(where):
-            after = 0
-            while len(found) < limit:
-                body = encode_request(Request(filter_, after, min(_PAGE_ROWS, limit - len(found))))
-                page, after = decode_page(await self._ask_worker(outbox, "dead-letters", body), outbox.shard)
-                if not page:
-                    break
-                found += page
-        return found[:limit]
+        return await self._questions.dead_letters(where, limit)
 
     async def redrive(self, where: DeadLetterFilter | None = None, *, rate: float | None = None) -> int:
         """Have dead letters handled again, by the handlers that gave up; return how many.
@@ -1142,9 +678,7 @@ class Client:
         Raises:
             BusUnreachable: a shard's worker did not answer in time. Some may have been redriven.
         """
-        if rate is not None and not (is_number(rate) and 0 < rate < math.inf):
-            raise UsageError(f"rate={rate!r}: give dead letters a second, above 0; None is as fast as they are written")
-        return await self._dispose("redrive", where, rate)
+        return await self._questions.redrive(where, rate)
 
     async def purge(self, where: DeadLetterFilter | None = None) -> int:
         """Remove dead letters for good; return how many. Default: all. A key that one of them parked goes on.
@@ -1152,248 +686,11 @@ class Client:
         Raises:
             BusUnreachable: a shard's worker did not answer in time. Some may have been removed.
         """
-        return await self._dispose("purge", where, None)
-
-    async def _dispose(self, what: str, where: DeadLetterFilter | None, rate: float | None) -> int:
-        """Page by page, up to what has died by now: what dies meanwhile, perhaps again, is not meant."""
-        until_ns = self._wall()
-        total = 0
-        began = asyncio.get_running_loop().time()
-        for outbox, filter_ in self._asked_shards(where):
-            filter_ = replace(filter_, until_ns=until_ns)
-            step = _PAGE_ROWS if rate is None else max(1, min(_PAGE_ROWS, int(rate / 4)))
-            after = 0
-            while True:
-                answer = await self._ask_worker(outbox, what, encode_request(Request(filter_, after, step)))
-                count, after = decode_count(answer)
-                if not after:
-                    break
-                total += count
-                if rate is not None:
-                    await asyncio.sleep(max(0.0, began + total / rate - asyncio.get_running_loop().time()))
-        return total
-
-    def _asked_shards(self, where: DeadLetterFilter | None) -> list[tuple[_Outbox, DeadFilter]]:
-        """Each shard that is meant, with what to ask it: more than once where many events are named."""
-        if where is not None and not isinstance(where, DeadLetterFilter):
-            raise UsageError(f"where={where!r:.100}: give a filter, for instance DeadLetterFilter(type='OrderPlaced')")
-        filter_, shards = (where or DeadLetterFilter()).for_shards()
-        if shards is None:
-            return [(outbox, filter_) for outbox in self._outboxes]
-        return [
-            (outbox, replace(filter_, events=named[at : at + EVENTS_MAX]))
-            for outbox in self._outboxes
-            for named in (shards.get(outbox.shard, []),)
-            for at in range(0, len(named), EVENTS_MAX)
-        ]
-
-    async def _ask_worker(
-        self, outbox: _Outbox, what: str, body: bytes, timeout_s: float = _DEAD_LETTERS_S
-    ) -> bytes:
-        def send(frame: bytes) -> None:
-            if outbox.channel is not None:
-                outbox.channel.send(frame)
-
-        return await self._ask(what, body, send, timeout_s)
-
-    # -- inside: outboxes
-
-    def _learn(self, message: Message, kind: type[Message]) -> _Route:
-        self._check_open()
-        message_type = type(message)
-        if isinstance(message, type) and issubclass(message, Message):
-            raise UsageError(f"got the class {message.__name__}; make one: {message.__name__}(…)")
-        if not isinstance(message, kind):
-            verb = "publish takes events" if kind is Event else "execute takes commands"
-            hint = "; use execute" if isinstance(message, Command) else "; use publish" if isinstance(message, Event) else ""
-            raise UsageError(f"{verb}, and {message_type.__name__} is none{hint}")
-        routes = self._routes if kind is Event else self._command_routes
-        route = routes[message_type] = _Route(message_type)
-        return route
-
-    def _reply_decoder(self, command: Command[Any]) -> Callable[[bytes], Any]:
-        decode = self._replies.get(type(command))
-        if decode is None:
-            decode = self._replies[type(command)] = msgspec.msgpack.Decoder(reply_type(type(command))).decode
-        return decode
-
-    def _place(self, key: WireKey) -> _Outbox:
-        """The outbox of a key that is not remembered; validates the key."""
-        self._check_open()
-        return self._remember(to_wire_key(key) if not isinstance(key, tuple) else to_wire_key(_uuid(key)))
-
-    def _remember(self, key: WireKey) -> _Outbox:
-        assert self._table is not None  # the client has started
-        outbox = self._outboxes[self._table.shard_of(key)]
-        if len(self._outbox_of) >= self._limits.route_cache_max:
-            self._outbox_of.clear()
-        self._outbox_of[key] = outbox
-        return outbox
-
-    def _present(self, outbox: _Outbox, key: WireKey) -> _Outbox:
-        """The outbox of a key after a wait, in which the bus may have come back with another number of shards."""
-        if outbox in self._outboxes:
-            return outbox
-        return self._outboxes[self._keyless] if key is None else self._place(key)
-
-    def _weigh(self, outbox: _Outbox, size: int) -> None:
-        """Make sure that a batch which is about to take so many bytes more stays below its bound."""
-        outbox.big_bytes += size
-        if outbox.big_bytes > self._limits.batch_bytes_target and len(outbox.batch):
-            self._seal(outbox)
-            outbox.big_bytes = size
-
-    def _appended(self, outbox: _Outbox) -> None:
-        """Something was appended to the open batch: it leaves now where it is full, else at the end of the turn."""
-        if len(outbox.batch) >= self._limits.batch_events_max:
-            self._seal(outbox)
-        elif not outbox.dirty:
-            self._mark(outbox)
-
-    def _mark(self, outbox: _Outbox) -> None:
-        """Have this outbox sealed and sent at the end of the loop's turn."""
-        outbox.dirty = True
-        if not self._dirty:
-            asyncio.get_running_loop().call_soon(self._end_of_turn)
-        self._dirty.append(outbox)
-
-    def _end_of_turn(self) -> None:
-        dirty, self._dirty = self._dirty, []
-        for outbox in dirty:
-            outbox.dirty = False
-            if len(outbox.batch):
-                self._seal(outbox)
-        self._seals = 0
-        for outbox in dirty:
-            outbox.paused = self._is_full(outbox)
-        self._keyless = self._next_keyless()
-
-    def _next_keyless(self) -> int:
-        """The shard for what has no key and comes in the next turn: the next with room, or else the next that is up."""
-        count = len(self._outboxes)
-        if not count:
-            return 0
-        following = (self._keyless + 1) % count
-        if self._outboxes[following].session.state is State.OPEN and not self._outboxes[following].paused:
-            return following
-        after = [(self._keyless + step) % count for step in range(1, count + 1)]
-        up = [at for at in after if self._outboxes[at].session.state is State.OPEN] or after
-        return next((at for at in up if not self._outboxes[at].paused), up[0])
-
-    def _seal(self, outbox: _Outbox) -> None:
-        batch = outbox.batch
-        commands, idempotent = tuple(outbox.open_commands), tuple(outbox.open_idempotent)
-        now_ns = self._now() if batch.extras else 0
-        # First: were it to fail, nothing would be lost without a word.
-        outbox.session.offer(batch.seal(), len(batch), commands, now_ns, idempotent)
-        outbox.batch = Batch()
-        outbox.big_bytes = 0
-        outbox.open_commands = []
-        outbox.open_idempotent = []
-        self._pump(outbox)
-        self._feel_pressure()
-        self._seals += 1
-        if self._seals >= _TURN_SEALS or self._is_full(outbox):
-            outbox.paused = True
-        if not outbox.dirty:
-            self._mark(outbox)
-
-    def _is_full(self, outbox: _Outbox) -> bool:
-        session = outbox.session
-        return (
-            # An open batch may come on top, and whoever finds room appends up to another one.
-            session.held_events + 2 * self._limits.batch_events_max > self._limits.outbox_events_max
-            or session.held_bytes > self._limits.outbox_bytes_max
-            or self._closing
-            or self._closed
-            or self._fatal is not None
-        )
-
-    async def _room(self, outbox: _Outbox) -> None:
-        """Get room in the outbox, as the client's policy says, and give the loop a turn, so that acks can come in."""
-        self._check_open()
-        if not self._is_full(outbox):
-            await asyncio.sleep(0)
-        outbox.session.thin_out()
-        if self._is_full(outbox):
-            self._feel_pressure()
-            if self._on_full != "wait":
-                self._make_room(outbox)
-            began_ns, waits = self._now(), self._is_full(outbox)
-            while self._is_full(outbox):
-                self._check_open()
-                await self._wait_for_progress()
-                outbox.session.thin_out()
-            self._waits += waits
-            self._waited_ns += self._now() - began_ns
-        self._check_open()
-        outbox.paused = False
-
-    def _make_room(self, outbox: _Outbox) -> None:
-        """Refuse, or drop what no worker has seen; where there is nothing to drop, publishing waits."""
-        self._check_open()
-        if self._on_full == "reject":
-            self._refused += 1
-            raise OutboxFull(outbox.shard, outbox.session.held_events)
-        while self._is_full(outbox) and (dropped := outbox.session.drop_oldest()):
-            self._dropped += dropped
-
-    def _feel_pressure(self) -> None:
-        """Tell whoever wants to know when the fullest outbox passes the high water mark, and the low one on its way down."""
-        if self._on_pressure is None:
-            return
-        limits = self._limits
-        fullest = max(
-            max(one.session.held_events / limits.outbox_events_max, one.session.held_bytes / limits.outbox_bytes_max)
-            for one in self._outboxes
-        )
-        under = fullest >= (_LOW_WATER if self._under_pressure else _HIGH_WATER)
-        if under != self._under_pressure:
-            self._under_pressure = under
-            asyncio.get_running_loop().call_soon(self._on_pressure, under)
-
-    async def _command_room(self, outbox: _Outbox) -> None:
-        if outbox.paused:
-            await self._room(outbox)
-        else:
-            await self._wait_for_progress()
-
-    def _pump(self, outbox: _Outbox) -> None:
-        if outbox.channel is not None:
-            for frame in outbox.session.frames_to_send(self._now()):
-                self._send(outbox, frame)
-
-    @staticmethod
-    def _send(outbox: _Outbox, frame: bytes) -> None:
-        # A frame that the channel does not take is as lost as one that the network loses: the session sends it again.
-        if outbox.channel is not None:
-            outbox.channel.send(frame)
-
-    def _made_progress(self) -> None:
-        if self._waiters:
-            self._progress.set()
-
-    async def _wait_for_progress(self) -> None:
-        if self._fatal is not None:
-            raise self._fatal  # nothing will come any more
-        self._waiters += 1
-        try:
-            self._progress.clear()
-            await self._progress.wait()
-        finally:
-            self._waiters -= 1
-        if self._fatal is not None:
-            raise self._fatal
-
-    def _check_open(self) -> None:
-        if self._fatal is not None:
-            raise self._fatal
-        if self._closing or self._closed or self._table is None:
-            raise ClientClosed("the client is closed; use it inside its `async with` block")
+        return await self._questions.purge(where)
 
     # -- inside: frames from workers
 
-    def _on_worker(self, outbox: _Outbox, data: bytes) -> None:
+    def _on_worker(self, outbox: Outbox, data: bytes) -> None:
         self._heard()
         try:
             frame = decode_to_publisher(data)
@@ -1406,51 +703,29 @@ class Client:
             return
         for what in happened:
             if isinstance(what, Replied):
-                for seq, status, body in what.replies:
-                    self._replied(outbox, seq, status, body)
+                self._calls.replied(outbox, what.replies)
             elif isinstance(what, Lost):
-                self._lost(outbox, what)
+                self._calls.lose(outbox, what.seq)
             else:
                 self._rejected(outbox, what)
         if isinstance(frame, Welcome):
             self._subscriptions.pump(self._now())  # before data, which may be what somebody listens to
-        self._pump(outbox)
-        self._feel_pressure()
-        if self._waiters:
-            self._progress.set()
+        self._outboxes.pump(outbox)
+        self._outboxes.feel_pressure()
+        self._gate.made_progress()
 
-    def _on_other(self, outbox: _Outbox, frame: Answer | Items | ToListener) -> None:
+    def _on_other(self, outbox: Outbox, frame: Answer | Items | ToListener) -> None:
         """Take what does not belong to the outbox's session."""
         if isinstance(frame, Answer):
             self._answered(frame)
         elif frame.epoch != outbox.session.epoch:
             return  # a worker that is gone
-        elif not isinstance(frame, Items):
+        elif isinstance(frame, Items):
+            self._calls.streamed(outbox, frame)
+        else:
             self._subscriptions.receive(outbox.shard, frame, self._now())
-        elif (call := outbox.commands.get(frame.seq)) is not None and call.flow is not None:
-            call.flow.put(frame.first, frame.items)
 
-    def _replied(self, outbox: _Outbox, seq: int, status: str, body: bytes) -> None:
-        call = outbox.commands.pop(seq, None)
-        if call is None or call.reply.done():
-            return
-        try:
-            if status == REPLY_OK:
-                call.reply.set_result(call.decode(body))
-            elif status == REPLY_EXPIRED:
-                pass  # its caller is about to time out, by the same deadline
-            else:
-                call.reply.set_exception(CommandFailed(call.name, *_decode_failure(body)))
-        except Exception as error:  # what a reply type's own checks raise
-            told = f"its reply is not as declared: {error}"
-            call.reply.set_exception(CommandFailed(call.name, type(error).__name__, told))
-
-    def _lost(self, outbox: _Outbox, what: Lost) -> None:
-        call = outbox.commands.pop(what.seq, None)
-        if call is not None and not call.reply.done():
-            call.reply.set_exception(CommandLost(call.name))
-
-    def _rejected(self, outbox: _Outbox, what: Rejected) -> None:
+    def _rejected(self, outbox: Outbox, what: Rejected) -> None:
         if what.reason in ("stale-epoch", "stale-layout"):
             self._table_wanted = True
         elif what.reason == "malformed" and outbox.malformed < _MALFORMED_MAX:
@@ -1466,15 +741,18 @@ class Client:
 
     def end(self, error: BusRejected) -> None:
         """The bus has refused this client for good: everybody who waits hears of it, and so does every later call."""
-        self._fatal = error
-        for outbox in self._outboxes:
-            outbox.paused = True  # the next `publish` looks, and hears of it
+        self._gate.refuse(error)
+        self._outboxes.pause()
         self._subscriptions.end(error)
-        self._fail_commands(error)
-        self._fail_questions(error)
-        self._made_progress()
+        self._calls.fail(error)
+        self._questions.fail(error)
+        self._gate.made_progress()
 
     # -- inside: the supervisor
+
+    def _to_supervisor(self, frame: bytes) -> None:
+        if self._control is not None:
+            self._control.send(frame)
 
     def _on_control(self, data: bytes) -> None:
         self._heard()
@@ -1490,13 +768,8 @@ class Client:
     def _answered(self, frame: Answer) -> None:
         if frame.request == 0:
             self._adopt(_decode_table(frame.body))
-            return
-        future = self._asked.get(frame.request)
-        if future is not None and not future.done():
-            if frame.error:
-                future.set_exception(BusRejected(frame.error))
-            else:
-                future.set_result(frame.body)
+        else:
+            self._questions.answered(frame)
 
     def _adopt(self, table: Table) -> None:
         """Follow a routing table: greet workers that are new, leave those that are gone."""
@@ -1512,32 +785,24 @@ class Client:
                     )
                 )
                 return
-            for outbox in self._outboxes:
-                if outbox.channel is not None:
-                    outbox.channel.close()
-                for seq in list(outbox.commands):
-                    self._lost(outbox, Lost(seq))
-                self._dead_before += outbox.session.dead
-                self._waiting_before += outbox.session.waiting
+            self._calls.lose_all()
             self.publisher = os.urandom(16)  # sequences begin anew
-            self._outboxes = []
-            self._outbox_of.clear()
-            self._keyless = 0
-        moved = known is not None and not self._outboxes
+            self._outboxes.forget()
+        moved = known is not None and not len(self._outboxes)
         self._table = table
         self._table_wanted = False
+        self._outboxes.follow(table)
+        self._gate.open()
         for address in table.shards:
-            if address.shard == len(self._outboxes):
-                self._outboxes.append(_Outbox(address.shard, self._make_session(address.shard)))
             self._follow(self._outboxes[address.shard], address, table.layout)
         if moved:
             self._subscriptions.reroute()
-        self._made_progress()
+        self._gate.made_progress()
 
     def _make_session(self, _shard: int) -> PublisherSession:
         return PublisherSession(self.publisher, self._limits)
 
-    def _follow(self, outbox: _Outbox, address: ShardAddress, layout: int) -> None:
+    def _follow(self, outbox: Outbox, address: ShardAddress, layout: int) -> None:
         session = outbox.session
         if not address.epoch:
             session.close()
@@ -1545,25 +810,25 @@ class Client:
         if session.epoch == address.epoch:
             return
         for lost in session.open(address.epoch, layout):
-            self._lost(outbox, lost)
+            self._calls.lose(outbox, lost.seq)
         self._connect(outbox, address.address)
-        if not self._closing:
+        if not self._gate.is_closing:
             self._open_sessions.tell(
-                lambda key: self._table is not None and self._table.shard_of(key) == address.shard,
+                lambda key: self._outboxes.shard_of(key) == address.shard,
                 partial(self._publish_at_once, outbox),
             )
 
-    def _publish_at_once(self, outbox: _Outbox, event: Event) -> Callable[[], bool]:
+    def _publish_at_once(self, outbox: Outbox, event: Event) -> Callable[[], bool]:
         """Publish an event of this outbox, also into a full one; returns what says whether it is finished."""
         self.publish_packed((self.pack(event),))
-        return partial(outbox.session.is_finished, outbox.session.next_seq + len(outbox.batch) - 1)
+        return partial(outbox.session.is_finished, outbox.last_seq)
 
-    def _reopen(self, outbox: _Outbox) -> None:
+    def _reopen(self, outbox: Outbox) -> None:
         assert self._table is not None  # a worker has spoken
         outbox.session.greet_again()
         self._connect(outbox, self._table.shards[outbox.shard].address)
 
-    def _connect(self, outbox: _Outbox, address: str) -> None:
+    def _connect(self, outbox: Outbox, address: str) -> None:
         if outbox.channel is not None:
             outbox.channel.close()
             outbox.channel = None
@@ -1576,7 +841,7 @@ class Client:
                 log.warning("no connection to shard %d, which is tried again: %s", outbox.shard, error)
             return
         outbox.session.tick(self._now())
-        self._pump(outbox)
+        self._outboxes.pump(outbox)
 
     async def _tick_for_ever(self) -> None:
         while True:
@@ -1595,9 +860,9 @@ class Client:
             if outbox.channel is None and outbox.session.state is State.GREETING and self._table is not None:
                 self._connect(outbox, self._table.shards[outbox.shard].address)
             outbox.session.tick(now_ns)
-            self._pump(outbox)
+            self._outboxes.pump(outbox)
         self._subscriptions.pump(now_ns)
-        self._repeat_more(now_ns)
+        self._calls.repeat_more(now_ns)
         self._note_silence()
 
     def _heard(self) -> None:
@@ -1620,69 +885,6 @@ class Client:
                 self._silent_ticks * _TICK_S,
                 held,
             )
-
-
-def _cannot_encode(route: _Route, error: Exception) -> UsageError:
-    return UsageError(f"{route.name} cannot be encoded, so nothing was published: {error}")
-
-
-def _time_out(reply: asyncio.Future[Any]) -> None:
-    if not reply.done():
-        reply.set_exception(TimeoutError())
-        reply.exception()  # nobody may be left to see it
-
-
-def events_of(events: Any) -> list[Event]:
-    """What `publish_many` was given, as a list: not every sequence has slices. Raises `UsageError`: it is none."""
-    if isinstance(events, Sequence):
-        return list(events)
-    hint = "use publish" if isinstance(events, Event) else "write publish_many(list(…))"
-    raise UsageError(f"publish_many takes a list of events, and got one {type(events).__name__}; {hint}")
-
-
-def _uuid(key: tuple[bytes]) -> UUID:
-    return UUID(bytes=key[0])
-
-
-def _check_headers(headers: dict[str, str], limits: Limits) -> int:
-    """How many bytes they take."""
-    check_headers(headers, limits.own_headers_max)
-    total = 0
-    for name, value in headers.items():
-        try:
-            size = len(name.encode()) + len(value.encode())
-        except (AttributeError, UnicodeEncodeError):
-            size = _HEADER_BYTES_MAX + 1
-        if size > _HEADER_BYTES_MAX:
-            raise UsageError(f"the header {name!r}: names and values are text, together up to {_HEADER_BYTES_MAX:,} bytes")
-        total += size
-    return total
-
-
-def _picked(stamps: Sequence[int] | None, places: Sequence[int] | None) -> Sequence[int] | None:
-    return stamps if stamps is None or places is None else [stamps[at] for at in places]
-
-
-def _checked_ns(deadline_s: float) -> int:
-    check_seconds("deadline", deadline_s)
-    return int(deadline_s * _NS)
-
-
-def _check_stamp(stamp: int) -> None:
-    if type(stamp) is not int or not 0 <= stamp < 2**63:
-        raise UsageError(f"{stamp!r} is no stamp: ordinals and instants are whole numbers from 0 to 2⁶³ - 1")
-
-
-def _stamps(stamps: Sequence[int] | None) -> array[int] | None:
-    if stamps is None:
-        return None
-    try:
-        packed = array("q", stamps)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UsageError(f"stamps are whole numbers from 0 to 2⁶³ - 1: {error}") from None
-    if has_negative(packed):
-        _check_stamp(min(packed))
-    return packed
 
 
 @contextlib.asynccontextmanager

@@ -9,7 +9,8 @@ from contextlib import AbstractAsyncContextManager
 
 from shardbus.addresses import Address, default_address, parse_address
 from shardbus.arguments import check_seconds
-from shardbus.client import Client, ClientBlock, OnFull, check_full, open_client
+from shardbus.client import Client, ClientBlock, open_client
+from shardbus.outboxes import OnFull, check_full
 from shardbus.publishing import PublishMiddleware, client_class
 from shardbus.zmq_transport import ZmqConnector
 

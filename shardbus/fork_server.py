@@ -30,8 +30,8 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 _REQUEST_BYTES_MAX: Final = 65_536
 _PID_BYTES: Final = 4
 _UP: Final = bytes(_PID_BYTES)  # as a first answer: everything is imported; as a later one: the system refuses a fork
-_START_S_MAX: Final = 30.0
-_ANSWER_S_MAX: Final = 5.0
+_START_S_MAX: Final = 10.0
+_ANSWER_S_MAX: Final = 1.0  # the supervisor's event loop waits so long; it takes milliseconds
 _ADOPTION_LOOK_S: Final = 0.0005
 
 

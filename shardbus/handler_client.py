@@ -16,11 +16,12 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from shardbus.client import _TURN_SEALS, Client, Connector, _Outbox
+from shardbus.client import Client
 from shardbus.clock import NowNs, monotonic_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.errors import BusRejected, ClientClosed, OutboxFull, UsageError
 from shardbus.messages import Command, Event
+from shardbus.outboxes import Bound, Connector
 from shardbus.outgoing import Children, Origin
 from shardbus.wire.session import PublisherSession
 
@@ -37,26 +38,25 @@ class _ChildClient(Client):
 
     def put(self, event: Event, headers: dict[str, str], origin: Origin) -> None:
         """Publish at once, as a child. Raises as `Outgoing.publish`."""
-        packed = self.pack(event, headers)
-        key = packed[1]
-        outbox = self._outboxes[self._keyless] if key is None else self._outbox_of.get(key) or self._remember(key)
-        if self._is_full(outbox):
+        packed = self._packing.pack(event, headers)
+        outbox = self._outboxes.of(packed[1])
+        if self._outboxes.is_full(outbox):
             outbox.session.thin_out()
-        if self._is_full(outbox):
-            self._check_open()
-            raise OutboxFull(outbox.shard, outbox.session.held_events)
+            if self._outboxes.is_full(outbox):
+                self._gate.check()
+                raise OutboxFull(outbox.shard, outbox.session.held_events)
         self.publish_packed((packed,))
         children = origin.children
         if children is None:
             children = origin.children = Children()
         children.add(origin.runs)
         # Whether or not its batch was sealed, it is the last of this outbox.
-        self._born[outbox.shard][outbox.session.next_seq + len(outbox.batch) - 1] = (children, origin.runs)
+        self._born[outbox.shard][outbox.last_seq] = (children, origin.runs)
 
     @property
     def needs_turn(self) -> bool:
         """Whether the event loop is to have a turn before more is published."""
-        return self._seals >= _TURN_SEALS
+        return self._outboxes.needs_turn
 
     def has_room(self) -> bool:
         """See `Outgoing.has_room`."""
@@ -68,16 +68,6 @@ class _ChildClient(Client):
         """See `Client.end`. What was published cannot be finished any more, so the worker hears of it."""
         super().end(error)
         self._on_end(error)
-
-    def _is_full(self, outbox: _Outbox) -> bool:
-        session, limits = outbox.session, self._limits
-        return (
-            session.held_events > limits.children_events_max
-            or session.held_bytes > limits.children_bytes_max
-            or self._closing
-            or self._closed
-            or self._fatal is not None
-        )
 
     def _make_session(self, shard: int) -> PublisherSession:
         self._born[shard] = {}
@@ -122,6 +112,7 @@ class HandlerClient:
             limits=replace(limits, own_headers_max=limits.headers_max),  # the handler's own were counted without the bus's
             now=now,
             publisher=publisher,
+            bound=Bound(events_max=limits.children_events_max, bytes_max=limits.children_bytes_max),
             on_end=broken,
             ticks=ticks,
         )

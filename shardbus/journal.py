@@ -6,6 +6,7 @@ worker writes down what it is about to run, and its successor reads what a dead 
     the stretch that the leader runs synchronously now: publisher, first sequence, the one behind the last, since when
     when the worker lived for certain
     the messages whose handlers are suspended, and a batch that is not one stretch: publisher, sequence, how many, since when
+    the messages whose handlers have failed and that wait for their next attempt, in the same rows
     the suspects: what earlier deaths say against a message (`quarantine`), over all incarnations
 
 The lanes write the bounds of a stretch themselves, once a stride, so that it costs a few nanoseconds a message. Of several
@@ -31,7 +32,7 @@ _SUSPECTED: Final = 4
 _CONVICTED: Final = 5
 _DEATHS: Final = 6
 _RUNNING_AT: Final = 8
-_SUSPENDED_ROW: Final = 5  # words: publisher, since when, how many, sequence + 1 (0: free)
+_SUSPENDED_ROW: Final = 5  # words: publisher, since when, how many (0: one, which waits), sequence + 1 (0: free)
 _SEQ_AT: Final = 4
 _SUSPECT_ROW: Final = 10  # words: publisher, sequence, alone, free (2: explained), verdict, deaths (0: the row is vacant)
 _VERDICT_AT: Final = 5
@@ -61,6 +62,7 @@ class Journal:
         self._suspended = words[at : at + suspended * _SUSPENDED_ROW]
         at += suspended * _SUSPENDED_ROW
         self._suspects = words[at : at + suspects * _SUSPECT_ROW]
+        self._rows_max = suspended
         self._free = list(range(suspended - 1, -1, -1))
         self._rows: dict[Identity, int] = {}  # of suspects
         self._vacant: list[int] = []
@@ -108,8 +110,13 @@ class Journal:
         suspended[at + _SEQ_AT] = seq + 1
         return row
 
+    def wait(self, publisher: bytes, seq: int, now_ns: int) -> int:
+        """A handler of this message has failed, and it waits in memory for its next attempt; as `suspend`, but that half of
+        the rows are left for those."""
+        return self.suspend(publisher, seq, now_ns, 0) if 2 * len(self._free) > self._rows_max else -1
+
     def resume(self, row: int) -> None:
-        """Its handlers have ended."""
+        """Its handlers have ended, or it waits no more."""
         self._suspended[row * _SUSPENDED_ROW + _SEQ_AT] = 0
         self._free.append(row)
 
@@ -127,17 +134,21 @@ class Journal:
         low, high, first, end, began_ns, alive_ns, *_ = self.running.tolist()
         running = UnderWay(_publisher(low, high), first, end, began_ns) if first < end <= first + _STRETCH_MAX else None
         rows = self._suspended.tolist()
-        suspended = [
-            UnderWay(_publisher(rows[at], rows[at + 1]), seq, seq + min(rows[at + 3], _STRETCH_MAX), rows[at + 2])
-            for at in range(0, len(rows), _SUSPENDED_ROW)
-            if (seq := rows[at + _SEQ_AT] - 1) >= 0
-        ]
-        suspended.sort(key=lambda one: (one.began_ns, one.first))
+        suspended: list[UnderWay] = []
+        waiting: list[UnderWay] = []
+        for at in range(0, len(rows), _SUSPENDED_ROW):
+            if (seq := rows[at + _SEQ_AT] - 1) >= 0:
+                count = min(rows[at + 3], _STRETCH_MAX)
+                one = UnderWay(_publisher(rows[at], rows[at + 1]), seq, seq + max(1, count), rows[at + 2])
+                (suspended if count else waiting).append(one)
+        for found in (suspended, waiting):
+            found.sort(key=lambda one: (one.began_ns, one.first))
         return Scene(
             death=self._words[_DEATHS],
             alive_ns=alive_ns,
             running=running,
             suspended=suspended,
+            waiting=waiting,
             suspects=self._read_suspects(),
         )
 
@@ -216,7 +227,7 @@ class Journal:
     def names_somebody(self) -> bool:
         """Whether anything is under way, so that a death now says something."""
         scene = self.scene()
-        return scene.running is not None or bool(scene.suspended)
+        return scene.running is not None or bool(scene.suspended or scene.waiting)
 
 
 def _publisher(low: int, high: int) -> bytes:

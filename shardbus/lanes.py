@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -95,6 +96,7 @@ _PLACES_MAX: Final = 1024
 _OUR_FILES: Final = (__file__, batch_handlers.__file__, asyncio.timeouts.__file__, *OUR_FILES)
 _OVERDUE_NS: Final = 1_000_000_000  # so long after its deadline a command's handler is ended, whatever its caller said
 _LOAD_ROWS: Final = 64  # rows read back from the store at a time for one lane
+_FETCHES_MAX: Final = 1024  # lanes that are being read back or ready to run; others that are due wait in the store
 
 _STREAMS: Final = ("StreamingCommand", "{} streams its reply; use client.stream(…)")
 _STREAMS_NOT: Final = ("PlainCommand", "the handler of {} does not yield; use client.execute(…)")
@@ -191,18 +193,28 @@ class _Lane:
     A message without a key that has to wait has a lane of its own, which no other message joins.
     """
 
-    __slots__ = ("batch", "key", "more", "parked", "parking", "queue", "running", "stored", "timer")
+    __slots__ = ("batch", "is_counted", "key", "more", "parked", "parking", "queue", "running", "stored", "timer")
 
     def __init__(self, key: WireKey, running: Delivery | None) -> None:
         self.key = key
         self.running = running
         self.batch: Batch | None = None  # in which that one is, and `more` behind it
         self.more: list[Delivery] | None = None
-        self.queue: deque[Delivery | _Stored] = deque()
+        # A tuple while nothing of it is in memory: of lanes that wait in the store there may be very many, and a deque takes
+        # 700 bytes.
+        self.queue: deque[Delivery | _Stored] | tuple[_Stored, ...] = ()
         self.stored = False
         self.parked = False
         self.parking = False  # what parks it is not committed yet
         self.timer: asyncio.TimerHandle | None = None  # armed while the head is not due
+        self.is_counted = False  # among those that are asleep
+
+    def opened(self) -> deque[Delivery | _Stored]:
+        """Its queue, to change it."""
+        queue = self.queue
+        if isinstance(queue, tuple):
+            queue = self.queue = deque(queue)
+        return queue
 
     @property
     def asleep(self) -> bool:
@@ -255,10 +267,14 @@ class Lanes:
         self._ready: deque[_Lane] = deque()
         self._due = False  # the host may have scheduled events that are due
         self._due_next = False  # and it is their turn, before the batches'
+        self._wanted: deque[_Lane] = deque()  # to be read back from the store
+        self._fetched = 0  # those of them that the host was asked for
+        self._rows_fetched = 0  # up to so many will come
         self._leader: object | None = None
         self._leading: asyncio.Task[None] | None = None  # the leader's task, or the last one's
         self._armed = False
         self._closing = False
+        self._is_a_copy = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._stride = 1
         # What the leader runs outside the fast path, for whoever overtakes it.
@@ -267,6 +283,7 @@ class Lanes:
         self._lingers = True
         self._keyless: dict[object | None, Delivery] = {}  # of overtaken leaders whose message has no lane
         self._loose: set[_Lane] = set()  # lanes of messages without a key that wait
+        self._asleep = 0  # of all these lanes
         self._calls: dict[Identity, _Call] = {}  # of commands that run
         self._places: dict[tuple[Any, ...], tuple[str, str, list[CodeType]]] = {}
 
@@ -288,21 +305,31 @@ class Lanes:
     ) -> None:
         """Make a lane of `count` waiting events that the store has, behind position `after`, the first due at `due_ns`.
 
-        `last` is the position of the last one where it may not be written yet; `parked`: a dead letter parks it.
+        `last` is the position of the last one where it may not be written yet; `parked`: a dead letter parks it. A key that
+        was adopted as parked may be adopted once more, for what waits behind that.
         """
-        lane = _Lane(key, None)
-        if key is None:
-            self._loose.add(lane)
-        else:
-            self._busy[key] = lane
-        lane.stored = True
+        lane = None if key is None else self._busy.get(key)
+        if lane is None:
+            lane = _Lane(key, None)
+            if key is None:
+                self._loose.add(lane)
+            else:
+                self._busy[key] = lane
+            lane.stored = True
+            lane.parked = parked
+            self.parked_keys += parked
         if count:
-            lane.queue.append(_Stored(after, count, last, due_ns))
-        if parked:
-            lane.parked = True
-            self.parked_keys += 1
+            lane.queue = (_Stored(after, count, last, due_ns),)
+        if lane.parked:
+            self._count(lane)
         else:
             self._continue(lane)
+
+    def _count(self, lane: _Lane) -> None:
+        """Something may have woken a lane, or let it sleep."""
+        if lane.is_counted != lane.asleep:
+            self._asleep += -1 if lane.is_counted else 1
+            lane.is_counted = not lane.is_counted
 
     def parked(self, key: WireKey) -> None:
         """What parks a key is committed: its lane may go to the store. May be called again."""
@@ -326,7 +353,7 @@ class Lanes:
                 head.count += 1
                 head.due_ns = 0
             else:
-                lane.queue.appendleft(_Stored(position - 1, 1, position))
+                lane.opened().appendleft(_Stored(position - 1, 1, position))
         self._continue(lane)
 
     def can_rejoin(self, key: WireKey) -> bool:
@@ -353,8 +380,10 @@ class Lanes:
         if isinstance(end, _Stored):
             end.count += 1
             end.last = position
+        elif lane.queue:
+            lane.opened().append(_Stored(position - 1, 1, position))
         else:
-            lane.queue.append(_Stored(position - 1, 1, position))
+            lane.queue = (_Stored(position - 1, 1, position),)
 
     def cancel(self, session: WorkerSession, seq: int) -> None:
         """Nobody waits for a command any more: end its handler where it runs; where it has not begun, it never does."""
@@ -389,11 +418,16 @@ class Lanes:
             if 0 < call.deadline_ns < before:
                 call.cancel()
 
+    def disown(self) -> None:
+        """This process is a copy of the one that these lanes are of: when the handler that made it returns, it ends."""
+        self._is_a_copy = True
+        self._leader = None  # so that whoever leads looks, and nobody else has to
+
     def idle(self) -> bool:
         """Whether nothing runs, and nothing is queued but what the store has and will give back in its time."""
         if self._tasks or self._inbox or self._cursor or self._ready or self._due or self._gatherings:
             return False
-        return all(lane.asleep for lane in (*self._busy.values(), *self._loose))
+        return self._asleep == len(self._busy) + len(self._loose)
 
     @property
     def busy_keys(self) -> int:
@@ -435,6 +469,7 @@ class Lanes:
         self._closing = True
         self._inbox.clear()
         self._ready.clear()
+        self._wanted.clear()
         self.hurry()
         self._gatherings.clear()
         self._cursor = None
@@ -773,6 +808,8 @@ class Lanes:
 
     def _overtaken(self, token: object, key: WireKey) -> Delivery:
         """What the follower made of the message whose handler was running when this task was overtaken."""
+        if self._is_a_copy:
+            os._exit(0)
         if key is None:
             return self._keyless.pop(token)
         running = self._busy[key].running
@@ -807,9 +844,11 @@ class Lanes:
 
     async def _run_head(self, lane: _Lane, token: object) -> None:
         """Run the next message of a lane."""
-        head = lane.queue.popleft()
+        head = lane.opened().popleft()
         assert isinstance(head, Delivery)  # `_continue` makes no other lane ready
         self.queued -= 1
+        if self._wanted:
+            self._fetch()
         if self._quarantine.suspects and not self._may_run(lane, head):
             return
         await self._run_taken(lane, head, token)
@@ -818,11 +857,17 @@ class Lanes:
         lane.running = head
         if head.key is None:
             self._loose.discard(lane)
+        self._waits_no_more(head)
         began_ns = 0
         if self._quarantine.suspects:  # it matters for them only
             began_ns = self._journal.running[ALIVE] = self._now()
         self._journal.lead(head.publisher, head.seq, head.seq + 1, began_ns)
         await self._deliver(head, token)
+
+    def _waits_no_more(self, delivery: Delivery) -> None:
+        if delivery.journalled >= 0:
+            self._journal.resume(delivery.journalled)
+            delivery.journalled = -1
 
     async def _deliver(self, delivery: Delivery, token: object) -> None:
         """Run one message's handlers and settle it; afterwards the caller may have been overtaken."""
@@ -857,7 +902,7 @@ class Lanes:
             lane.running, lane.batch = delivery, batch
             while lane.queue and isinstance(head := lane.queue[0], Delivery) and self._joins(lane, head):
                 self.queued -= 1
-                lane.queue.popleft()
+                lane.opened().popleft()
         self._gatherings.joined(batch)
         if not batch.is_open:
             running = self._journal.running
@@ -1018,6 +1063,8 @@ class Lanes:
 
     def _settle_all(self, batch: Batch, outcomes: list[Outcome]) -> None:
         """Settle the events of a batch, each key's in order; what is held back goes to the head of its lane first."""
+        if self._is_a_copy:
+            os._exit(0)
         last: dict[WireKey, int] = {}
         held: dict[WireKey, list[Delivery]] = {}
         for at, (member, outcome) in enumerate(zip(batch.members, outcomes, strict=True)):
@@ -1036,7 +1083,7 @@ class Lanes:
                 lane = self._busy[key]
                 lane.batch = lane.more = None
                 behind = held.get(key, [])
-                lane.queue.extendleft(reversed(behind))
+                lane.opened().extendleft(reversed(behind))
                 self.queued += len(behind)
         for at, (member, outcome) in enumerate(zip(batch.members, outcomes, strict=True)):
             if isinstance(outcome, HeldBack):
@@ -1078,11 +1125,19 @@ class Lanes:
         self._absorb(error)
         return "timeout" if isinstance(error, _HandlerTimeout) else "failed"
 
-    def failed(self, delivery: Delivery, handler: Registered, error: BaseException, reason: str) -> Failure | Later:
-        """A batch handler has failed with this event."""
+    def failed(
+        self, delivery: Delivery, handler: Registered, error: BaseException, reason: str, *, with_others: bool = False
+    ) -> Failure | Later:
+        """A batch handler has failed with this event. With others beside it, what is not retried may be another's error, so
+        it is called alone; unless it is never to be called again."""
         round_ = _Round(delivery)
         round_.ran = True
-        self._handler_failed(round_, handler, error, reason)
+        failures = round_.failures_before(handler)
+        retry = handler.retry
+        if with_others and retry.attempts > 1 and isinstance(retry.decide(failures + 1, error, 0.0), GiveUp):
+            round_.again(handler, failures, 0.0)
+        else:
+            self._handler_failed(round_, handler, error, reason)
         outcome = self._outcome(delivery, round_)
         assert outcome is not None  # it gave up, or is to be called again
         return outcome
@@ -1127,17 +1182,17 @@ class Lanes:
                 return False
             case Hold(delay_s=delay_s):
                 head.due_ns = self._now() + int(delay_s * 1e9)
-                lane.queue.appendleft(head)
+                lane.opened().appendleft(head)
                 self.queued += 1
                 self._continue(lane)
                 return False
             case Crowded(deaths=deaths):
-                lane.queue.appendleft(head)
+                lane.opened().appendleft(head)
                 self.queued += 1
                 self._crowded.setdefault(deaths, deque()).append(lane)
                 return False
             case Run(alone_s=alone_s) if alone_s:
-                lane.queue.appendleft(head)
+                lane.opened().appendleft(head)
                 self.queued += 1
                 self._solo = lane
                 self._soloist = (head.identity, alone_s)
@@ -1168,7 +1223,7 @@ class Lanes:
         assert lane is not None
         assert self._soloist is not None
         self._keep_silent(self._soloist[1])
-        head = lane.queue.popleft()
+        head = lane.opened().popleft()
         assert isinstance(head, Delivery)  # a lane that waits keeps its beginning in memory
         self.queued -= 1
         await self._run_taken(lane, head, token)
@@ -1395,10 +1450,10 @@ class Lanes:
 
         For good: write the evidence, then finish it, then let its lane go on.
         """
+        if self._is_a_copy:
+            os._exit(0)
         delivery.runs = ""
-        if delivery.journalled >= 0:
-            self._journal.resume(delivery.journalled)
-            delivery.journalled = -1
+        self._waits_no_more(delivery)
         if self._quarantine.suspects and not (isinstance(outcome, Failure) and outcome.reason == CRASHED):
             if isinstance(outcome, Later):
                 self._quarantine.pause(delivery.identity)
@@ -1454,6 +1509,7 @@ class Lanes:
             self.queued -= len(commands)
             for command in commands:
                 self._refuse(command)
+        self._count(lane)
 
     def _refuse(self, command: Delivery) -> None:
         """A command to a parked key fails at once: it might wait for days, and must not overtake what waits there."""
@@ -1471,10 +1527,12 @@ class Lanes:
             if not self._closing:
                 loop = asyncio.get_running_loop()
                 lane.timer = loop.call_later(self._limits.lane_wait_s_max, self._lay_down, lane, context=self._clean)
+            self._count(lane)
             return
         lane.stored = True
         if lane.queue:
             self._unload(lane, 0)
+        self._count(lane)
 
     def _postpone(self, delivery: Delivery, later: Later) -> None:
         """Put a message back at the head of its lane, until its time. A long wait is the store's."""
@@ -1491,7 +1549,7 @@ class Lanes:
             else:
                 self._busy[delivery.key] = lane
         lane.running = None
-        lane.queue.appendleft(delivery)
+        lane.opened().appendleft(delivery)
         self.queued += 1
         if delivery.position:
             self._host.amend(delivery)
@@ -1501,6 +1559,9 @@ class Lanes:
             self._spill(lane)
         if later.delay_s > self._limits.lane_wait_s_max and lane.stored and delivery.key is not None:
             self._unload(lane, delivery.due_ns)
+        if later.ran and lane.queue and lane.queue[0] is delivery:
+            # What the call left behind may yet end the worker, and then nothing else would name it.
+            delivery.journalled = self._journal.wait(delivery.publisher, delivery.seq, self._now())
         self._continue(lane)
 
     def _unload(self, lane: _Lane, due_ns: int) -> None:
@@ -1518,14 +1579,17 @@ class Lanes:
             count = sum(1 if isinstance(one, Delivery) else one.count for one in rest)
             last = max(one.position if isinstance(one, Delivery) else one.last for one in rest)
             after = min(one.position - 1 if isinstance(one, Delivery) else one.after for one in rest)
-            for _ in rest:
-                lane.queue.pop()
             self.queued -= len(loaded)
-            lane.queue.append(_Stored(after, count, last))
+            for one in loaded:
+                self._waits_no_more(one)
+            stretch = _Stored(after, count, last)
+            lane.queue = deque([*islice(lane.queue, first), stretch]) if first else (stretch,)
 
     def _continue(self, lane: _Lane) -> None:
         """Nothing of this lane runs: make its head ready, wait for its time, fetch it from the store, or end the lane."""
         lane.timer = None
+        if lane.is_counted:
+            self._count(lane)
         if not lane.queue:
             if lane.key is None:
                 self._loose.discard(lane)
@@ -1538,17 +1602,33 @@ class Lanes:
             if not self._closing:
                 loop = asyncio.get_running_loop()
                 lane.timer = loop.call_later(wait_ns / 1e9, self._continue, lane, context=self._clean)
+                self._count(lane)
         elif isinstance(head, _Stored):
-            limit = self._rows_in_memory(self.queued)
-            self._host.load(lane.key, head.after, head.last, limit, lambda rows: self._loaded(lane, rows))
+            self._wanted.append(lane)
+            self._fetch()
         else:
             self._ready.append(lane)
             if not self._armed and not self._closing:
                 self._armed = True
                 asyncio.get_running_loop().call_soon(self._turn, context=self._clean)
 
-    def _loaded(self, lane: _Lane, rows: list[Delivery]) -> None:
-        """Rows of the lane's first stored stretch came back."""
+    def _fetch(self) -> None:
+        """Have lanes read back that are due: as many as run soon, and many at a time, because they share a read then."""
+        if self._fetched + len(self._ready) > _FETCHES_MAX // 2:
+            return
+        for _ in range(min(len(self._wanted), _FETCHES_MAX // 2)):
+            lane = self._wanted.popleft()
+            head = lane.queue[0]
+            assert isinstance(head, _Stored)  # nothing of it can run
+            limit = min(head.count, self._rows_in_memory(self.queued + self._rows_fetched))
+            self._fetched += 1
+            self._rows_fetched += limit
+            self._host.load(lane.key, head.after, head.last, limit, partial(self._loaded, lane, limit))
+
+    def _loaded(self, lane: _Lane, limit: int, rows: list[Delivery]) -> None:
+        """Rows of the lane's first stored stretch came back, of `limit` that were asked for."""
+        self._fetched -= 1
+        self._rows_fetched -= limit
         head = lane.queue[0]
         assert isinstance(head, _Stored)
         rows = rows[: head.count]
@@ -1557,15 +1637,16 @@ class Lanes:
             head.count -= len(rows)
         else:
             head.count = 0  # somebody else removed them
+        queue = lane.opened()
         if not head.count:
-            lane.queue.popleft()
+            queue.popleft()
         self.queued += len(rows)
         if lane.key is None:
             # They have no order: each waits for its own time.
             for row in rows:
                 loose = _Lane(None, None)
                 loose.stored = True
-                loose.queue.append(row)
+                loose.opened().append(row)
                 self._loose.add(loose)
                 self._continue(loose)
             if self.queued > self._limits.queued_events_max:
@@ -1573,11 +1654,18 @@ class Lanes:
                     self._limits.lane_wait_s_max * 1e9
                 )  # the rest when some of them have run
         else:
-            lane.queue.extendleft(reversed(rows))
+            queue.extendleft(reversed(rows))
         self._continue(lane)
+        if self._wanted:
+            self._fetch()
 
     def _append(self, lane: _Lane, delivery: Delivery) -> None:
         """Queue a message behind a busy key: in memory, or in the store where its lane has gone there."""
+        self._put_behind(lane, delivery)
+        if lane.parked or lane.timer is not None:
+            self._count(lane)
+
+    def _put_behind(self, lane: _Lane, delivery: Delivery) -> None:
         if lane.parked and not delivery.is_event:
             self._refuse(delivery)
             return
@@ -1607,7 +1695,7 @@ class Lanes:
             self._spill(lane)
 
     def _queue(self, lane: _Lane, delivery: Delivery) -> None:
-        lane.queue.append(delivery)
+        lane.opened().append(delivery)
         self.queued += 1
 
     def _spill(self, lane: _Lane) -> bool:
@@ -1626,6 +1714,7 @@ class Lanes:
         lane.stored = True
         self._host.keep(events)
         self._unload_from(lane, self._rows_in_memory(self.queued - len(lane.queue)))
+        self._count(lane)
         return True
 
     def _rows_in_memory(self, others: int) -> int:

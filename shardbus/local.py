@@ -16,13 +16,14 @@ from typing import Any, Final
 
 import msgspec
 
-from shardbus.client import Channel, Client, OnFull, open_client
+from shardbus.client import Client, open_client
 from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.errors import BusRejected, ConfigError, RemoteProtocolError
 from shardbus.handler_client import HandlerClient
 from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Book, Evidence, Recorder, book_bytes
+from shardbus.outboxes import Channel, OnFull
 from shardbus.outgoing import worker_publisher
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.routing import ShardAddress, Table, even_slots

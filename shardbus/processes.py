@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import resource
 import select
 import signal
 import socket
@@ -27,6 +28,7 @@ from shardbus.fork_server import Forked, ForkServer
 
 _PR_SET_PDEATHSIG: Final = 1
 _REPORT_BYTES_MAX: Final = 65_536
+_DESCRIPTORS_MAX: Final = 65_536
 _POLL_S: Final = 0.05  # where there is no pidfd
 
 EXIT_BROKEN: Final = 70  # EX_SOFTWARE: a worker met a defect of its own
@@ -60,6 +62,16 @@ class _Frames:
 
 def _framed(message: bytes) -> bytes:
     return len(message).to_bytes(4, "big") + message
+
+
+def use_all_descriptors() -> None:
+    """Let this process, and those that it starts, have as many descriptors as the system lets it: each client takes one of
+    the supervisor and one of every worker, and libzmq ends a process that has none left for the next connection."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS_MAX)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class Child:

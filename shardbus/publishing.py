@@ -10,9 +10,10 @@ from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from shardbus.client import Client, events_of
+from shardbus.client import Client
 from shardbus.errors import UsageError
 from shardbus.messages import Command, Event, Message, key_getter
+from shardbus.packing import events_of
 from shardbus.scheduled_events import Scheduled
 from shardbus.signatures import is_coroutine_function, positional_count, shown
 from shardbus.streams import Stream

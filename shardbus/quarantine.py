@@ -98,7 +98,8 @@ class UnderWay(msgspec.Struct, frozen=True):
 
 
 class Scene(msgspec.Struct, frozen=True, kw_only=True):
-    """What a journal shows: the stretch that ran synchronously, handlers that were suspended, and earlier suspects.
+    """What a journal shows: the stretch that ran synchronously, handlers that were suspended, messages that had failed and
+    waited for their next attempt, and earlier suspects.
 
     `death` is the number of the death that left it so; at `alive_ns` the worker lived for certain (0: unknown).
     """
@@ -107,6 +108,7 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True):
     alive_ns: int = 0
     running: UnderWay | None
     suspended: list[UnderWay]
+    waiting: list[UnderWay] = []
     suspects: dict[Identity, Suspect]
 
 
@@ -175,6 +177,13 @@ def _accused(scene: Scene, ended: Ended) -> list[Identity]:
         died_ns = min(ended.at_ns, scene.alive_ns + _PULSE_NS) if scene.alive_ns else ended.at_ns
         since_ns = died_ns - _JUST_BEGUN_NS
         under_way = [one for one in under_way if not one.began_ns or one.began_ns >= since_ns]
+    if ended.how == "crashed" and not any(
+        identity in scene.suspects and not scene.suspects[identity].verdict
+        for one in under_way
+        for identity in one.identities
+    ):
+        # Nobody under way is known for it: it may be the work of one that had failed, and left a thread or damage behind.
+        under_way = under_way + scene.waiting
     return list(dict.fromkeys(identity for one in under_way for identity in one.identities))
 
 

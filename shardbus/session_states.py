@@ -8,7 +8,6 @@ handler publishes, so it takes its place in the key's lane, and everybody who fo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import logging
 from collections import deque
@@ -261,8 +260,11 @@ class SessionStates:
         """Let go of all states, as a killed worker does."""
         await self._stop()
         for state in self._states.values():
-            with contextlib.suppress(Exception):
+            try:
                 await state.drop()
+            except BaseException as error:  # the application's
+                if _is_cancelled(error):
+                    raise
         self._states.clear()
 
     async def _stop(self) -> None:
@@ -276,12 +278,9 @@ class SessionStates:
             key = next(iter(self._states))
             try:
                 await self._end(key)
-            except asyncio.CancelledError as error:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
+            except BaseException as error:  # the application's; SystemExit, too, must not end all others
+                if _is_cancelled(error):
                     raise
-                self.failed(key, error)
-            except Exception as error:  # the application's
                 self.failed(key, error)
 
     @staticmethod
@@ -290,3 +289,9 @@ class SessionStates:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+
+def _is_cancelled(error: BaseException) -> bool:
+    """Whether it is this task's own cancellation, and nothing that the application has raised."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and (task is None or bool(task.cancelling()))

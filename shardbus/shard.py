@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -25,6 +26,7 @@ from shardbus.errors import RemoteProtocolError
 from shardbus.feeds import Feeds
 from shardbus.inbound import UNKNOWN, Delivery, Inbound
 from shardbus.journal import Journal
+from shardbus.lane_reads import LaneRead
 from shardbus.lanes import CRASHED, Lanes
 from shardbus.messages import WireKey, wire_name
 from shardbus.metrics import Recorder
@@ -42,12 +44,14 @@ from shardbus.store import (
     DeadLetter,
     Envelope,
     Failure,
+    LaneHead,
     ScheduledEvent,
     Store,
     StoreCounts,
     StoredDeadLetter,
     StoreError,
     WaitingEvent,
+    WaitingLane,
 )
 from shardbus.store_writer import StoreWriter
 from shardbus.wire.codec import Extra
@@ -83,6 +87,7 @@ _TOLD_MAX: Final = 1024
 _ASKED_MAX: Final = 256
 _ANSWERS_MAX: Final = 64  # of up to a megabyte
 _ASKED_S: Final = 20.0  # somebody who wants an answer asks again sooner
+_PAGE_LANES: Final = 1024  # that are adopted between two turns of the event loop
 _PAGE_ROWS_MAX: Final = 256  # dead letters a question and answer
 _PAGE_BYTES_MAX: Final = 1024 * 1024  # of their bodies, so that a page of large ones neither blocks nor bloats a worker
 
@@ -153,8 +158,10 @@ class Shard:
         self._store = store
         self._schedule = Schedule(store, self._writer, limits, wall, self.lanes.due)
         self._position = 0
-        self._adopted_position = 0  # rows up to here were written by a predecessor, and may have run
+        self._takeovers: tuple[int, ...] | None = None  # up to which positions predecessors left rows, which may have run
         self._adopts = False
+        self._last_parked = 0  # how far the lanes of what a predecessor left have come
+        self._last_lane: WaitingLane | None = None
         self._publishers: dict[bytes, _Publisher] = {}  # live, by publisher
         self._peers: dict[bytes, _Publisher] = {}
         self._greeting: dict[bytes, tuple[bytes, Hello]] = {}  # by publisher, while the store is asked about it
@@ -189,21 +196,35 @@ class Shard:
             self._judge()
         await self._writer.open()
         counts = self._writer.counts
-        self._adopts = counts.dead + counts.waiting > 0
-        self._position = self._adopted_position = counts.position_max
-        lanes = await self._store.waiting_lanes() if counts.waiting else []
-        parked = set(await self._store.parked_keys()) if counts.parked else set()
+        self._adopts = counts.dead + counts.waiting + counts.removed > 0
+        if self._takeovers is None:
+            self._takeovers = await self._store.take_over() if counts.dead + counts.waiting else ()
+        # New rows come behind all that were ever taken over, also where the last of those have gone.
+        self._position = max(counts.position_max, *self._takeovers, 0)
+        if counts.parked:
+            await self._adopt_parked()
+        if counts.waiting > counts.scheduled:
+            await self._adopt_waiting()
         if counts.scheduled:
             await self._schedule.start()
         self._writer.start()
-        for lane in lanes:
-            # Those without a key have no order, so none waits for the first.
-            due_ns = 0 if lane.key is None else self._by_our_clock(lane.due_ns)
-            self.lanes.adopt(lane.key, lane.count, due_ns, parked=lane.key in parked)
-            parked.discard(lane.key)
-        for key in parked:
-            self.lanes.adopt(key, 0, parked=True)
         self._schedule.tick()
+
+    async def _adopt_parked(self) -> None:
+        """Make lanes of parked keys, page by page, so that the event loop turns; goes on where it failed."""
+        while page := await self._store.parked_keys(self._last_parked, _PAGE_LANES):
+            for parked in page:
+                self.lanes.adopt(parked.key, 0, parked=True)
+            self._last_parked = page[-1].position
+
+    async def _adopt_waiting(self) -> None:
+        """Likewise of keys whose events wait; those that are parked have a lane already."""
+        while page := await self._store.waiting_lanes(self._last_lane, _PAGE_LANES):
+            for lane in page:
+                # Those without a key have no order, so none waits for the first.
+                due_ns = 0 if lane.key is None else self._by_our_clock(lane.due_ns)
+                self.lanes.adopt(lane.key, lane.count, due_ns)
+            self._last_lane = page[-1]
 
     def _judge(self) -> None:
         """Conclude what the predecessor's death says, and begin the journal anew."""
@@ -255,10 +276,11 @@ class Shard:
         """Stop at once. What is unfinished stays with its publishers and in the store; what sessions have open is ended,
         unless this is to be as if it were killed."""
         self._schedule.close()
+        at_rest = self._draining and self._is_at_rest(late=False)
         await self.lanes.close()
         self._flush_replies()
         await (self.states.abort() if killed else self.states.close(self._limits.session_ends_s))
-        await self._writer.close()
+        await self._writer.close(at_rest=at_rest)
         self.recorder.flush()
         if self._ack_timer is not None:
             self._ack_timer.cancel()
@@ -585,7 +607,7 @@ class Shard:
             self._position += not letter.position
             event = WaitingEvent(
                 position=letter.position or self._position,
-                envelope=replace(letter.envelope, attempt=letter.envelope.attempt + 1),
+                envelope=self._attempted(letter.envelope, letter.envelope.attempt + 1, letter.position),
                 todo=dict.fromkeys(letter.handlers, 0),
             )
             self._quarantine.clear((letter.envelope.publisher, letter.envelope.seq))
@@ -850,12 +872,21 @@ class Shard:
                 delivery.children.then = partial(self.amend, delivery)
         return WaitingEvent(
             position=delivery.position,
-            envelope=_envelope(delivery),
+            envelope=self._attempted(_envelope(delivery), delivery.attempt, delivery.position),
             todo=todo,
             gave_up=delivery.gave_up,
             due_ns=due_ns - self._now() + self._wall() if due_ns else 0,  # a successor has its own clock
             deadline_ns=deadline_ns - self._now() + self._wall() if deadline_ns else 0,
         )
+
+    def _inherited(self, position: int) -> int:
+        """How often a waiting row was taken over, and so may have been delivered once more."""
+        return len(self._takeovers) - bisect_left(self._takeovers, position) if self._takeovers and position else 0
+
+    def _attempted(self, envelope: Envelope, attempt: int, position: int) -> Envelope:
+        """An event that is to wait at a position, as the store has it: without what is added when that is read."""
+        attempt -= self._inherited(position)
+        return envelope if attempt == envelope.attempt else replace(envelope, attempt=attempt)
 
     def _by_our_clock(self, at_ns: int) -> int:
         return at_ns - self._wall() + self._now() if at_ns else 0
@@ -881,7 +912,7 @@ class Shard:
         if taken is None:
             return None
         found, is_repeat = taken
-        delivery = self._from_envelope(found.event.envelope, is_repeat=is_repeat)
+        delivery = self._from_envelope(found.event.envelope, int(is_repeat))
         delivery.scheduled = found.row
         return delivery
 
@@ -1004,14 +1035,13 @@ class Shard:
     def load(self, key: WireKey, after: int, upto: int, limit: int, then: Callable[[list[Delivery]], None]) -> None:
         """Read waiting events of a key back into memory, those behind `after`, once the one at `upto` is written."""
 
-        async def read() -> None:
-            rows = await self._store.load_waiting(key, after, limit)
+        def found(rows: list[WaitingEvent]) -> None:
             then([self._from_store(row) for row in rows])
 
-        self._writer.add_read(read, upto)
+        self._writer.add_lane_read(LaneRead(LaneHead(key, after, limit), upto, found))
 
     def _from_store(self, row: WaitingEvent) -> Delivery:
-        delivery = self._from_envelope(row.envelope, is_repeat=row.position <= self._adopted_position)
+        delivery = self._from_envelope(row.envelope, self._inherited(row.position))
         delivery.position = row.position
         delivery.deadline_ns = self._by_our_clock(row.deadline_ns)
         delivery.due_ns = self._by_our_clock(row.due_ns)
@@ -1019,7 +1049,8 @@ class Shard:
         delivery.gave_up = row.gave_up
         return delivery
 
-    def _from_envelope(self, envelope: Envelope, *, is_repeat: bool) -> Delivery:
+    def _from_envelope(self, envelope: Envelope, inherited: int) -> Delivery:
+        """A message of a store; it may have run in so many predecessors since its attempts were written."""
         return Delivery(
             None,
             envelope.publisher,
@@ -1030,7 +1061,7 @@ class Shard:
             envelope.body,
             envelope.ordinal,
             envelope.intended_ns,
-            envelope.attempt + is_repeat,
+            envelope.attempt + inherited,
             Extra(0, envelope.headers, 0, False) if envelope.headers else None,
         )
 

@@ -13,7 +13,7 @@ import asyncio
 import os
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import wraps
 from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
@@ -33,6 +33,7 @@ from sqlalchemy import (
     UniqueConstraint,
     bindparam,
     case,
+    delete,
     func,
     insert,
     inspect,
@@ -50,11 +51,15 @@ from shardbus.messages import WireKey
 from shardbus.store import (
     ANY_SIZE,
     MEMORY_URL,
+    REMOVED_MAX,
     ROW_OVERHEAD_BYTES,
+    TAKEOVERS_MAX,
     DeadFilter,
     DeadLetter,
     Envelope,
     Failure,
+    LaneHead,
+    ParkedKey,
     ScheduledEvent,
     ScheduleState,
     StoreCounts,
@@ -64,22 +69,27 @@ from shardbus.store import (
     WaitingEvent,
     WaitingLane,
     fitting,
+    fitting_lanes,
     row_bytes,
+    traceback_bytes,
 )
 
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 7
 """Raise it with every change of the tables below; a store of another version is refused unless it is empty."""
 
-_GROWS_FROM: Final = ("5",)  # what this version has beyond these is a table, which is made where it is missing
+_GROWS_FROM: Final = ("5", "6")  # what this version has beyond these are tables and an index, made where they are missing
 
 _ROWS_MAX: Final = 512  # rows of one statement: 19 columns of them stay far below SQLite's 32,766 parameters
 _PLACES_MAX: Final = 1024  # places whose traceback is known to be stored; when full, it starts over
+_DROP_ROWS: Final = 256  # dropped at once: with their tracebacks they may free more room than their own size
 _BUSY_TIMEOUT_S: Final = 0.3  # how long SQLite waits for another's lock before it says `database is locked`
 _OPEN_TIMEOUT_S: Final = 2.0  # the same while it is opened: a predecessor that was cancelled lets go a little later
 
 # EXCLUSIVE comes before WAL: only then does SQLite keep the index of the log in its own memory. On a RAM-backed place
 # that is full, a mapped index would kill the process (SIGBUS). It also keeps a second worker out of the same file.
 _SQLITE_PRAGMAS: Final = ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=NORMAL")
+
+_NO_POSITION: Final = 2**63
 
 _PLACEHOLDERS: Final = {"qmark": "?", "numeric_dollar": "${}"}
 
@@ -121,6 +131,7 @@ _dead: Final = Table(
     Column("position", BigInteger, nullable=False),  # above 0: its key is parked, and this is its place in the lane
     Column("id", _RowNumber, primary_key=True),  # given by the database: the order in which they died
     UniqueConstraint("publisher", "seq"),
+    Index("dead_letters_by_place", "place"),  # a traceback goes with the last dead letter of its place
     Index("dead_letters_parked", "position", sqlite_where=text("position > 0"), postgresql_where=text("position > 0")),
     sqlite_autoincrement=True,  # a number is never given twice: what was asked about one row must not hit another
 )
@@ -152,6 +163,16 @@ _tracebacks: Final = Table(
     _metadata,
     Column("place", Text, primary_key=True),
     Column("traceback", Text, nullable=False),
+)
+
+_removed: Final = Table(
+    "removed",
+    _metadata,
+    Column("publisher", LargeBinary, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("was_dead", Integer, nullable=False),
+    Column("id", _RowNumber, primary_key=True),  # the order in which they were removed: the first are forgotten first
+    Index("removed_by_publisher", "publisher", "seq"),
 )
 
 _meta: Final = Table(
@@ -192,6 +213,10 @@ _measure_waiting: Final = select(
     func.coalesce(func.max(_waiting.c.position), 0),
 )
 _measure_scheduled: Final = select(func.count(), func.coalesce(func.sum(func.length(_scheduled.c.body)), 0))
+_select_lowest: Final = (
+    select(func.min(_waiting.c.position)),
+    select(func.min(_dead.c.position)).where(text("position > 0")),  # as the index has it
+)
 # Above (due time, row), in two parts: where both are compared, SQLite searches the index by the first only, and so reads
 # what is due at one instant from its beginning, again and again. The sum keeps a planner off that index, where rows count.
 _DUE_WITH: Final = "FROM scheduled WHERE due_ns = {} AND id > {} ORDER BY id LIMIT {}"
@@ -205,6 +230,12 @@ _change_waiting: Final = (
 )
 # Sums over some rows; joined from literals, so nothing of them comes from outside.
 _SUM_WAITING: Final = "SELECT count(*), coalesce(sum(length(body)), 0) FROM waiting"
+_ROWS_WAITING: Final = f"SELECT {', '.join(_waiting.columns.keys())} FROM waiting"  # noqa: S608 - likewise
+# The first events of a lane, each with its size; `{row}` is the number of the lane among those that are asked for.
+_HEAD: Final = (
+    "SELECT {row} AS lane, position, size FROM (SELECT position, length(body) AS size FROM waiting "
+    "WHERE key = {0} AND position > {1} ORDER BY position LIMIT {2}) AS head_{row}"
+)
 _SUM_SCHEDULED: Final = "SELECT count(*), coalesce(sum(length(body)), 0) FROM scheduled"
 _SUM_DEAD: Final = (
     "SELECT count(*), coalesce(sum(length(body)), 0), count(nullif(position, 0)), "
@@ -212,14 +243,22 @@ _SUM_DEAD: Final = (
 )
 _heads: Final = (
     select(_waiting.c.key, func.count().label("count"), func.min(_waiting.c.position).label("first"))
+    .where(_waiting.c.key > bindparam("after_key"))
     .group_by(_waiting.c.key)
+    .order_by(_waiting.c.key)
+    .limit(bindparam("lanes"))
     .subquery()
 )
 _select_lanes: Final = (
     select(_heads.c.key, _heads.c.count, _waiting.c.due_ns)
     .join(_waiting, _waiting.c.position == _heads.c.first)
-    .order_by(_heads.c.first)
+    .order_by(_heads.c.key)
 )
+
+_SUM_TRACEBACKS: Final = "SELECT count(*), coalesce(sum(length(traceback)), 0) FROM tracebacks"
+_NO_LETTER: Final = "NOT EXISTS (SELECT 1 FROM dead_letters WHERE dead_letters.place = tracebacks.place)"
+_ROWS_ORPHANS: Final = f"SELECT place, length(traceback) FROM tracebacks WHERE {_NO_LETTER}"  # noqa: S608 - likewise
+_DELETE_ORPHANS: Final = f"DELETE FROM tracebacks WHERE {_NO_LETTER}"  # noqa: S608 - likewise
 
 _pack: Final = msgspec.msgpack.Encoder().encode
 _unpack_headers: Final = msgspec.msgpack.Decoder(dict[str, str]).decode
@@ -298,10 +337,19 @@ class SqlStore:
         self._due_with = _Pages(placeholder, _DUE_WITH)
         self._due_later = _Pages(placeholder, _DUE_LATER)
         self._due_above = _Pages(placeholder, _DUE_ABOVE)
+        self._sum_tracebacks = _Statement(placeholder, f"{_SUM_TRACEBACKS} WHERE place IN (", 1, ")")
+        self._select_orphans = _Statement(placeholder, f"{_ROWS_ORPHANS} AND place IN (", 1, ")")
+        self._delete_tracebacks = _Statement(placeholder, "DELETE FROM tracebacks WHERE place IN (", 1, ")")
+        self._select_places = _Statement(placeholder, "SELECT DISTINCT place FROM dead_letters WHERE id IN (", 1, ")")
         self._insert_scheduled = _insert(placeholder, _scheduled, _SCHEDULED_COLUMNS, "")
+        note = "INSERT INTO removed (publisher, seq, was_dead) SELECT publisher, seq,"
+        self._note_purged = _Statement(placeholder, f"{note} 1 FROM dead_letters WHERE id IN (", 1, ") ORDER BY id")
+        self._note_cancelled = _Statement(placeholder, f"{note} 0 FROM scheduled WHERE id IN (", 1, ")")
         self._delete_scheduled = _Statement(placeholder, "DELETE FROM scheduled WHERE id IN (", 1, ")")
         self._sum_scheduled = _Statement(placeholder, f"{_SUM_SCHEDULED} WHERE id IN (", 1, ")")
         self._delete_waiting = _Statement(placeholder, "DELETE FROM waiting WHERE position IN (", 1, ")")
+        self._find_heads = _Union(placeholder, _HEAD, 3)
+        self._select_waiting = _Statement(placeholder, f"{_ROWS_WAITING} WHERE position IN (", 1, ")")
         self._delete_dead = _Statement(placeholder, "DELETE FROM dead_letters WHERE id IN (", 1, ")")
         self._sum_waiting = _Statement(placeholder, f"{_SUM_WAITING} WHERE position IN (", 1, ")")
         self._sum_dead = _Statement(placeholder, f"{_SUM_DEAD} WHERE id IN (", 1, ")")
@@ -342,6 +390,9 @@ class SqlStore:
                 await connection.exec_driver_sql("BEGIN IMMEDIATE")
             await self._check_version(connection)
             await connection.run_sync(_metadata.create_all)
+            for index in _dead.indexes:
+                await connection.run_sync(index.create, checkfirst=True)
+            await connection.exec_driver_sql(_DELETE_ORPHANS)
             await self._set_meta(connection, "schema_version", str(SCHEMA_VERSION))
             counts = await self._measure(connection)
             if self._shards is not None:
@@ -390,7 +441,11 @@ class SqlStore:
         waiting_rows = [_waiting_row(event) for event in waiting]
         places = self._new_places(dead)
         async with self._transaction() as connection:
+            new_places = [(place,) for place in places]
+            known = await self._sum_tracebacks.totals(connection, new_places, 2)
             await self._insert_tracebacks.run(connection, list(places.items()))
+            stored = await self._sum_tracebacks.totals(connection, new_places, 2)
+            new_tracebacks = ROW_OVERHEAD_BYTES * (stored[0] - known[0]) + stored[1] - known[1]
             added = await self._insert_dead.run(connection, dead_rows)
             if added < len(dead_rows):
                 await connection.execute(
@@ -422,15 +477,19 @@ class SqlStore:
             begun_rows, begun_bytes = await self._remove_scheduled(connection, begun)
             if begun_until_ns:
                 await self._set_meta(connection, "begun_until_ns", str(begun_until_ns))
-            recounted = await self._measure(connection) if added < len(dead_rows) else None
+            recounted = None
+            if added < len(dead_rows):  # some may have died elsewhere before
+                await connection.exec_driver_sql(_DELETE_ORPHANS)
+                recounted = await self._measure(connection)
         # Only now is it committed, and true.
         if len(self._known_places) + len(places) > _PLACES_MAX:
             self._known_places.clear()
         self._known_places.update(places)
         if recounted is not None:
+            self._known_places.clear()
             self._counts = recounted
             return
-        counts = revived.taken_from(self._counts)
+        counts = self._without(revived)
         dead_bytes = sum(row_bytes(letter.envelope) for letter in dead)
         parked_bytes = sum(row_bytes(letter.envelope) for letter in dead if letter.position)
         waiting_bytes = sum(row_bytes(event.envelope) for rows in (waiting, scheduled) for event in rows)
@@ -444,48 +503,90 @@ class SqlStore:
             parked=counts.parked + sum(letter.position > 0 for letter in dead),
             position_max=max(counts.position_max, *positions, 0),
             redriven=counts.redriven + revived.rows,
-            bytes=counts.bytes + dead_bytes + waiting_bytes - removed_bytes,
-            droppable_bytes=counts.droppable_bytes + dead_bytes - parked_bytes,
+            bytes=counts.bytes + dead_bytes + new_tracebacks + waiting_bytes - removed_bytes,
+            droppable_bytes=counts.droppable_bytes + dead_bytes + new_tracebacks - parked_bytes,
         )
 
     @_to_its_end
-    async def waiting_lanes(self) -> list[WaitingLane]:
-        """The keys that have waiting events, by their lowest position.
+    async def take_over(self) -> tuple[int, ...]:
+        """See `Store.take_over`. One row is written, however many there are.
+
+        Raises:
+            StoreError: nothing was noted.
+        """
+        async with self._transaction() as connection:
+            found = await connection.scalar(select(_meta.c.value).where(_meta.c.name == "takeovers")) or ""
+            before = [int(position) for position in found.split()]
+            if not await self._counter(connection, "at_rest"):
+                before.append(self._counts.position_max)
+            lowest = [await connection.scalar(statement) for statement in _select_lowest]
+            least = min((position for position in lowest if position is not None), default=_NO_POSITION)
+            takeovers = tuple(sorted(position for position in before if position >= least))[-TAKEOVERS_MAX:]
+            await self._set_meta(connection, "takeovers", " ".join(map(str, takeovers)))
+            await self._set_meta(connection, "at_rest", "0")
+        return takeovers
+
+    @_to_its_end
+    async def rest(self) -> None:
+        """See `Store.rest`.
+
+        Raises:
+            StoreError: nothing was noted.
+        """
+        async with self._transaction() as connection:
+            await self._set_meta(connection, "at_rest", "1")
+
+    @_to_its_end
+    async def waiting_lanes(self, after: WaitingLane | None, limit: int) -> list[WaitingLane]:
+        """See `Store.waiting_lanes`. They come by their keys as they are packed, as the index has them.
 
         Raises:
             StoreError: the database could not say.
         """
+        values = {"after_key": b"" if after is None else _pack(after.key), "lanes": limit}
         async with self._transaction() as connection:
-            rows = (await connection.execute(_select_lanes)).all()
+            rows = (await connection.execute(_select_lanes, values)).all()
         return [WaitingLane(key=_unpack_key(key), count=count, due_ns=due_ns) for key, count, due_ns in rows]
 
     @_to_its_end
-    async def parked_keys(self) -> list[WireKey]:
-        """The keys that a dead letter parks.
+    async def parked_keys(self, after: int, limit: int) -> list[ParkedKey]:
+        """See `Store.parked_keys`.
 
         Raises:
             StoreError: the database could not say.
         """
+        position = _dead.c.position
+        # The first condition is the index's own: without it, that is not used.
+        statement = select(_dead.c.key, position).where(text("position > 0"), position > after).order_by(position)
         async with self._transaction() as connection:
-            keys = (await connection.scalars(select(_dead.c.key).where(_dead.c.position > 0))).all()
-        return [_unpack_key(key) for key in keys]
+            rows = (await connection.execute(statement.limit(limit))).all()
+        return [ParkedKey(_unpack_key(key), at) for key, at in rows]
 
     @_to_its_end
-    async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
-        """Up to `limit` waiting events of a key with a position above `after`, in order.
+    async def load_waiting(self, lanes: Sequence[LaneHead], bytes_max: int = ANY_SIZE) -> list[list[WaitingEvent]]:
+        """See `Store.load_waiting`.
+
+        Two statements for many lanes: where their first events lie and how large those are, and then what fits of them.
 
         Raises:
             StoreError: the database could not say.
         """
-        statement = (
-            select(_waiting)
-            .where(_waiting.c.key == _pack(key), _waiting.c.position > after)
-            .order_by(_waiting.c.position)
-            .limit(limit)
-        )
+        asked = [(_pack(lane.key), lane.after, lane.limit) for lane in lanes]
         async with self._transaction() as connection:
-            rows = (await connection.execute(statement)).all()
-        return [_to_waiting(row) for row in rows]
+            sizes: list[list[tuple[int, int]]] = [[] for _ in lanes]
+            for first, found in await self._find_heads.rows(connection, asked):
+                for lane, position, size in found:
+                    sizes[first + lane].append((position, size))
+            for lane_sizes in sizes:
+                lane_sizes.sort()
+            taken = fitting_lanes(sizes, lambda one: one[1], bytes_max)
+            positions = [(position,) for lane_sizes in taken for position, _ in lane_sizes]
+            rows = {
+                row.position: row
+                for _, found in await self._select_waiting.rows(connection, positions)
+                for row in map(_to_waiting, found)
+            }
+        return [[rows[position] for position, _ in lane_sizes] for lane_sizes in taken]
 
     @_to_its_end
     async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
@@ -496,16 +597,20 @@ class SqlStore:
         """
         async with self._transaction() as connection:
             dead, waiting, scheduled = [
-                list(
+                set(
                     await connection.scalars(
-                        select(table.c.seq)
-                        .where(table.c.publisher == publisher, table.c.seq >= first)
-                        .order_by(table.c.seq)
+                        select(table.c.seq).where(table.c.publisher == publisher, table.c.seq >= first)
                     )
                 )
                 for table in (_dead, _waiting, _scheduled)
             ]
-        return dead, sorted(waiting + scheduled) if scheduled else waiting
+            waiting |= scheduled
+            if self._counts.removed:
+                asked = select(_removed.c.seq, _removed.c.was_dead)
+                asked = asked.where(_removed.c.publisher == publisher, _removed.c.seq >= first)
+                for seq, was_dead in (await connection.execute(asked)).all():
+                    (dead if was_dead else waiting).add(seq)
+        return sorted(dead), sorted(waiting)
 
     @_to_its_end
     async def due(
@@ -575,10 +680,15 @@ class SqlStore:
                 select(_scheduled.c.id).where(_scheduled.c.publisher == publisher, _scheduled.c.seq == seq)
             )
             found = list(asked)
+            known = await self._note_removed(connection, self._note_cancelled, found)
             rows, size = await self._remove_scheduled(connection, found)
         counts = self._counts
         self._counts = replace(
-            counts, waiting=counts.waiting - rows, scheduled=counts.scheduled - rows, bytes=counts.bytes - size
+            counts,
+            waiting=counts.waiting - rows,
+            scheduled=counts.scheduled - rows,
+            removed=known,
+            bytes=counts.bytes - size,
         )
         return found
 
@@ -622,9 +732,10 @@ class SqlStore:
             StoreError: nothing was removed.
         """
         async with self._transaction() as connection:
+            known = await self._note_removed(connection, self._note_purged, rows)
             removed = await self._remove_dead(connection, rows, "purged")
-        counts = removed.taken_from(self._counts)
-        self._counts = replace(counts, purged=counts.purged + removed.rows)
+        counts = self._without(removed)
+        self._counts = replace(counts, purged=counts.purged + removed.rows, removed=known)
         return removed.rows
 
     @_to_its_end
@@ -635,29 +746,59 @@ class SqlStore:
             StoreError: nothing was removed.
         """
         async with self._transaction() as connection:
-            oldest: list[int] = []
-            while len(oldest) < rows or size > 0:
-                statement = _select_oldest.where(_dead.c.id > (oldest[-1] if oldest else 0)).limit(_ROWS_MAX + len(keep))
-                found = (await connection.execute(statement)).all()
+            removed, last, limit = _NOTHING, 0, _DROP_ROWS + len(keep)
+            while removed.rows < rows or removed.bytes < size:
+                found = (await connection.execute(_select_oldest.where(_dead.c.id > last).limit(limit))).all()
+                oldest: list[int] = []
+                freed = removed.bytes
                 for row, body_bytes in found:
-                    if row not in keep and (len(oldest) < rows or size > 0):
+                    last = row
+                    if row not in keep and (removed.rows + len(oldest) < rows or freed < size):
                         oldest.append(row)
-                        size -= body_bytes + ROW_OVERHEAD_BYTES
-                if len(found) < _ROWS_MAX + len(keep):
+                        freed += body_bytes + ROW_OVERHEAD_BYTES
+                removed = removed.plus(await self._remove_dead(connection, oldest, "dropped"))
+                if len(found) < limit:
                     break
-            removed = await self._remove_dead(connection, oldest, "dropped")
-        counts = removed.taken_from(self._counts)
+        counts = self._without(removed)
         self._counts = replace(counts, dropped=counts.dropped + removed.rows)
         return removed.rows
 
     async def _remove_dead(self, connection: AsyncConnection, rows: Sequence[int], counter: str) -> _Removed:
-        """Remove dead letters and count them as `counter`."""
+        """Remove dead letters, and the tracebacks that were theirs alone, and count them as `counter`."""
         removed = [(row,) for row in rows]
         count, bodies, parked, parked_bodies = await self._sum_dead.totals(connection, removed, 4)
+        places = {place for _, found in await self._select_places.rows(connection, removed) for (place,) in found}
         await self._delete_dead.run(connection, removed)
+        orphans = {
+            place: length
+            for _, found in await self._select_orphans.rows(connection, [(place,) for place in sorted(places)])
+            for place, length in found
+        }
+        await self._delete_tracebacks.run(connection, [(place,) for place in orphans])
         await self._set_meta(connection, counter, str(await self._counter(connection, counter) + count))
-        size = bodies + ROW_OVERHEAD_BYTES * count
-        return _Removed(count, parked, size, size - parked_bodies - ROW_OVERHEAD_BYTES * parked)
+        size = bodies + ROW_OVERHEAD_BYTES * count + sum(map(traceback_bytes, orphans.values()))
+        droppable = size - parked_bodies - ROW_OVERHEAD_BYTES * parked
+        return _Removed(count, parked, size, droppable, frozenset(orphans))
+
+    async def _note_removed(self, connection: AsyncConnection, note: _Statement, rows: Sequence[int]) -> int:
+        """Keep the identities of what is about to be removed; return of how many they are kept."""
+        known = self._counts.removed + await note.run(connection, [(row,) for row in rows])
+        if known > REMOVED_MAX:
+            last = await connection.scalar(select(func.max(_removed.c.id)))
+            await connection.execute(delete(_removed).where(_removed.c.id <= (last or 0) - REMOVED_MAX))
+        return min(known, REMOVED_MAX)
+
+    def _without(self, removed: _Removed) -> StoreCounts:
+        """The counts without what was removed, once that is committed."""
+        self._known_places -= removed.places
+        counts = self._counts
+        return replace(
+            counts,
+            dead=counts.dead - removed.rows,
+            parked=counts.parked - removed.parked,
+            bytes=counts.bytes - removed.bytes,
+            droppable_bytes=counts.droppable_bytes - removed.droppable_bytes,
+        )
 
     async def _remove_scheduled(self, connection: AsyncConnection, rows: Sequence[int]) -> tuple[int, int]:
         """Remove scheduled events; how many there were, and the bytes that they counted for."""
@@ -673,15 +814,18 @@ class SqlStore:
         scheduled, scheduled_bodies = (await connection.execute(_measure_scheduled)).one()
         waiting += scheduled
         waiting_bodies += scheduled_bodies
-        droppable_bytes = bodies - parked_bodies + ROW_OVERHEAD_BYTES * (dead - parked)
+        places, characters = tuple((await connection.exec_driver_sql(_SUM_TRACEBACKS)).one())
+        tracebacks = characters + ROW_OVERHEAD_BYTES * places
+        droppable_bytes = bodies - parked_bodies + ROW_OVERHEAD_BYTES * (dead - parked) + tracebacks
         counters = {name: await self._counter(connection, name) for name in ("redriven", "purged", "dropped")}
         return StoreCounts(
             dead=dead,
             waiting=waiting,
             scheduled=scheduled,
             parked=parked,
+            removed=await connection.scalar(select(func.count()).select_from(_removed)) or 0,
             position_max=max(position_max, parked_at),
-            bytes=bodies + waiting_bodies + ROW_OVERHEAD_BYTES * (dead + waiting),
+            bytes=bodies + waiting_bodies + ROW_OVERHEAD_BYTES * (dead + waiting) + tracebacks,
             droppable_bytes=droppable_bytes,
             **counters,
         )
@@ -707,7 +851,15 @@ class SqlStore:
                 await self._disconnect()
             raise StoreError(f"the store {self._name}: {_reason(error)}") from error
 
+    def _make_private(self) -> None:
+        """Let a new file be its owner's alone: it holds what events hold. SQLite gives its log the mode of the file."""
+        url = self._engine.url
+        if self._sqlite and url.database not in (None, "", ":memory:") and not url.query.get("uri"):
+            with suppress(OSError):  # it is there, or cannot be: then SQLite says why
+                os.close(os.open(str(url.database), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
     async def _connect(self) -> AsyncConnection:
+        self._make_private()
         connection = await self._engine.connect()
         try:
             if self._sqlite:
@@ -811,18 +963,19 @@ class _Removed(NamedTuple):
     parked: int
     bytes: int
     droppable_bytes: int
+    places: frozenset[str]  # whose tracebacks went with them
 
-    def taken_from(self, counts: StoreCounts) -> StoreCounts:
-        return replace(
-            counts,
-            dead=counts.dead - self.rows,
-            parked=counts.parked - self.parked,
-            bytes=counts.bytes - self.bytes,
-            droppable_bytes=counts.droppable_bytes - self.droppable_bytes,
+    def plus(self, other: _Removed) -> _Removed:
+        return _Removed(
+            self.rows + other.rows,
+            self.parked + other.parked,
+            self.bytes + other.bytes,
+            self.droppable_bytes + other.droppable_bytes,
+            self.places | other.places,
         )
 
 
-_NOTHING: Final = _Removed(0, 0, 0, 0)
+_NOTHING: Final = _Removed(0, 0, 0, 0, frozenset())
 
 
 class _Statement:
@@ -852,15 +1005,38 @@ class _Statement:
             totals = [total + number for total, number in zip(totals, found, strict=True)]
         return totals
 
+    async def rows(
+        self, connection: AsyncConnection, rows: Sequence[tuple[Any, ...]]
+    ) -> list[tuple[int, Sequence[Any]]]:
+        """Run it, a SELECT, over all rows; returns what each statement found, and which row was its first."""
+        found = []
+        for start, count in _stretches(len(rows)):
+            values = tuple([value for row in rows[start : start + count] for value in row])
+            found.append((start, (await connection.exec_driver_sql(self._text(count), values)).all()))
+        return found
+
     def _text(self, count: int) -> str:
         text = self._texts.get(count)
         if text is None:
-            groups = (
-                ", ".join(self._placeholder.format(row * self._width + at + 1) for at in range(self._width))
-                for row in range(count)
-            )
-            text = self._texts[count] = f"{self._head}({'), ('.join(groups)}){self._tail}"
+            text = self._texts[count] = self._compose([self._places(row) for row in range(count)])
         return text
+
+    def _places(self, row: int) -> list[str]:
+        return [self._placeholder.format(row * self._width + at + 1) for at in range(self._width)]
+
+    def _compose(self, places: list[list[str]]) -> str:
+        groups = (", ".join(of_row) for of_row in places)
+        return f"{self._head}({'), ('.join(groups)}){self._tail}"
+
+
+class _Union(_Statement):
+    """A SELECT for each row, as one."""
+
+    def __init__(self, placeholder: str, each: str, width: int) -> None:
+        super().__init__(placeholder, each, width, "")
+
+    def _compose(self, places: list[list[str]]) -> str:
+        return " UNION ALL ".join(self._head.format(*of_row, row=row) for row, of_row in enumerate(places))
 
 
 def _insert(placeholder: str, table: Table, columns: tuple[str, ...], tail: str) -> _Statement:

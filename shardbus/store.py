@@ -5,8 +5,8 @@ Rows are dead letters and waiting events. They belong to their slot, not to thei
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
@@ -14,6 +14,8 @@ from shardbus.messages import WireKey
 
 DEAD_REASONS: Final = ("failed", "timeout", "circuit-open", "undecodable", "unknown-type", "crashed", "expired")
 """Why an event is dead: `Failure.reason` is one of these."""
+
+_T = TypeVar("_T")
 
 ROW_OVERHEAD_BYTES: Final = 512
 """What a row is taken to need beside its event's body: key, headers, error, indices."""
@@ -26,7 +28,10 @@ MEMORY_URL: Final = f"{FILE_URL}:memory:"
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """An event as a store keeps it: whose it is, what it is, and how often it may have run."""
+    """An event as a store keeps it: whose it is, what it is, and how often it may have run.
+
+    Of a waiting event, `attempt` leaves out how often it was taken over: see `Store.take_over`.
+    """
 
     publisher: bytes
     seq: int
@@ -43,6 +48,11 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 def row_bytes(envelope: Envelope) -> int:
     """What a row of this event counts for in a store's bytes."""
     return len(envelope.body) + ROW_OVERHEAD_BYTES
+
+
+def traceback_bytes(characters: int) -> int:
+    """What a traceback of this length counts for, which all dead letters of its place share."""
+    return characters + ROW_OVERHEAD_BYTES
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -151,19 +161,36 @@ class WaitingLane(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     due_ns: int = 0
 
 
+class ParkedKey(msgspec.Struct, frozen=True, gc=False):
+    """A key, and the position of the dead letter that parks it."""
+
+    key: WireKey
+    position: int
+
+
+class LaneHead(msgspec.Struct, frozen=True, gc=False):
+    """What is asked of a lane: up to `limit` waiting events of a key, of positions above `after`."""
+
+    key: WireKey
+    after: int
+    limit: int
+
+
 class StoreCounts(msgspec.Struct, frozen=True, kw_only=True):
     """What a store holds, and what became of dead letters that it holds no more.
 
     Every event that ever died here is among `dead`, `redriven`, `purged` or `dropped`. `parked` of the `dead` park their
-    key. `scheduled` of the `waiting` are not due yet, and in no lane. `position_max` is over waiting events that are in one,
-    and those that park. `bytes` are those of all rows, by `row_bytes`; `droppable_bytes` those of dead letters that park
-    nothing.
+    key. `scheduled` of the `waiting` are not due yet, and in no lane. `removed` events were purged or cancelled, and are
+    still known to `outcomes`. `position_max` is over waiting events that are in a lane, and those that park. `bytes` are
+    those of all rows, by `row_bytes`, and of tracebacks, once for each place, by `traceback_bytes`; `droppable_bytes` those
+    of dead letters that park nothing, and of all tracebacks.
     """
 
     dead: int
     waiting: int
     position_max: int
     parked: int = 0
+    removed: int = 0
     redriven: int = 0
     purged: int = 0
     dropped: int = 0
@@ -171,6 +198,12 @@ class StoreCounts(msgspec.Struct, frozen=True, kw_only=True):
     droppable_bytes: int = 0
     scheduled: int = 0
 
+
+REMOVED_MAX: Final = 65_536
+"""How many events a store knows that were purged or cancelled, the last ones: as many as a publisher's outbox holds."""
+
+TAKEOVERS_MAX: Final = 256
+"""How often it is counted that a row was taken over; then the first time is forgotten for each new one."""
 
 NOTHING_STORED: Final = StoreCounts(dead=0, waiting=0, position_max=0)
 
@@ -214,6 +247,28 @@ def fitting(sizes: Iterable[int], bytes_max: int) -> int:
     return count
 
 
+def fitting_lanes(lanes: Iterable[list[_T]], size_of: Callable[[_T], int], bytes_max: int) -> list[list[_T]]:
+    """As much of these lanes, in turn, as has up to `bytes_max` bytes together; at least the first of the first.
+
+    The first lane of which nothing fits ends it.
+    """
+    answered: list[list[_T]] = []
+    total = 0
+    for rows in lanes:
+        count = 0
+        for row in rows:
+            total += size_of(row)
+            if total > bytes_max and (answered or count):
+                break
+            count += 1
+        if rows and not count:
+            break
+        answered.append(rows[:count])
+        if count < len(rows):
+            break
+    return answered
+
+
 class Store(Protocol):
     """Keeps a shard's dead letters, waiting and scheduled events. Every call has one caller: the shard's writer task.
 
@@ -252,17 +307,35 @@ class Store(Protocol):
         additions come first and removals last.
         """
 
-    async def waiting_lanes(self) -> list[WaitingLane]:
-        """The keys that have waiting events, by their lowest position."""
+    async def take_over(self) -> tuple[int, ...]:
+        """Note that a successor takes over what waits here, unless its predecessor came to rest; return up to which position
+        rows were there each time that this happened, ascending, as far as such rows are left.
 
-    async def parked_keys(self) -> list[WireKey]:
-        """The keys that a dead letter parks."""
+        So a row was taken over as often as there are numbers that are not below its position.
+        """
 
-    async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
-        """Up to `limit` waiting events of a key with a position above `after`, in order."""
+    async def rest(self) -> None:
+        """Note that nothing of what waits here is under way: it will not have been taken over from a worker that died."""
+
+    async def waiting_lanes(self, after: WaitingLane | None, limit: int) -> list[WaitingLane]:
+        """Up to `limit` keys that have waiting events, behind that of `after` (None: from the first), in its own order."""
+
+    async def parked_keys(self, after: int, limit: int) -> list[ParkedKey]:
+        """Up to `limit` keys that a dead letter parks whose position is above `after`, by that position."""
+
+    async def load_waiting(self, lanes: Sequence[LaneHead], bytes_max: int = ANY_SIZE) -> list[list[WaitingEvent]]:
+        """What is asked of each of these lanes, in the order of positions; a key may be among them several times.
+
+        The bodies have up to `bytes_max` bytes together, but for the first, which is always among them: the last lane that
+        is answered may have fewer events than it has room for, and those behind it are missing in the answer. One that is
+        answered has its first event, or none.
+        """
 
     async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
         """The sequences from `first` on that this publisher has among the dead, and among the waiting and scheduled, sorted.
+
+        Those of the last `REMOVED_MAX` events that were purged or cancelled are among them, as what they were: their
+        publisher may not have heard of that, and what people have removed is not to come back when it greets.
         """
 
     async def due(

@@ -10,11 +10,13 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from itertools import islice, takewhile
 from typing import Final, NamedTuple
 
 from shardbus.clock import NowNs
 from shardbus.config import Limits
+from shardbus.lane_reads import LaneRead, LaneReads
 from shardbus.store import DeadLetter, ScheduledEvent, Store, StoreCounts, StoreError, WaitingEvent, row_bytes
 
 log = logging.getLogger("shardbus.store")
@@ -23,6 +25,7 @@ _RETRY_S: Final = 0.25  # how long a failing store is left alone
 _TELL_NS: Final = 60_000_000_000  # between two lines that dead letters are dropped
 _LEAVING_MAX: Final = 1024  # rows of scheduled events in a transaction: they take no value but their number
 _READS_MAX: Final = 64  # between two transactions, so that writes and their acks go on
+_LANES_BYTES_MAX: Final = 4 * 1024 * 1024  # of the bodies that are read back for some lanes at once
 
 
 class Burial(NamedTuple):
@@ -62,19 +65,13 @@ class Scheduling(NamedTuple):
     then: Callable[[], None]
 
 
-class Read(NamedTuple):
-    """Something to ask of the store, once the waiting rows up to a position are in."""
-
-    upto: int
-    ask: Callable[[], Awaitable[None]]
-
-
 class StoreWriter:
     """The one task that touches the store: a transaction of some rows, then the reads that can be answered, and again.
 
     Its queue is bounded by the credit of the publishers whose events it holds. While the store fails or is full it tries
     again, and nothing that was not written is acked. Room comes from removals, so those are written first, and reads
-    never wait for room: what they bring back is what makes it. `before` is called before each transaction.
+    never wait for room, nor for a write that fails: what they bring back is what makes it. What is asked comes before
+    lanes that are read back, of which there may be many. `before` is called before each transaction.
     """
 
     def __init__(
@@ -112,7 +109,9 @@ class StoreWriter:
         self._mark: Mark | None = None
         self._changed: dict[int, WaitingEvent] = {}  # by position: the last change is the one that counts
         self._done: deque[int] = deque()
-        self._reads: deque[Read] = deque()
+        self._reads: deque[Callable[[], Awaitable[None]]] = deque()
+        self._lane_reads = LaneReads()
+        self._reading_lanes = False
         self._wanted = asyncio.Event()
         self._writing = False
         self._task: asyncio.Task[None] | None = None
@@ -132,16 +131,26 @@ class StoreWriter:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._broken(error)  # a defect; without its writer a shard acks nothing more
 
-    async def close(self) -> None:
-        """Stop at once, and close the store. What was not committed was told to nobody."""
+    async def close(self, *, at_rest: bool = False) -> None:
+        """Stop at once, and close the store. What was not committed was told to nobody.
+
+        `at_rest`: nothing of what waits in it is under way.
+        """
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+            if at_rest:
+                with suppress(StoreError):  # then a successor counts a death too many
+                    await self._store.rest()
         await self._store.close()
 
     def idle(self) -> bool:
         """Whether there is nothing to write or read, and nothing under way."""
-        return not (self._writes_left() or self._leaving or self._reads or self._wanted.is_set() or self._writing)
+        busy = self._wanted.is_set() or self._writing
+        return not (self._writes_left() or self._leaving or self._reads_left() or busy)
+
+    def _reads_left(self) -> bool:
+        return bool(self._reads or self._lane_reads or self._reading_lanes)
 
     def _writes_left(self) -> bool:
         return bool(
@@ -259,31 +268,51 @@ class StoreWriter:
         self._mark = Mark(until_ns, then)
         self._wanted.set()
 
-    def add_read(self, ask: Callable[[], Awaitable[None]], upto: int = 0) -> None:
-        """Ask the store between two transactions, once the waiting rows up to a position are in."""
-        self._reads.append(Read(upto, ask))
+    def add_read(self, ask: Callable[[], Awaitable[None]]) -> None:
+        """Ask the store between two transactions, also while writes fail."""
+        self._reads.append(ask)
+        self._wanted.set()
+
+    def add_lane_read(self, read: LaneRead) -> None:
+        """Read waiting events of a lane, together with those of others."""
+        self._lane_reads.add(read)
         self._wanted.set()
 
     async def _run(self) -> None:
         while True:
             await self._wanted.wait()
             self._wanted.clear()
+            error = ""
             try:
-                moved = await self._write()
-                moved = await self._read() or moved
-            except StoreError as error:
-                self._fails(str(error))
-                await asyncio.sleep(_RETRY_S)
+                if not await self._write() and self._writes_left():
+                    error = f"it is full ({self.counts.dead + self.counts.waiting:,} rows, {self.counts.bytes:,} bytes)"
+            except StoreError as failed:
+                error = str(failed)
+            try:
+                await self._read()
+            except StoreError as failed:
+                error = error or str(failed)
+            if error:
+                self._fails(error)
+                await self._pause()
+            elif not self._writes_left():
+                self._works()
+            if error or self._writes_left() or self._reads_left():
                 self._wanted.set()
-                continue
-            if not moved and self._writes_left():
-                self._fails(f"it is full ({self.counts.dead + self.counts.waiting:,} rows, {self.counts.bytes:,} bytes)")
-                await asyncio.sleep(_RETRY_S)
-            elif self.failing:
-                log.warning("the store writes again")
-                self.failing = ""
-            if self._writes_left() or self._reads:
-                self._wanted.set()
+
+    async def _pause(self) -> None:
+        """Leave a store that fails alone for a while, but for what can be read of it."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _RETRY_S
+        with suppress(StoreError):
+            while loop.time() < end and await self._read():
+                pass
+        await asyncio.sleep(max(0.0, end - loop.time()))
+
+    def _works(self) -> None:
+        if self.failing:
+            log.warning("the store writes again")
+        self.failing = ""
 
     def _fails(self, why: str) -> None:
         if not self.failing:
@@ -368,6 +397,9 @@ class StoreWriter:
             self._done.extend(position for position in written_now if position in self._dropped)
             self._dropped.difference_update(written_now)
         self.counts = self._store.counts()
+        found_room = new or scheduled or any(not keeping.had_row for keeping in kept)
+        if found_room or not (self._dead or self._waiting or self._scheduled):
+            self._works()
         for burial in dead:
             burial.then()
         for keeping in waiting:
@@ -488,15 +520,28 @@ class StoreWriter:
                 return found
         return found or None
 
+    @staticmethod
+    async def _ask(reads: deque[Callable[[], Awaitable[None]]]) -> bool:
+        count = min(len(reads), _READS_MAX)
+        for _ in range(count):
+            await reads[0]()
+            reads.popleft()
+        return count > 0
+
     async def _read(self) -> bool:
-        """Answer some of the reads that were asked for by now and whose rows are in; whether there was one."""
-        answered = False
-        for _ in range(min(len(self._reads), _READS_MAX)):
-            read = self._reads[0]
-            if read.upto <= self._committed:
-                await read.ask()
-                answered = True
-            else:
-                self._reads.append(read)
-            self._reads.popleft()
-        return answered
+        """Answer some of what was asked by now, and read some lanes whose rows are in; whether there was anything."""
+        asked = await self._ask(self._reads)
+        lanes = self._lane_reads.take(self._committed)
+        if not lanes:
+            return asked
+        answered = 0
+        self._reading_lanes = True
+        try:
+            found = await self._store.load_waiting([read.head for read in lanes], _LANES_BYTES_MAX)
+            answered = len(found)
+        finally:
+            self._reading_lanes = False
+            self._lane_reads.give_back(lanes[answered:])
+        for read, rows in zip(lanes, found, strict=False):
+            read.then(rows)
+        return True

@@ -18,6 +18,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -61,6 +62,7 @@ log = logging.getLogger("shardbus.worker")
 BEAT_S: Final = 1.0
 STALL_S: Final = 1.0  # an event loop that stands still for longer is reported
 _STORE_RETRY_S: Final = 0.5
+_TASKS_S: Final = 1.0  # for tasks that are left when all is done
 _ENDS_LEAST_S: Final = 0.5  # for the ends of sessions, also where draining took all its time; the supervisor waits a second
 # Young objects of a batch die young; a collection every 700 allocations costs a tenth of the throughput.
 _GC_THRESHOLDS: Final = (50_000, 20, 20)
@@ -95,7 +97,10 @@ async def run_worker(boot: Boot, descriptor: int, make_outgoing: MakeOutgoing) -
             except (Exception, asyncio.CancelledError, KeyboardInterrupt) as error:  # the user's own
                 log.error("the application cannot start: %s", "".join(traceback.format_exception(error)).rstrip())
                 raise BootError(f"its lifespan raised {type(error).__name__}: {error}") from error
-            return await _serve(spec, registry, info, pipe, stop, end, make_outgoing(spec, _broken))
+            code = await _serve(spec, registry, info, pipe, stop, end, make_outgoing(spec, _broken))
+        # A task that a handler has left behind may not let itself be cancelled, and nothing is to be waited for any more.
+        asyncio.get_running_loop().call_later(_TASKS_S, os._exit, code)
+        return code
     except (BootError, ConfigError, StoreError) as error:
         pipe.send(encode_report(BootFailed(str(error))))
     finally:
@@ -144,6 +149,7 @@ async def _serve(
         outgoing=outgoing,
         states=registry.session_states(info),
     )
+    os.register_at_fork(after_in_child=partial(_in_a_copy, shard, asyncio.get_running_loop()))
     watchdog = Watchdog(
         STALL_S,
         shard.lanes.current,
@@ -184,6 +190,13 @@ async def _serve(
         listener.close()
         evidence.close()
         journal.close()
+
+
+def _in_a_copy(shard: Shard, loop: asyncio.AbstractEventLoop) -> None:
+    """This process is a copy of the worker that a handler has made. Where it goes on as the handler, as another program or
+    not at all, that is its own affair; where it comes back from the handler, it ends, and handles nothing."""
+    shard.lanes.disown()
+    loop.call_soon(os._exit, 0)
 
 
 async def _drain(shard: Shard, deadline_s: float, pipe: ReportPipe, end: asyncio.Event) -> list[str]:

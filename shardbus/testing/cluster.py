@@ -12,11 +12,11 @@ from typing import Final
 
 import msgspec
 
-from shardbus.client import Channel
 from shardbus.config import Limits
 from shardbus.handler_client import HandlerClient
 from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Book, Recorder, book_bytes
+from shardbus.outboxes import Channel
 from shardbus.outgoing import worker_publisher
 from shardbus.quarantine import Ended
 from shardbus.registry import Plan, StateMaker

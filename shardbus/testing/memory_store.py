@@ -13,8 +13,12 @@ from msgspec.structs import replace
 from shardbus.messages import WireKey
 from shardbus.store import (
     ANY_SIZE,
+    REMOVED_MAX,
+    TAKEOVERS_MAX,
     DeadFilter,
     DeadLetter,
+    LaneHead,
+    ParkedKey,
     ScheduledEvent,
     ScheduleState,
     StoreCounts,
@@ -24,7 +28,9 @@ from shardbus.store import (
     WaitingEvent,
     WaitingLane,
     fitting,
+    fitting_lanes,
     row_bytes,
+    traceback_bytes,
 )
 
 
@@ -42,6 +48,9 @@ class MemoryRows:
         self.redriven = 0
         self.purged = 0
         self.dropped = 0
+        self.removed: list[tuple[bytes, int, bool]] = []  # publisher, sequence, and whether it was dead
+        self.takeovers: tuple[int, ...] = ()
+        self.is_at_rest = False
 
 
 class MemoryStore:
@@ -74,6 +83,8 @@ class MemoryStore:
                 position_max = max(position_max, letter.position)
             else:
                 droppable += size
+        places = {letter.place: len(letter.traceback) for letter in rows.dead.values() if letter.traceback}
+        tracebacks = sum(map(traceback_bytes, places.values()))
         for row in rows.waiting.values():
             waiting += row_bytes(row.envelope)
         for scheduled in rows.scheduled.values():
@@ -84,11 +95,12 @@ class MemoryStore:
             scheduled=len(rows.scheduled),
             position_max=max(position_max, max(rows.waiting, default=0)),
             parked=parked,
+            removed=len(rows.removed),
             redriven=rows.redriven,
             purged=rows.purged,
             dropped=rows.dropped,
-            bytes=dead + waiting,
-            droppable_bytes=droppable,
+            bytes=dead + waiting + tracebacks,
+            droppable_bytes=droppable + tracebacks,
         )
 
     async def close(self) -> None:
@@ -135,36 +147,60 @@ class MemoryStore:
             self.rows.scheduled.pop(at, None)
         self.rows.begun_until_ns = begun_until_ns or self.rows.begun_until_ns
 
-    async def waiting_lanes(self) -> list[WaitingLane]:
+    async def take_over(self) -> tuple[int, ...]:
+        """See `Store.take_over`."""
+        await self._may_write()
+        rows = self.rows
+        positions = [*rows.waiting, *(letter.position for letter in rows.dead.values() if letter.position)]
+        if not rows.is_at_rest:
+            rows.takeovers = (*rows.takeovers, self.counts().position_max)
+        lowest = min(positions, default=2**63)
+        rows.takeovers = tuple(sorted(at for at in rows.takeovers if at >= lowest))[-TAKEOVERS_MAX:]
+        rows.is_at_rest = False
+        return rows.takeovers
+
+    async def rest(self) -> None:
+        """See `Store.rest`."""
+        self.rows.is_at_rest = self.rows.is_at_rest or not (self.dead or self.failing)
+
+    async def waiting_lanes(self, after: WaitingLane | None, limit: int) -> list[WaitingLane]:
         """See `Store.waiting_lanes`."""
         lanes: dict[WireKey, WaitingLane] = {}
         for _, row in sorted(self.rows.waiting.items()):
             key = row.envelope.key
             lane = lanes.get(key) or WaitingLane(key=key, count=0, due_ns=row.due_ns)
             lanes[key] = replace(lane, count=lane.count + 1)
-        return list(lanes.values())
+        found = list(lanes.values())  # by their lowest position
+        start = 0 if after is None else next(at for at, lane in enumerate(found, 1) if lane.key == after.key)
+        return found[start : start + limit]
 
-    async def parked_keys(self) -> list[WireKey]:
+    async def parked_keys(self, after: int, limit: int) -> list[ParkedKey]:
         """See `Store.parked_keys`."""
-        return [letter.envelope.key for letter in self.rows.dead.values() if letter.position]
+        parking = {letter.position: letter.envelope.key for letter in self.rows.dead.values()}
+        return [ParkedKey(parking[at], at) for at in sorted(parking) if at > after][:limit]
 
-    async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
+    async def load_waiting(self, lanes: Sequence[LaneHead], bytes_max: int = ANY_SIZE) -> list[list[WaitingEvent]]:
         """See `Store.load_waiting`."""
-        positions = sorted(
-            position for position, row in self.rows.waiting.items() if position > after and row.envelope.key == key
-        )
-        return [self.rows.waiting[position] for position in positions[:limit]]
+        by_key: dict[WireKey, list[WaitingEvent]] = {lane.key: [] for lane in lanes}
+        for _, row in sorted(self.rows.waiting.items()):
+            if row.envelope.key in by_key:
+                by_key[row.envelope.key].append(row)
+        found = [[row for row in by_key[lane.key] if row.position > lane.after][: lane.limit] for lane in lanes]
+        return fitting_lanes(found, lambda row: len(row.envelope.body), bytes_max)
 
     async def outcomes(self, publisher: bytes, first: int) -> tuple[list[int], list[int]]:
         """See `Store.outcomes`."""
-        dead = sorted(seq for owner, seq in self.rows.dead if owner == publisher and seq >= first)
-        waiting = sorted(
+        dead = {seq for owner, seq in self.rows.dead if owner == publisher and seq >= first}
+        waiting = {
             envelope.seq
             for rows in (self.rows.waiting, self.rows.scheduled)
             for envelope in [row.envelope for row in rows.values()]
             if envelope.publisher == publisher and envelope.seq >= first
-        )
-        return dead, waiting
+        }
+        for owner, seq, was_dead in self.rows.removed:
+            if owner == publisher and seq >= first:
+                (dead if was_dead else waiting).add(seq)
+        return sorted(dead), sorted(waiting)
 
     async def due(
         self, until_ns: int, after: tuple[int, int], limit: int, bytes_max: int = ANY_SIZE
@@ -205,6 +241,7 @@ class MemoryStore:
         ]
         for row in found:
             del self.rows.scheduled[row]
+            self._note_removed(publisher, seq, was_dead=False)
         return found
 
     async def dead_letters(
@@ -222,6 +259,9 @@ class MemoryStore:
     async def purge(self, rows: Sequence[int]) -> int:
         """See `Store.purge`."""
         await self._may_write()
+        for (publisher, seq), row in self.rows.rows.items():
+            if row in rows:
+                self._note_removed(publisher, seq, was_dead=True)
         purged = self._remove_dead(rows)
         self.rows.purged += purged
         return purged
@@ -245,6 +285,10 @@ class MemoryStore:
             await asyncio.Event().wait()
         if self.failing:
             raise StoreError(self.failing)
+
+    def _note_removed(self, publisher: bytes, seq: int, *, was_dead: bool) -> None:
+        self.rows.removed.append((publisher, seq, was_dead))
+        del self.rows.removed[:-REMOVED_MAX]
 
     def _remove_dead(self, rows: Sequence[int]) -> int:
         if not rows:

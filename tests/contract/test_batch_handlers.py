@@ -292,6 +292,25 @@ async def test_where_it_raises_each_is_called_again_alone_and_only_the_bad_one_d
     assert dead(rows) == [(3, "failed", "one of them")]
 
 
+@pytest.mark.parametrize(
+    ("retry", "error"),
+    [(Retry(attempts=3, base_s=0.001, on=ConnectionError), ValueError), (FAST, SystemExit), (FAST, KeyboardInterrupt)],
+)
+async def test_an_error_that_is_not_retried_is_laid_on_nobody_before_it_was_called_alone(
+    bus: Bus, run: Run, rows: MemoryRows, retry: Retry, error: type[BaseException]
+):
+    @bus.on(Step, batch=10, retry=retry)
+    async def step(events: list[Step]) -> None:
+        if any(event.n == 3 for event in events):
+            raise error("one of them")
+
+    async with run(bus) as client:
+        await client.publish_many([Step(key=f"k{n}", n=n) for n in range(9)])
+        ledger = await client.flush(10)
+    assert (ledger.handled, ledger.dead) == (8, 1)
+    assert dead(rows) == [(3, "failed", "one of them")]
+
+
 async def test_without_retries_all_of_a_call_that_raised_are_dead(bus: Bus, run: Run, rows: MemoryRows):
     @bus.on(Step, batch=10, retry=Retry(attempts=1))
     def step(events: list[Step]) -> None:

@@ -392,6 +392,22 @@ async def test_an_end_that_raises_is_logged_with_the_key_and_the_state_is_gone(
     assert "cannot save" in caplog.text
 
 
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
+async def test_an_end_that_raises_what_ends_programs_ends_nothing_but_itself(chats: Chats, error: type[BaseException]):
+    async def end(session: str) -> None:
+        await asyncio.sleep(0.001)
+        if session == "chat-3":
+            raise error
+        chats.told.append(session)
+
+    chats.ends = end
+    async with running(chats.bus) as client:
+        for number in range(9):
+            await client.publish(Said(chat=f"chat-{number}", text="x"))
+        await client.flush()
+    assert sorted(one for one in chats.told if one.startswith("chat-")) == [f"chat-{n}" for n in range(9) if n != 3]
+
+
 async def test_a_state_that_is_none_is_told(caplog: pytest.LogCaptureFixture):
     bus = Bus("none")
 
@@ -506,7 +522,7 @@ async def test_sessions_of_a_client_that_is_not_heard_of_for_30_seconds_end():
         await other.publish(Said(chat="7", text="x"))
         await kit.advance(100)
         assert chats.told == ["SessionStarted 7", "open 7"]
-        other._send = lambda *_: None  # type: ignore[method-assign, assignment]
+        other._outboxes.send = lambda *_: None  # type: ignore[method-assign, assignment]
         await kit.advance(26)
         assert chats.told == ["SessionStarted 7", "open 7"]
         await kit.advance(6)

@@ -23,10 +23,13 @@ from shardbus.sql_store import SqlStore, sqlite_file_url
 from shardbus.store import (
     FILE_URL,
     MEMORY_URL,
+    TAKEOVERS_MAX,
     DeadFilter,
     DeadLetter,
     Envelope,
     Failure,
+    LaneHead,
+    ParkedKey,
     ScheduledEvent,
     Store,
     StoreCounts,
@@ -34,6 +37,7 @@ from shardbus.store import (
     WaitingEvent,
     WaitingLane,
     row_bytes,
+    traceback_bytes,
 )
 from shardbus.testing import MemoryRows, MemoryStore
 
@@ -119,8 +123,13 @@ def held(counts: StoreCounts) -> tuple[int, int, int]:
     return counts.dead, counts.waiting, counts.position_max
 
 
+async def load(store: Store, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
+    (lane,) = await store.load_waiting([LaneHead(key, after, limit)])
+    return lane
+
+
 async def positions(store: Store, key: WireKey = "order-1", after: int = 0, limit: int = 100) -> list[int]:
-    return [event.position for event in await store.load_waiting(key, after, limit)]
+    return [event.position for event in await load(store, key, after, limit)]
 
 
 @pytest.fixture(autouse=True)
@@ -161,8 +170,8 @@ async def test_a_new_store_is_empty(make_store):
     store = make_store()
     assert await store.open() == StoreCounts(dead=0, waiting=0, position_max=0)
     assert await dead_in(store, 10) == []
-    assert await store.waiting_lanes() == []
-    assert await store.load_waiting("order-1", 0, 10) == []
+    assert await store.waiting_lanes(None, 100) == []
+    assert await load(store, "order-1", 0, 10) == []
     assert await store.outcomes(PUBLISHER, 0) == ([], [])
     await store.close()
 
@@ -171,7 +180,7 @@ async def test_a_new_store_is_empty(make_store):
 async def test_every_field_and_every_kind_of_key_comes_back_as_it_was(store, key):
     await store.write(dead=[dead_letter(key=key)], waiting=[waiting_event(7, seq=2, key=key)], done=[])
     (dead,) = await dead_in(store, 10)
-    (waiting,) = await store.load_waiting(key, 0, 10)
+    (waiting,) = await load(store, key, 0, 10)
     assert dead == dead_letter(key=key)
     assert waiting == waiting_event(7, seq=2, key=key)
     assert type(dead.envelope.key) is type(waiting.envelope.key) is type(key)
@@ -183,12 +192,13 @@ async def test_what_is_absent_comes_back_absent(store):
     event = WaitingEvent(position=1, envelope=bare)
     await store.write(dead=[dead], waiting=[event], done=[])
     assert await dead_in(store, 10) == [dead]
-    assert await store.load_waiting("order-1", 0, 10) == [event]
+    assert await load(store, "order-1", 0, 10) == [event]
 
 
 async def test_keys_that_look_alike_are_lanes_of_their_own(store):
     await store.write(dead=[], waiting=[waiting_event(at, key=key) for at, key in enumerate(KEYS, 1)], done=[])
-    assert await store.waiting_lanes() == [WaitingLane(key=key, count=1, due_ns=DUE_NS) for key in KEYS]
+    found = {lane.key: (lane.count, lane.due_ns) for lane in await store.waiting_lanes(None, 100)}
+    assert found == dict.fromkeys(KEYS, (1, DUE_NS))
     for at, key in enumerate(KEYS, 1):
         assert await positions(store, key) == [at]
 
@@ -240,7 +250,7 @@ async def test_a_scheduled_event_waits_in_no_lane_until_it_begins_which_is_one_t
     assert (counts.waiting, counts.scheduled, counts.position_max) == (3, 2, 1)
     assert counts.bytes == 3 * row_bytes(envelope())
     assert await positions(store) == [1]
-    assert await store.waiting_lanes() == [WaitingLane(key="order-1", count=1, due_ns=DUE_NS)]
+    assert await store.waiting_lanes(None, 100) == [WaitingLane(key="order-1", count=1, due_ns=DUE_NS)]
     (found, _) = await store.due(11, (0, 0), 10)
     await store.write(waiting=[waiting_event(2, seq=2)], begun=[found.row])
     counts = store.counts()
@@ -319,12 +329,76 @@ async def test_a_lane_is_loaded_piece_by_piece(store):
     assert await positions(store, "even", after=5, limit=1) == [6]
 
 
+@pytest.mark.parametrize("count", [1, 7, 300])
+async def test_many_lanes_are_loaded_at_once_each_from_its_place_and_up_to_its_limit(store, count: int):
+    keys = [f"key {at}" for at in range(count)]
+    rows = [waiting_event(1 + lap * count + at, key=key) for lap in range(3) for at, key in enumerate(keys)]
+    await store.write(waiting=rows)
+    heads = [LaneHead(key, at % 3 and at + 1, 1 + at % 2) for at, key in enumerate(keys)]
+    heads += [LaneHead("nobody", 0, 5), LaneHead(keys[0], 1, 5)]
+    expected = [
+        [row for row in rows if row.envelope.key == head.key and row.position > head.after][: head.limit] for head in heads
+    ]
+    assert await store.load_waiting(heads) == expected
+    assert await store.load_waiting([]) == []
+
+
+@pytest.mark.parametrize(
+    ("bytes_max", "expected"), [(1, [[1]]), (3, [[1]]), (6, [[1, 3]]), (9, [[1, 3], [2]]), (12, [[1, 3], [2, 4], []])]
+)
+async def test_what_is_loaded_together_is_bounded_by_bytes_and_lanes_behind_the_bound_are_not_answered(
+    store, bytes_max: int, expected: list[list[int]]
+):
+    await store.write(waiting=[waiting_event(at, key="odd" if at % 2 else "even") for at in range(1, 5)])  # 3 bytes each
+    heads = [LaneHead("odd", 0, 9), LaneHead("even", 0, 9), LaneHead("nobody", 0, 9)]
+    found = await store.load_waiting(heads, bytes_max)
+    assert [[row.position for row in lane] for lane in found] == expected
+
+
+async def test_a_store_knows_how_often_its_rows_were_taken_over(path):
+    store = SqlStore(sqlite_file_url(path))
+    await takeovers_are_counted(lambda: store)
+
+
+async def test_a_store_in_memory_knows_that_too():
+    store = MemoryStore()
+    await takeovers_are_counted(lambda: store)
+
+
+async def takeovers_are_counted(next_store: Callable[[], Store]) -> None:
+    store = next_store()
+    await store.open()
+    assert await store.take_over() == ()  # there is nothing
+    await store.write(waiting=[waiting_event(2), waiting_event(5)])
+    await store.close()
+    await store.open()
+    assert await store.take_over() == (5,)
+    await store.write(waiting=[waiting_event(7, seq=7)], dead=[replace(dead_letter(9), position=9)])
+    await store.rest()
+    await store.close()
+    await store.open()
+    assert await store.take_over() == (5,)  # what came to rest did not die
+    assert await store.take_over() == (5, 9)
+    await store.write(done=[2, 5])
+    assert await store.take_over() == (9, 9)  # nothing is left that was there the first time
+    await store.write(waiting=[waiting_event(12)])
+    assert await store.take_over() == (9, 9, 12)
+    await store.write(done=[12])
+    await store.close()
+    await store.open()
+    assert await store.take_over() == (9, 9, 9, 12)  # ascending, also where the last rows have gone
+    for _ in range(TAKEOVERS_MAX + 1):
+        found = await store.take_over()
+    assert found == (*(9,) * (TAKEOVERS_MAX - 1), 12)
+    await store.close()
+
+
 async def test_a_lane_is_due_when_its_first_event_is(store):
     early, late = replace(waiting_event(7), due_ns=100), replace(waiting_event(3), due_ns=900)
     await store.write(waiting=[early, late])
-    assert await store.waiting_lanes() == [WaitingLane(key="order-1", count=2, due_ns=900)]
+    assert await store.waiting_lanes(None, 100) == [WaitingLane(key="order-1", count=2, due_ns=900)]
     await store.write(done=[3])
-    assert await store.waiting_lanes() == [WaitingLane(key="order-1", count=1, due_ns=100)]
+    assert await store.waiting_lanes(None, 100) == [WaitingLane(key="order-1", count=1, due_ns=100)]
 
 
 async def test_a_waiting_event_that_has_changed_keeps_its_place_and_what_it_is(store):
@@ -332,23 +406,34 @@ async def test_a_waiting_event_that_has_changed_keeps_its_place_and_what_it_is(s
     await store.write(waiting=[before, other])
     after = replace(before, envelope=replace(before.envelope, attempt=9), todo={"shop.add": 1}, gave_up=(), due_ns=5)
     await store.write(changed=[after])
-    assert await store.load_waiting("order-1", 0, 9) == [after, other]
+    assert await load(store, "order-1", 0, 9) == [after, other]
     await store.write(changed=[replace(after, todo={}, due_ns=0)])
-    assert (await store.load_waiting("order-1", 0, 1))[0].todo == {}
+    assert (await load(store, "order-1", 0, 1))[0].todo == {}
 
 
 async def test_a_change_of_what_has_gone_is_no_error_and_brings_nothing_back(store):
     await store.write(changed=[waiting_event(3)])
     await store.write(waiting=[waiting_event(4)], changed=[waiting_event(4)], done=[4])
-    assert await store.waiting_lanes() == []
+    assert await store.waiting_lanes(None, 100) == []
 
 
-async def test_lanes_come_by_their_lowest_position(store):
-    events = [waiting_event(at, key=key) for at, key in ((5, "a"), (3, "b"), (4, "c"), (9, "b"), (1, "c"))]
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+async def test_lanes_come_page_by_page_each_once(store, limit: int):
+    events = [waiting_event(at, key=key) for at, key in ((5, "a"), (3, 7), (4, None), (9, 7), (1, None))]
     await store.write(dead=[], waiting=events, done=[])
-    assert [(lane.key, lane.count) for lane in await store.waiting_lanes()] == [("c", 2), ("b", 2), ("a", 1)]
-    await store.write(dead=[], waiting=[], done=[1])
-    assert [lane.key for lane in await store.waiting_lanes()] == ["b", "c", "a"]
+    found: list[WaitingLane] = []
+    while page := await store.waiting_lanes(found[-1] if found else None, limit):
+        assert len(page) <= limit
+        found += page
+    assert sorted((lane.count, str(lane.key)) for lane in found) == [(1, "a"), (2, "7"), (2, "None")]
+
+
+async def test_parked_keys_come_page_by_page(store):
+    await store.write(dead=[replace(dead_letter(at, key=f"key {at}"), position=10 * at) for at in (3, 1, 2)])
+    await store.write(dead=[dead_letter(4, key="dead, and parks nothing")])
+    assert await store.parked_keys(0, 2) == [ParkedKey("key 1", 10), ParkedKey("key 2", 20)]
+    assert await store.parked_keys(20, 2) == [ParkedKey("key 3", 30)]
+    assert await store.parked_keys(30, 2) == []
 
 
 async def test_done_events_are_removed_and_unknown_positions_are_no_error(store):
@@ -356,7 +441,7 @@ async def test_done_events_are_removed_and_unknown_positions_are_no_error(store)
     await store.write(dead=[], waiting=[], done=[2, 99, 2])
     assert await positions(store) == [1, 3]
     await store.write(dead=[], waiting=[], done=[1, 3])
-    assert await store.waiting_lanes() == []
+    assert await store.waiting_lanes(None, 100) == []
 
 
 async def test_additions_come_before_removals(store):
@@ -481,12 +566,12 @@ async def test_the_ledger_and_what_is_parked_outlive_a_close(path):
     await store.close()
     assert counts == await store.open()
     assert (counts.dead, counts.parked, counts.redriven, counts.purged, counts.dropped) == (3, 1, 2, 1, 1)
-    assert await store.parked_keys() == ["order-1"]
+    assert [one.key for one in await store.parked_keys(0, 10)] == ["order-1"]
     await store.close()
 
 
 async def parked(store: Store) -> set[WireKey]:
-    keys = await store.parked_keys()
+    keys = [one.key for one in await store.parked_keys(0, 100)]
     assert len(keys) == len(set(keys)) == store.counts().parked
     return set(keys)
 
@@ -531,22 +616,47 @@ async def test_the_bytes_of_a_store_are_those_of_its_rows_whatever_became_of_oth
 
     letters = [sized(seq, 1000 * seq) for seq in range(1, 6)]
     parking = replace(sized(6, 77), position=9)
+    shared = traceback_bytes(len(parking.traceback))
     events = [waiting_event(1), waiting_event(2)]
     one_event = row_bytes(events[0].envelope)
     await store.write(dead=[*letters, parking], waiting=events)
-    assert store.counts().bytes == weighed([*letters, parking]) + 2 * one_event
-    assert store.counts().droppable_bytes == weighed(letters)
+    assert store.counts().bytes == weighed([*letters, parking]) + 2 * one_event + shared
+    assert store.counts().droppable_bytes == weighed(letters) + shared
     rows = [found.row for found in await store.dead_letters(DeadFilter(), 0, 10)]
     await store.purge(rows[:1])
     await store.write(done=[2, 2, 99], redriven=rows[1:2])
-    assert store.counts().bytes == weighed([*letters[2:], parking]) + one_event
+    assert store.counts().bytes == weighed([*letters[2:], parking]) + one_event + shared
     again = sized(4, 1)
     await store.write(dead=[again, again])  # it is dead already
-    assert store.counts().bytes == weighed([letters[2], again, letters[4], parking]) + one_event
+    assert store.counts().bytes == weighed([letters[2], again, letters[4], parking]) + one_event + shared
     assert await store.drop_oldest(rows=2, size=0) == 2
     await store.purge([rows[5]])
-    assert store.counts().bytes == weighed([letters[4]]) + one_event
-    assert (store.counts().droppable_bytes, store.counts().parked) == (weighed([letters[4]]), 0)
+    assert store.counts().bytes == weighed([letters[4]]) + one_event + shared
+    assert (store.counts().droppable_bytes, store.counts().parked) == (weighed([letters[4]]) + shared, 0)
+
+
+async def test_a_traceback_counts_once_for_each_place_and_goes_with_its_last_dead_letter(store):
+    letters = [dead_letter(seq, place=place, traceback=place * 1000) for seq, place in enumerate("aabbcd", 1)]
+
+    def held_bytes(*seqs: int) -> int:
+        left = [letter for letter in letters if letter.envelope.seq in seqs]
+        return sum(row_bytes(letter.envelope) for letter in left) + 1512 * len({letter.place for letter in left})
+
+    await store.write(dead=letters)
+    assert store.counts().bytes == store.counts().droppable_bytes == held_bytes(1, 2, 3, 4, 5, 6)
+    rows = [found.row for found in await store.dead_letters(DeadFilter(), 0, 10)]
+    await store.purge(rows[:1])
+    assert store.counts().bytes == held_bytes(2, 3, 4, 5, 6)
+    await store.purge(rows[1:3])
+    assert store.counts().bytes == held_bytes(4, 5, 6)
+    await store.write(redriven=rows[3:4])
+    assert store.counts().bytes == held_bytes(5, 6)
+    await store.drop_oldest(rows=0, size=1)
+    assert store.counts().bytes == held_bytes(6)
+    letters[5] = dead_letter(6, place="e", traceback="e" * 1000)
+    await store.write(dead=[letters[5], *letters[:2]])  # it dies elsewhere; a place that has gone comes back
+    assert store.counts().bytes == store.counts().droppable_bytes == held_bytes(1, 2, 6)
+    assert {one.place: one.traceback for one in await dead_in(store, 10)} == {"a": "a" * 1000, "e": "e" * 1000}
 
 
 async def test_the_oldest_dead_letters_are_dropped_and_counted_and_nothing_else_is(store):
@@ -583,6 +693,34 @@ async def test_outcomes_are_those_of_one_publisher_from_a_sequence_on(store):
     assert await store.outcomes(b"nobody", 0) == ([], [])
 
 
+async def test_what_was_purged_or_cancelled_is_still_known_to_whoever_asks_for_outcomes(make_store):
+    store = make_store()
+    await store.open()
+    letters = [dead_letter(seq, publisher=publisher) for publisher in (PUBLISHER, OTHER) for seq in (3, 4, 5)]
+    await store.write(dead=letters, scheduled=[scheduled_event(7, 6), scheduled_event(7, 8)], waiting=[waiting_event(9)])
+    rows = [found.row for found in await store.dead_letters(DeadFilter(), 0, 10)]
+    await store.purge([rows[1], rows[2], rows[5], 999])
+    await store.unschedule(PUBLISHER, 6)
+    assert await store.outcomes(PUBLISHER, 0) == ([3, 4, 5], [6, 8, 9])
+    assert await store.outcomes(PUBLISHER, 5) == ([5], [6, 8, 9])
+    assert await store.outcomes(OTHER, 0) == ([3, 4, 5], [])
+    await store.write(done=[9], redriven=rows[:1])  # those were not removed by people, and their attempts say what they are
+    assert await store.outcomes(PUBLISHER, 0) == ([4, 5], [6, 8])
+    assert store.counts().removed == 4
+    await store.close()
+
+
+async def test_of_what_was_removed_the_last_are_known(store, monkeypatch):
+    for module in ("sql_store", "testing.memory_store"):
+        monkeypatch.setattr(f"shardbus.{module}.REMOVED_MAX", 3)
+    await store.write(dead=[dead_letter(seq) for seq in range(1, 8)])
+    rows = [found.row for found in await store.dead_letters(DeadFilter(), 0, 10)]
+    await store.purge(rows[:2])
+    await store.purge(rows[2:5])
+    await store.purge(rows[5:6])
+    assert (await store.outcomes(PUBLISHER, 0), store.counts().removed) == (([4, 5, 6, 7], []), 3)
+
+
 async def test_dead_letters_of_one_place_share_its_traceback_and_those_of_others_do_not(store):
     letters = [
         dead_letter(1, first_ns=1, place="a", traceback="A"),
@@ -600,7 +738,7 @@ async def test_writes_of_any_length_are_kept_whole(store, count):
     events = [waiting_event(at) for at in range(1, count + 1)]
     await store.write(dead=letters, waiting=events, done=[])
     assert await dead_in(store, count + 1) == letters
-    assert await store.load_waiting("order-1", 0, count + 1) == events
+    assert await load(store, "order-1", 0, count + 1) == events
     await store.write(dead=[], waiting=[], done=range(1, count))
     assert await positions(store) == [count]
 
@@ -642,7 +780,7 @@ async def test_a_successor_adopts_what_its_predecessor_left(make_store):
     second = make_store()
     assert held(await second.open()) == (2, 2, 6)
     assert await dead_in(second, 10) == [dead_letter(1), dead_letter(2)]
-    assert await second.load_waiting("order-1", 0, 10) == [waiting_event(5), waiting_event(6)]
+    assert await load(second, "order-1", 0, 10) == [waiting_event(5), waiting_event(6)]
     # The place is known to the rows, though not to this store.
     await second.write(dead=[dead_letter(3)], waiting=[], done=[])
     assert await dead_in(second, 10) == [dead_letter(1), dead_letter(2), dead_letter(3)]
@@ -781,7 +919,7 @@ async def test_a_store_of_another_schema_is_refused_untouched_with_what_to_do(pa
     await store.close()
     with closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE meta SET value = value + 1")
-    with pytest.raises(StoreError, match=r"schema version 7, this shardbus knows 6.*--dead-letters"):
+    with pytest.raises(StoreError, match=r"schema version 8, this shardbus knows 7.*--dead-letters"):
         await store.open()
     with closing(sqlite3.connect(path)) as database, database:
         assert database.execute("SELECT count(*) FROM dead_letters").fetchone() == (1,)
@@ -814,7 +952,7 @@ async def test_a_store_of_the_version_before_scheduled_events_grows_and_keeps_it
     await store.write(scheduled=[scheduled_event(7, 3)])
     await store.close()
     with closing(sqlite3.connect(path)) as database:
-        assert database.execute("SELECT value FROM meta WHERE name = 'schema_version'").fetchone() == ("6",)
+        assert database.execute("SELECT value FROM meta WHERE name = 'schema_version'").fetchone() == ("7",)
     assert (await store.open()).scheduled == 1
     await store.close()
 
@@ -825,8 +963,8 @@ async def test_a_store_of_another_schema_that_holds_only_scheduled_events_is_ref
     await store.write(scheduled=[scheduled_event(7, 3)])
     await store.close()
     with closing(sqlite3.connect(path)) as database, database:
-        database.execute("UPDATE meta SET value = '7' WHERE name = 'schema_version'")
-    with pytest.raises(StoreError, match="schema version 7"):
+        database.execute("UPDATE meta SET value = '8' WHERE name = 'schema_version'")
+    with pytest.raises(StoreError, match="schema version 8"):
         await store.open()
     with closing(sqlite3.connect(path)) as database:
         assert database.execute("SELECT count(*) FROM scheduled").fetchone() == (1,)
@@ -841,6 +979,40 @@ async def test_a_file_that_is_no_database_is_a_store_error(tmp_path):
 
 def test_the_url_that_a_supervisor_writes_without_sqlalchemy_is_the_one_of_the_file():
     assert sqlite_file_url("/dev/shm/shardbus-0-a/store-1.db") == f"{FILE_URL}/dev/shm/shardbus-0-a/store-1.db"
+
+
+async def test_a_new_file_is_its_owners_alone_and_one_that_is_there_keeps_its_mode(path):
+    for mode in (0o600, 0o640):
+        before = os.umask(0o022)
+        try:
+            store = SqlStore(sqlite_file_url(path))
+            await store.open()
+            await store.write(dead=[dead_letter(mode)])
+        finally:
+            os.umask(before)
+        modes = {name: os.stat(Path(path).parent / name).st_mode & 0o777 for name in files_beside(path)}
+        assert modes == dict.fromkeys(modes, mode)
+        assert len(modes) == 2
+        await store.close()
+        os.chmod(path, 0o640)
+
+
+async def test_nothing_of_a_purged_dead_letter_is_found_also_where_an_older_version_left_its_traceback(path):
+    store = SqlStore(sqlite_file_url(path))
+    await store.open()
+    await store.write(dead=[dead_letter(1)])
+    await store.purge([one.row for one in await store.dead_letters(DeadFilter(), 0, 10)])
+    await store.close()
+    with closing(sqlite3.connect(path)) as database, database:
+        assert database.execute("SELECT count(*) FROM tracebacks").fetchone() == (0,)
+        database.execute("INSERT INTO tracebacks VALUES ('gone', 'a card number')")
+        database.execute("DROP INDEX dead_letters_by_place")
+        database.execute("UPDATE meta SET value = '6' WHERE name = 'schema_version'")
+    assert (await store.open()).bytes == 0
+    await store.close()
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT count(*) FROM tracebacks").fetchone() == (0,)
+        assert database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'dead_letters_by_place'").fetchone() == (1,)
 
 
 async def test_a_directory_that_does_not_exist_is_a_store_error(tmp_path):

@@ -320,9 +320,10 @@ async def test_a_stream_is_closed_when_its_client_has_vanished_and_tells_it_shou
     async with running(limits) as client:
         stream = client.stream(Count(key="a", upto=1000), window=4)
         assert await anext(stream) == 0
-        sends, client._send = client._send, lambda *_: None  # type: ignore[method-assign, assignment]
+        outboxes = client._outboxes
+        sends, outboxes.send = outboxes.send, lambda *_: None  # type: ignore[method-assign, assignment]
         await until(lambda: "closed" in told)
-        client._send = sends  # type: ignore[method-assign]
+        outboxes.send = sends  # type: ignore[method-assign]
         with pytest.raises(CommandFailed, match="its caller was silent for too long"):
             await rest(stream)
 

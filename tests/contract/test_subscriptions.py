@@ -230,9 +230,10 @@ async def test_whoever_leaves_is_unsubscribed(leave: str):
 async def test_who_was_silent_for_long_is_forgotten_and_begins_again_when_it_comes_back():
     limits = Limits(subscription_silence_s=1.0, taken_interval_s=0.1)
     async with running(1, limits) as client, client.subscribe(Shipped) as events:
-        sends, client._send = client._send, lambda *_: None  # type: ignore[method-assign, assignment]
+        outboxes = client._outboxes
+        sends, outboxes.send = outboxes.send, lambda *_: None  # type: ignore[method-assign, assignment]
         await asyncio.sleep(2.5)
-        client._send = sends  # type: ignore[method-assign]
+        outboxes.send = sends  # type: ignore[method-assign]
         assert await taken(events, 1) == [Missed(None)]
         await client.publish(Shipped(order="a"))
         assert await taken(events, 1) == [Shipped(order="a")]

@@ -20,6 +20,8 @@ import asyncio
 import ctypes
 import os
 import signal
+import threading
+import time
 
 from shardbus import Bus, Command, Context, Event
 
@@ -39,6 +41,15 @@ class End(Command[None], key="walk"):
 
 
 bus = Bus("crashing")
+tasks: list[asyncio.Task[None]] = []
+
+
+async def stay() -> None:
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
 
 
 def end(how: str) -> None:
@@ -52,6 +63,13 @@ def end(how: str) -> None:
         ctypes.string_at(0)
     elif how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "late":
+        threading.Thread(target=lambda: (time.sleep(0.005), os.abort())).start()
+        raise ValueError("before the damage shows")
+    elif how == "fork":
+        os.fork()
+    elif how == "leave a task":
+        tasks.append(asyncio.get_running_loop().create_task(stay()))
 
 
 @bus.on(Step)
@@ -229,3 +247,29 @@ async def test_kills_from_outside_accuse_nobody(make_bus: MakeBus) -> None:
             os.kill(now["pid"], signal.SIGKILL)
         assert (await client.flush(60)).handled == 50
         assert not await client.dead_letters()
+
+
+async def test_one_that_fails_and_ends_its_worker_while_it_waits_for_its_retry_is_found(make_bus: MakeBus) -> None:
+    bus = crashing(make_bus, "--workers", "1")
+    async with shardbus.connect(bus.address) as client:
+        await publish(client, 200, 10, {100: "late"})
+        [letter] = await check(client, 200, 1, 4)
+        assert "SIGABRT" in letter.error
+        await check_evidence(client, 200, 1)
+
+
+async def test_a_copy_of_the_worker_that_a_handler_makes_handles_nothing(make_bus: MakeBus) -> None:
+    bus = crashing(make_bus, "--workers", "1")
+    async with shardbus.connect(bus.address) as client:
+        await publish(client, 500, 10, dict.fromkeys((100, 101, 250), "fork"))
+        assert (await client.flush(60)).handled == 500
+        await check_evidence(client, 500, 0)
+        assert [worker["restarts"] for worker in (await client.status())["workers"]] == [0]
+
+
+async def test_a_task_that_a_handler_leaves_behind_does_not_hold_up_the_end(make_bus: MakeBus) -> None:
+    bus = crashing(make_bus, "--workers", "1")
+    async with shardbus.connect(bus.address) as client:
+        await publish(client, 20, 10, {10: "leave a task"})
+        assert (await client.flush(60)).handled == 20
+    assert bus.end()[0] == 0

@@ -8,7 +8,7 @@ import contextvars
 import logging
 import random
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from heapq import heapify, heappop, heappush
 from itertools import accumulate
@@ -22,12 +22,12 @@ from shardbus.client import Client
 from shardbus.config import Limits
 from shardbus.context import Context
 from shardbus.errors import BusRejected, BusUnreachable, CommandLost
-from shardbus.messages import Command, Event, WireKey
+from shardbus.messages import Command, Event
 from shardbus.metrics import Book
 from shardbus.quarantine import Ended
 from shardbus.registry import OnDeadLetter, Plan, Registry
 from shardbus.retry import Retry
-from shardbus.store import WaitingEvent
+from shardbus.store import ANY_SIZE, LaneHead, WaitingEvent
 from shardbus.testing import MemoryRows, MemoryStore
 from shardbus.testing.cluster import CONTROL, Cluster, ClusterConnector
 
@@ -256,8 +256,8 @@ class WorldStore(MemoryStore):
     async def write(self, **rows: Any) -> None:
         await self._call(super().write, **rows)
 
-    async def load_waiting(self, key: WireKey, after: int, limit: int) -> list[WaitingEvent]:
-        return await self._call(super().load_waiting, key, after, limit)
+    async def load_waiting(self, lanes: Sequence[LaneHead], bytes_max: int = ANY_SIZE) -> list[list[WaitingEvent]]:
+        return await self._call(super().load_waiting, lanes, bytes_max)
 
     async def drop_oldest(self, **what: Any) -> int:
         return await self._call(super().drop_oldest, **what)
@@ -608,6 +608,7 @@ class World(Cluster):
             if self.parks and any(rows.dead for rows in self.rows):
                 await self.redrive(clients[0])
             assert self.loop.now < 3600, "waiting events never end"
+        assert not any(one is None or one.lanes.running() for one in self.shards)  # `idle` only counts
         if self.parks:
             assert all(one is not None and not one.lanes.busy_keys and not one.lanes.parked_keys for one in self.shards)
             await self.asked(clients[0])

@@ -37,8 +37,10 @@ def scene(
     suspects: dict[int, Suspect] | None = None,
     began_ns: int = NOW,
     death: int = 5,
+    waiting: tuple[int, ...] = (),
 ) -> Scene:
     return Scene(
+        waiting=[UnderWay(P, seq, seq + 1, began_ns) for seq in waiting],
         death=death,
         running=None if running is None else UnderWay(P, *running, began_ns),
         suspended=[UnderWay(P, seq, seq + 1, began_ns) for seq in suspended],
@@ -59,6 +61,16 @@ ROWS: dict[str, tuple[Scene, str, dict[int, tuple[int, int, bool, bool]]]] = {
     "a crash accuses the stretch that ran": (scene((3, 5)), "crashed", {3: (1, 0, False, False), 4: (1, 0, False, False)}),
     "and nobody who was suspended meanwhile": (scene((3, 4), (7, 8)), "crashed", {3: (1, 0, False, False)}),
     "or else all who were suspended": (scene(None, (7, 8)), "crashed", {7: (1, 0, False, False), 8: (1, 0, False, False)}),
+    "or else all that had failed and waited": (scene(waiting=(7,)), "crashed", {7: (1, 0, False, False)}),
+    "who had failed and waited is suspected beside who ran, whom nobody has suspected before": (
+        scene((3, 4), waiting=(7,)), "crashed", {3: (1, 0, False, False), 7: (1, 0, False, False)},
+    ),
+    "not beside a suspect that ran": (scene((3, 4), waiting=(7,), suspects={3: ONCE}), "crashed", {3: (2, 1, False, True)}),
+    "a suspect that had failed and waited alone is convicted": (
+        scene(waiting=(7,), suspects={7: ONCE}), "crashed", {7: (2, 1, False, True)},
+    ),
+    "who waited had no part in a kill from outside": (scene(waiting=(7,)), "killed", {}),
+    "nor in a loop that stood still": (scene((3, 4), waiting=(7,)), "silent", {3: (1, 0, False, False)}),
     "one that ran alone for the first time is a suspect only": (scene((3, 4)), "crashed", {3: (1, 0, False, False)}),
     "a suspect that ran alone is convicted": (scene((3, 4), (8,), {3: ONCE}), "crashed", {3: (2, 1, False, True)}),
     "one that was suspended alone, too": (scene(None, (3,), {3: ONCE}), "crashed", {3: (2, 1, False, True)}),
@@ -389,3 +401,17 @@ def test_an_event_that_blocks_its_loop_for_good_costs_three_workers() -> None:
         scene = Scene(death=death, running=UnderWay(b"p", 7, 8, 0), suspended=[], suspects=suspects)
         suspects = judge(scene, Ended(how="silent", told="SIGKILL, after 5 s of silence"))
         assert bool(suspects[b"p", 7].verdict) == (death == 3)
+
+
+def test_what_failed_and_waits_stands_in_the_journal_until_it_runs_again_and_leaves_room_for_handlers():
+    journal = Journal(memoryview(bytearray(journal_bytes(suspended=4, suspects=2))), suspended=4, suspects=2)
+    rows = [journal.wait(P, seq, NOW) for seq in (7, 8, 9)]
+    assert rows[2] == -1  # half of the rows are for handlers that are suspended
+    assert journal.names_somebody()
+    row = journal.suspend(P, 3, NOW)
+    found = journal.scene()
+    assert [one.identities for one in found.waiting] == [[(P, 7)], [(P, 8)]]
+    assert [one.identities for one in found.suspended] == [[(P, 3)]]
+    for one in (row, *rows[:2]):
+        journal.resume(one)
+    assert not journal.names_somebody()

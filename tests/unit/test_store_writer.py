@@ -1,28 +1,55 @@
-"""The writer of a store: rows that come late, at a position from before; and the rows of scheduled events, which go last."""
+"""The writer of a store: rows that come late, at a position from before; what is read, and what a store that fails does;
+and the rows of scheduled events, which go last."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from shardbus.config import Limits
-from shardbus.store import DeadLetter, Envelope, ScheduledEvent, WaitingEvent
+from shardbus.lane_reads import LaneRead
+from shardbus.messages import WireKey
+from shardbus.store import (
+    ANY_SIZE,
+    DeadLetter,
+    Envelope,
+    LaneHead,
+    ScheduledEvent,
+    Store,
+    StoreError,
+    WaitingEvent,
+)
 from shardbus.store_writer import StoreWriter
 from shardbus.testing import MemoryStore
 
 
-def row(position: int) -> WaitingEvent:
+class Watched(MemoryStore):
+    """Says which lanes were read together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[list[WireKey]] = []
+
+    async def load_waiting(self, lanes: Sequence[LaneHead], bytes_max: int = ANY_SIZE) -> list[list[WaitingEvent]]:
+        found = await super().load_waiting(lanes, bytes_max)
+        self.reads.append([lane.key for lane in lanes[: len(found)]])
+        return found
+
+
+def row(position: int, key: WireKey = "k", body: bytes = b"") -> WaitingEvent:
     envelope = Envelope(
         publisher=b"p" * 16,
         seq=position,
         slot=0,
         type="T",
-        key="k",
-        body=b"",
+        key=key,
+        body=body,
         headers=None,
         ordinal=0,
         intended_ns=0,
@@ -71,9 +98,9 @@ def letter(seq: int) -> DeadLetter:
 
 
 @asynccontextmanager
-async def writing(store: MemoryStore, **limits: int) -> AsyncIterator[StoreWriter]:
+async def writing(store: Store, limits: Limits | None = None) -> AsyncIterator[StoreWriter]:
     broken: list[BaseException] = []
-    writer = StoreWriter(store, Limits(**limits), lambda: 0, broken.append, lambda: None)  # type: ignore[arg-type]
+    writer = StoreWriter(store, limits or Limits(), lambda: 0, broken.append, lambda: None)
     await writer.open()
     writer.start()
     yield writer
@@ -100,7 +127,7 @@ async def test_a_scheduled_row_stands_for_its_event_until_what_it_became_is_writ
     # Its lane goes to the store, and it fails before that is written, where there is room for nothing more.
     store = MemoryStore()
     await store.write(scheduled=[ScheduledEvent(envelope=row(1).envelope, due_ns=1)])
-    async with writing(store, store_rows_max=1) as writer:
+    async with writing(store, Limits(store_rows_max=1)) as writer:
         seen: list[tuple[int, int, int]] = []
         write = store.write
 
@@ -119,7 +146,7 @@ async def test_a_scheduled_row_stands_for_its_event_until_what_it_became_is_writ
 async def test_a_dead_letter_takes_the_place_of_its_scheduled_row_in_a_full_store():
     store = MemoryStore()
     await store.write(scheduled=[ScheduledEvent(envelope=row(1).envelope, due_ns=1)])
-    async with writing(store, store_rows_max=1) as writer:
+    async with writing(store, Limits(store_rows_max=1)) as writer:
         writer.add_dead(letter(1), 0, lambda: None, begun=1)
         await settled(writer)
         assert (len(store.rows.scheduled), len(store.rows.dead)) == (0, 1)
@@ -164,3 +191,121 @@ async def test_a_row_that_comes_late_has_its_place_before_those_that_are_written
     assert not writer.has_room(4, 0)
     await writer.close()
     assert not broken
+
+
+# -- what is read
+
+
+async def asked(writer: StoreWriter) -> None:
+    """Something that was asked of the store is answered."""
+    answered = asyncio.Event()
+
+    async def ask() -> None:
+        answered.set()
+
+    writer.add_read(ask)
+    async with asyncio.timeout(10):
+        await answered.wait()
+
+
+async def test_lanes_are_read_together_and_after_what_is_asked():
+    store, order = Watched(), []
+    await store.write(waiting=[row(1 + at, f"key {at}") for at in range(100)])
+
+    async def ask() -> None:
+        order.append(0)
+
+    async with writing(store) as writer:
+        for at in range(100):
+            head = LaneHead(f"key {at}", 0, 1)
+            writer.add_lane_read(LaneRead(head, 0, lambda rows: order.extend(one.position for one in rows)))
+        writer.add_read(ask)
+        await settled(writer)
+    assert len(store.reads) == 1
+    assert order == list(range(101))
+
+
+async def test_how_much_is_read_together_is_bounded_in_lanes_rows_and_bytes():
+    store, sizes = Watched(), []
+    await store.write(waiting=[row(1 + at, at % 1000) for at in range(5000)])
+    large = [row(6000 + at, "large", bytes(1024 * 1024)) for at in range(6)]
+    await store.write(waiting=large)
+    async with writing(store) as writer:
+        for at in range(1000):
+            writer.add_lane_read(LaneRead(LaneHead(at, 0, 64), 0, lambda rows: sizes.append(len(rows))))
+        writer.add_lane_read(LaneRead(LaneHead("large", 0, 64), 0, lambda rows: sizes.append(len(rows))))
+        await settled(writer)
+    assert sizes == [5] * 1000 + [4]
+    assert max(map(len, store.reads)) == 16  # of up to 64 rows each
+    assert [key for read in store.reads for key in read] == [*range(1000), "large"]
+
+
+async def test_a_lane_whose_rows_are_not_written_yet_does_not_hold_up_others():
+    class Stuck(Watched):
+        async def write(self, **rows: Any) -> None:
+            raise StoreError("the disk is full")
+
+    store, found = Stuck(), []
+    store.rows.waiting[1] = row(1, "there")
+    async with writing(store) as writer:
+        writer.add_waiting(row(2, "to come"), lambda: None)
+        writer.add_lane_read(LaneRead(LaneHead("to come", 1, 1), 2, found.append))
+        writer.add_lane_read(LaneRead(LaneHead("there", 0, 1), 0, found.append))
+        async with asyncio.timeout(10):
+            while not found:  # noqa: ASYNC110 - the test ends by its time-out
+                await asyncio.sleep(0.001)
+        assert found == [[row(1, "there")]]
+        assert not writer.idle()
+
+
+# -- a store that fails
+
+
+async def test_what_is_asked_is_answered_while_writes_fail():
+    store = MemoryStore()
+    async with writing(store) as writer:
+        store.failing = "the disk is full"
+        writer.add_waiting(row(1), lambda: None)
+        for _ in range(3):
+            await asked(writer)
+            assert writer.failing == "the disk is full"
+        store.failing = ""
+        await settled(writer)
+        assert writer.failing == ""
+
+
+async def test_a_full_store_does_not_say_that_it_writes_again_before_it_does(caplog: pytest.LogCaptureFixture):
+    async with writing(MemoryStore(), Limits(store_rows_max=2)) as writer:
+        kept: list[int] = []
+        for position in (1, 2, 3):
+            writer.add_waiting(row(position), lambda at=position: kept.append(at))  # type: ignore[misc]
+        async with asyncio.timeout(10):
+            while not writer.failing:  # noqa: ASYNC110 - the test ends by its time-out
+                await asyncio.sleep(0.001)
+        for at in range(3):  # neither an answer nor a change of what is there makes room
+            await asked(writer)
+            writer.add_changed(replace(row(1), due_ns=at))
+            await asked(writer)
+            assert "full" in writer.failing
+        assert [record.levelno for record in caplog.records] == [logging.ERROR]
+        writer.add_done(1)
+        await settled(writer)
+        assert (kept, writer.failing) == ([1, 2, 3], "")
+    assert [record.levelno for record in caplog.records] == [logging.ERROR, logging.WARNING]
+
+
+async def test_a_store_that_could_not_be_read_works_again_once_it_can():
+    failures = [StoreError("locked"), StoreError("locked")]
+
+    class Locked(MemoryStore):
+        async def load_waiting(self, lanes: Sequence[LaneHead], bytes_max: int = ANY_SIZE) -> list[list[WaitingEvent]]:
+            if failures:
+                raise failures.pop()
+            return await super().load_waiting(lanes, bytes_max)
+
+    store, found = Locked(), []
+    store.rows.waiting[1] = row(1)
+    async with writing(store) as writer:
+        writer.add_lane_read(LaneRead(LaneHead("k", 0, 1), 0, found.append))
+        await settled(writer)
+        assert (found, writer.failing) == ([[row(1)]], "")
