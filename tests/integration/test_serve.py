@@ -328,7 +328,7 @@ async def test_a_bus_whose_fork_server_was_killed_starts_workers_otherwise(make_
 async def test_drain_says_what_it_could_not_finish(make_bus: MakeBus) -> None:
     bus = make_bus("--workers", "1", "--drain-timeout", "0.5")
     bus.wait_ready()
-    with pytest.raises(shardbus.NotDelivered, match="1 event was published"):  # noqa: PT012 - leaving the client's block raises
+    with pytest.raises(shardbus.NotDelivered, match="1 event was"):  # noqa: PT012 - leaving the client's block raises
         async with shardbus.connect(bus.address, close_timeout=1.0) as client:
             await client.publish(Slept(account="sleeper", seconds=60))
             await asyncio.to_thread(wait_until, lambda: bus.status()["workers"][0]["backlog"] == 1)
