@@ -94,7 +94,7 @@ class Packing:
         if isinstance(message, type) and issubclass(message, Message):
             raise UsageError(f"got the class {message.__name__}; make one: {message.__name__}(…)")
         if not isinstance(message, kind):
-            verb = "publish takes events" if kind is Event else "execute takes commands"
+            verb = "publish takes events" if kind is Event else "execute and stream take commands"
             hint = "; use execute" if isinstance(message, Command) else "; use publish" if isinstance(message, Event) else ""
             raise UsageError(f"{verb}, and {message_type.__name__} is none{hint}")
         route = routes[message_type] = Route(message_type)

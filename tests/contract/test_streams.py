@@ -333,7 +333,7 @@ async def test_a_stream_that_makes_no_sense_is_refused():
         for options in ({"window": 0}, {"window": 1025}, {"window": True}, {"timeout": 0}):
             with pytest.raises(UsageError):
                 client.stream(Count(key="a", upto=1), **options)  # type: ignore[arg-type]
-        with pytest.raises(UsageError, match="execute takes commands"):
+        with pytest.raises(UsageError, match="execute and stream take commands"):
             client.stream(Step(key="a"))  # type: ignore[arg-type]
 
 
