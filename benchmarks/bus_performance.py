@@ -23,11 +23,11 @@ import shardbus
 from benchmarks import scenarios
 from benchmarks.scenarios import Check
 from loadgen import LoadSpec, Report, run_async
-from loadgen.processes import own_address, started, started_bus
+from loadgen.processes import own_address, started_bus
 from loadgen.report import Interval
 from loadgen.resources import Watched
 from loadgen.source import made
-from loadgen.spec import FaultSpec, LoadError, Template
+from loadgen.spec import FaultSpec, Template
 from shardbus import Breaker, Bus, Command, Context, DeadLetterFilter, Event, Retry
 
 _RATE_MIN: Final = 10_000.0
@@ -310,14 +310,8 @@ def _worst(reports: Sequence[Report]) -> Report:
 async def _plain(address: str, duration_s: float) -> _Plain:
     """What is seen by a publisher that stamps nothing, in a process of its own, with nobody asking for evidence."""
     arguments = ["benchmarks.bus_performance", "--plain", address, "--turn", str(duration_s)]
-    async with started(arguments, piped_stdin=False) as process:
-        assert process.stdout is not None  # it is a pipe
-        async with asyncio.timeout(duration_s + _PATIENCE_S):
-            line = await process.stdout.readline()
-    try:
-        return msgspec.json.decode(line, type=_Plain)
-    except msgspec.DecodeError:
-        raise LoadError("the publisher without measuring did not end with a figure") from None
+    nothing = "the publisher without measuring did not end with a figure"
+    return await scenarios.figure_of(_Plain, arguments, timeout_s=duration_s + _PATIENCE_S, nothing=nothing)
 
 
 async def publish_plain(address: str, duration_s: float) -> _Plain:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import os
 import sqlite3
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
 from typing import Final, TypeVar
 
 import msgspec
@@ -24,11 +21,11 @@ from benchmarks import scenarios
 from benchmarks.scenarios import Check
 from loadgen import LoadError, LoadSpec, Report, run_async
 from loadgen.histogram import Percentiles, percentiles_us
-from loadgen.processes import own_address, started, started_bus
 from loadgen.spec import Template
 from shardbus import Bus, Command, Context, Event
 from shardbus.demo import GetCount
 
+_APPLICATION: Final = "benchmarks.features:bus"
 _WORKERS: Final = 2
 _IN_FLIGHT: Final = 1000
 _COMMANDS_PER_S_MIN: Final = 50_000.0
@@ -222,14 +219,9 @@ async def _seen(client: shardbus.Client) -> tuple[Lateness, ...]:
 
 
 async def _in_a_process(kind: type[ResultT], *arguments: str) -> ResultT:
-    async with started(["benchmarks.features", *arguments], piped_stdin=False) as process:
-        assert process.stdout is not None  # it is a pipe
-        async with asyncio.timeout(3 * _PATIENCE_S):
-            line = await process.stdout.readline()
-    try:
-        return msgspec.json.decode(line, type=kind)
-    except msgspec.DecodeError:
-        raise LoadError(f"{' '.join(arguments)}: the client ended without a figure") from None
+    nothing = f"{' '.join(arguments)}: the client ended without a figure"
+    command = ["benchmarks.features", *arguments]
+    return await scenarios.figure_of(kind, command, timeout_s=3 * _PATIENCE_S, nothing=nothing)
 
 
 # -- the parts
@@ -313,24 +305,17 @@ async def scheduled(address: str, options: argparse.Namespace) -> list[Check]:
     ]
 
 
-@contextlib.asynccontextmanager
-async def _served(application: str | None, workers: int) -> AsyncIterator[str]:
-    with own_address(f"shardbus-benchmarks-features-{os.getuid()}") as address:
-        async with started_bus(workers, address, application=application, log_level="error"):
-            yield address
-
-
 async def benchmark(options: argparse.Namespace) -> int:
     """Measure, and print; the exit code."""
     print("commands …", flush=True)
-    async with _served(None, _WORKERS) as address:
+    async with scenarios.private_bus(_WORKERS, log_level="error") as address:
         checks = await commands(address, options)
     print("batches …", flush=True)
-    async with _served("benchmarks.features:bus", 1) as address:
+    async with scenarios.private_bus(1, _APPLICATION, log_level="error") as address:
         found, reports = await batches(address, options)
         checks += found
     print("scheduled …", flush=True)
-    async with _served("benchmarks.features:bus", _WORKERS) as address:
+    async with scenarios.private_bus(_WORKERS, _APPLICATION, log_level="error") as address:
         checks += await scheduled(address, options)
     method = (
         f"commands: {_WORKERS} workers, GetCount over {_KEYS:,} keys, {options.duration:g} s after 1 s of warm-up",

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -25,7 +25,7 @@ import shardbus
 from loadgen import LoadError, LoadSpec, Report, run_async
 from loadgen.histogram import Percentiles, percentiles_us
 from loadgen.machine import Machine, this_machine
-from loadgen.processes import end_as_on_interrupt, own_address, started_bus
+from loadgen.processes import end_as_on_interrupt, own_address, started, started_bus
 from loadgen.spec import Call
 from shardbus.demo import GetCount, Tick
 
@@ -46,6 +46,8 @@ ROUND_TRIP_P50_US_MAX: Final = 250
 
 RESULTS: Final = Path(os.environ.get("SHARDBUS_RESULTS", "results"))
 """The directory in which results are kept, one file each; below the one that a benchmark is started in."""
+
+FigureT = TypeVar("FigureT")
 
 _KEYS: Final = 1000
 _WARM_CALLS: Final = 200
@@ -121,14 +123,33 @@ def latency_checks(report: Report, *, p50_us_max: int, p99_us_max: int) -> list[
 
 
 @contextlib.asynccontextmanager
-async def private_bus(workers: int) -> AsyncIterator[str]:
-    """The address of a bus with the demo application that nobody else uses, until the block is left.
+async def private_bus(
+    workers: int, application: str | None = None, *, log_level: str = "warning"
+) -> AsyncIterator[str]:
+    """The address of a bus that nobody else uses, with the demo or another application, until the block is left.
 
     It is always the same one, so that a second benchmark beside this one is refused: each would spoil the other's figures.
     """
     with own_address(f"shardbus-benchmarks-{os.getuid()}") as address:
-        async with started_bus(workers, address):
+        async with started_bus(workers, address, application=application, log_level=log_level):
             yield address
+
+
+async def figure_of(kind: type[FigureT], arguments: list[str], *, timeout_s: float, nothing: str) -> FigureT:
+    """What a benchmark's client says that runs as a process of its own, by these arguments of `python -m`: a line of JSON.
+
+    Raises:
+        LoadError: `nothing`: it ended without one.
+        TimeoutError: it took longer.
+    """
+    async with started(arguments, piped_stdin=False) as process:
+        assert process.stdout is not None  # it is a pipe
+        async with asyncio.timeout(timeout_s):
+            line = await process.stdout.readline()
+    try:
+        return msgspec.json.decode(line, type=kind)
+    except msgspec.DecodeError:
+        raise LoadError(nothing) from None
 
 
 async def full_speed(address: str, duration_s: float, call: Call = "publish_many") -> Report:

@@ -310,11 +310,7 @@ class Lanes:
         """
         lane = None if key is None else self._busy.get(key)
         if lane is None:
-            lane = _Lane(key, None)
-            if key is None:
-                self._loose.add(lane)
-            else:
-                self._busy[key] = lane
+            lane = self._new_lane(key)
             lane.stored = True
             lane.parked = parked
             self.parked_keys += parked
@@ -324,6 +320,15 @@ class Lanes:
             self._count(lane)
         else:
             self._continue(lane)
+
+    def _new_lane(self, key: WireKey) -> _Lane:
+        """An empty lane of a key that has none, or of one message without a key."""
+        lane = _Lane(key, None)
+        if key is None:
+            self._loose.add(lane)
+        else:
+            self._busy[key] = lane
+        return lane
 
     def _count(self, lane: _Lane) -> None:
         """Something may have woken a lane, or let it sleep."""
@@ -642,10 +647,7 @@ class Lanes:
             self._absorb(error)
             if self._leader is token:
                 self._running = None
-            round_ = _Round(delivery)
-            round_.ran = True
-            self._handler_failed(round_, plan.handlers[0], error, "failed")
-            self._settle(delivery, self._outcome(delivery, round_))
+            self._settle_failed(delivery, error)
         else:
             if self._leader is not token:
                 self._settle(delivery, None)
@@ -825,6 +827,10 @@ class Lanes:
             delivery = cursor.delivery()
         else:
             delivery = self._overtaken(token, key)
+        self._settle_failed(delivery, error)
+
+    def _settle_failed(self, delivery: Delivery, error: BaseException) -> None:
+        """The one plain handler of an event has raised."""
         round_ = _Round(delivery)
         round_.ran = True
         self._handler_failed(round_, delivery.plan.handlers[0], error, "failed")
@@ -890,7 +896,7 @@ class Lanes:
         """The turn of an event of a batch handler has come: it joins others, and what is full begins."""
         lane = None if delivery.key is None else self._busy.get(delivery.key)
         if lane is None and delivery.key is not None:
-            lane = self._busy[delivery.key] = _Lane(delivery.key, None)
+            lane = self._new_lane(delivery.key)
         batch = None if self._is_alone(delivery) else self._gatherings.find(slot_of(delivery.plan, delivery))
         if batch is not None:
             batch.members.append(delivery)
@@ -1155,11 +1161,7 @@ class Lanes:
 
     def _set_apart(self, delivery: Delivery) -> None:
         """A suspect's turn came in a batch: give it a lane, whose head runs when it may."""
-        lane = _Lane(delivery.key, None)
-        if delivery.key is None:
-            self._loose.add(lane)
-        else:
-            self._busy[delivery.key] = lane
+        lane = self._new_lane(delivery.key)
         self._queue(lane, delivery)
         self._ready.append(lane)
 
@@ -1499,7 +1501,7 @@ class Lanes:
         fail; the rest goes to the store once that is committed."""
         lane = self._busy.get(key)
         if lane is None:
-            lane = self._busy[key] = _Lane(key, None)
+            lane = self._new_lane(key)
         lane.running = None
         lane.parked = lane.parking = True
         self.parked_keys += 1
@@ -1543,11 +1545,7 @@ class Lanes:
             delivery.due_ns = min(delivery.due_ns, delivery.deadline_ns)  # then it is known to be too late
         lane = None if delivery.key is None else self._busy.get(delivery.key)
         if lane is None:
-            lane = _Lane(delivery.key, None)
-            if delivery.key is None:
-                self._loose.add(lane)
-            else:
-                self._busy[delivery.key] = lane
+            lane = self._new_lane(delivery.key)
         lane.running = None
         lane.opened().appendleft(delivery)
         self.queued += 1
@@ -1644,10 +1642,9 @@ class Lanes:
         if lane.key is None:
             # They have no order: each waits for its own time.
             for row in rows:
-                loose = _Lane(None, None)
+                loose = self._new_lane(None)
                 loose.stored = True
                 loose.opened().append(row)
-                self._loose.add(loose)
                 self._continue(loose)
             if self.queued > self._limits.queued_events_max:
                 head.due_ns = self._now() + int(
