@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -11,12 +12,25 @@ from shardbus.bus import Bus
 from shardbus.client import Client
 from shardbus.local import run_local
 from shardbus.publishing import PublishMiddleware, client_class
+from shardbus.sql_store import SqlStore, sqlite_file_url
+from shardbus.store import Store
 from shardbus.testing import MemoryRows, MemoryStore
 
 
 @pytest.fixture
 def rows() -> MemoryRows:
     return MemoryRows()
+
+
+@pytest.fixture(params=["memory", "sqlite file"])
+def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Store]:
+    """Opens a store of either kind, again and again over the same rows."""
+    rows = MemoryRows()
+
+    def store() -> Store:
+        return MemoryStore(rows) if request.param == "memory" else SqlStore(sqlite_file_url(str(tmp_path / "store.db")))
+
+    return store
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -16,7 +15,6 @@ from shardbus.local import run_local
 from shardbus.messages import WireKey
 from shardbus.routing import slot_of
 from shardbus.shard import Shard
-from shardbus.sql_store import SqlStore, sqlite_file_url
 from shardbus.store import (
     ANY_SIZE,
     DeadLetter,
@@ -28,7 +26,7 @@ from shardbus.store import (
     WaitingEvent,
     WaitingLane,
 )
-from shardbus.testing import MemoryRows, MemoryStore
+from shardbus.testing import MemoryStore
 
 KEYS = 2500
 MakeStore = Callable[[], Store]
@@ -65,16 +63,6 @@ class Application:
 @pytest.fixture
 def application() -> Application:
     return Application()
-
-
-@pytest.fixture(params=["memory", "sqlite file"])
-def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStore:
-    rows = MemoryRows()
-
-    def store() -> Store:
-        return MemoryStore(rows) if request.param == "memory" else SqlStore(sqlite_file_url(str(tmp_path / "store.db")))
-
-    return store
 
 
 def waiting(position: int, key: WireKey, n: int, name: str = "Step") -> WaitingEvent:

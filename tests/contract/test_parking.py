@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,7 +23,6 @@ from shardbus import (
 )
 from shardbus.config import Limits
 from shardbus.local import run_local
-from shardbus.sql_store import SqlStore, sqlite_file_url
 from shardbus.store import DeadLetter, Envelope, Store, WaitingEvent
 from shardbus.testing import MemoryRows, MemoryStore
 
@@ -78,17 +76,13 @@ def application() -> Application:
     return Application()
 
 
-@pytest.fixture(params=["memory", "sqlite file"])
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
+@pytest.fixture
+def run(make_store: Callable[[], Store]) -> Run:
     """Runs a bus in this process, again and again over the same rows."""
-    rows = MemoryRows()
-
-    def store() -> Store:
-        return MemoryStore(rows) if request.param == "memory" else SqlStore(sqlite_file_url(str(tmp_path / "store.db")))
 
     @asynccontextmanager
     async def running(bus: Bus, **options: Any) -> AsyncIterator[Client]:
-        async with run_local(bus, stores=[store()], **options) as client:
+        async with run_local(bus, stores=[make_store()], **options) as client:
             yield client
 
     return running
