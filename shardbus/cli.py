@@ -186,7 +186,7 @@ def serve(
         check_platform()
         load_application(application)  # a mistake shows here, once, instead of in every worker
         if dead_letters is not None:
-            from shardbus.sql_store import shard_url
+            from shardbus.sql.urls import shard_url
 
             shard_url(dead_letters, 0)
         where = parse_address(default_address(os.environ) if bind is None else bind)

@@ -303,6 +303,7 @@ async def _tick(shards: list[Shard]) -> None:
 
 def _sql_store(dead_letters: str | None, shard: int) -> Store:
     # SQLAlchemy is more than half of what a program would wait for at its start, and who talks to a bus needs none of it.
-    from shardbus.sql_store import SqlStore, shard_url
+    from shardbus.sql.store import SqlStore
+    from shardbus.sql.urls import shard_url
 
     return SqlStore(MEMORY_URL if dead_letters is None else shard_url(dead_letters, shard))

@@ -1,4 +1,4 @@
-"""The store of a shard, as a port: what must outlive a worker. Adapters: `sql_store`, and one in memory for tests.
+"""The store of a shard, as a port: what must outlive a worker. Adapters: `sql.store`, and one in memory for tests.
 
 Rows are dead letters and waiting events. They belong to their slot, not to their shard, so that they can move with it.
 """

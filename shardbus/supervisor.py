@@ -331,11 +331,11 @@ class Supervisor:
         """A bus of another number of shards may have left rows here; they belong to slots that are elsewhere now."""
         served_before = before = rundir.shards_before()
         if self._options.dead_letters is not None:
-            from shardbus.sql_store import files_there
+            from shardbus.sql.urls import files_there
 
             before = max(before, files_there(self._options.dead_letters))
         if before and before != self._options.workers:
-            from shardbus.sql_store import SqlStore
+            from shardbus.sql.store import SqlStore
 
             for shard in range(before):
                 url = self._store_url(rundir, shard)
@@ -357,7 +357,7 @@ class Supervisor:
     def _store_url(self, rundir: RunDir, shard: int) -> str:
         if self._options.dead_letters is not None:
             # SQLAlchemy takes longer to import than all else here, and 25 MB: only who names a store has it in this process.
-            from shardbus.sql_store import shard_url
+            from shardbus.sql.urls import shard_url
 
             return shard_url(self._options.dead_letters, shard)
         return f"{FILE_URL}{rundir.store_path(shard)}" if rundir.on_ram else MEMORY_URL

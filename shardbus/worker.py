@@ -52,7 +52,7 @@ from shardbus.reports import (
     encode_report,
 )
 from shardbus.shard import Shard
-from shardbus.sql_store import SqlStore
+from shardbus.sql.store import SqlStore
 from shardbus.store import StoreError
 from shardbus.watchdog import Stall, Watchdog
 from shardbus.zmq_transport import Router, ZmqListener

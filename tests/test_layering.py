@@ -54,7 +54,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lanes", "deferral"),
     # adapters: one effect each
     ("fork_server",),
-    ("evidence", "sql_store", "zmq_transport", "processes", "rundir", "logs", "application", "event_loop", "watchdog"),
+    ("sql",),  # the package itself, which holds nothing
+    ("sql.tables",),
+    ("sql.rows",),
+    ("sql.statements", "sql.urls"),
+    ("evidence", "sql.store", "zmq_transport", "processes", "rundir", "logs", "application", "event_loop", "watchdog"),
     ("example_application",),
     ("shard",),
     ("subscriptions", "streams"),
@@ -124,7 +128,14 @@ OWNERS: tuple[Owner, ...] = (
     Owner(
         "stores",
         ("sqlalchemy", "aiosqlite", "sqlite3"),
-        ("shardbus/sql_store.py", "benchmarks/chaos.py", "benchmarks/features.py"),
+        (
+            "shardbus/sql/store.py",
+            "shardbus/sql/tables.py",
+            "shardbus/sql/statements.py",
+            "shardbus/sql/urls.py",
+            "benchmarks/chaos.py",
+            "benchmarks/features.py",
+        ),
     ),
     Owner(
         "processes",
@@ -384,8 +395,9 @@ BROKEN = {
     "an owner's effect taken": (
         {"shardbus/client.py": "import sqlalchemy.orm\n"},
         (
-            "shardbus/client.py:1: imports sqlalchemy.orm, but stores belong to shardbus/sql_store.py and "
-            "benchmarks/chaos.py and benchmarks/features.py"
+            "shardbus/client.py:1: imports sqlalchemy.orm, but stores belong to shardbus/sql/store.py and "
+            "shardbus/sql/tables.py and shardbus/sql/statements.py and shardbus/sql/urls.py and benchmarks/chaos.py and "
+            "benchmarks/features.py"
         ),
     ),
     "an effect that a neighbour of its owner takes": (

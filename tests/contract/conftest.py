@@ -12,7 +12,8 @@ from shardbus.bus import Bus
 from shardbus.client import Client
 from shardbus.local import run_local
 from shardbus.publishing import PublishMiddleware, client_class
-from shardbus.sql_store import SqlStore, sqlite_file_url
+from shardbus.sql.store import SqlStore
+from shardbus.sql.urls import sqlite_file_url
 from shardbus.store import Store
 from shardbus.testing import MemoryRows, MemoryStore
 

@@ -15,7 +15,8 @@ from msgspec.structs import replace
 from shardbus import Bus, Client, Context, Event, Retry, UsageError, blocking, testing
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.local import run_local
-from shardbus.sql_store import SqlStore, sqlite_file_url
+from shardbus.sql.store import SqlStore
+from shardbus.sql.urls import sqlite_file_url
 from shardbus.store import Store
 from shardbus.testing import MemoryRows, MemoryStore
 

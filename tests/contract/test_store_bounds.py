@@ -13,7 +13,8 @@ import pytest
 from shardbus import Bus, Client, ConfigError, Event, NotDelivered, Retry
 from shardbus.config import Limits
 from shardbus.local import run_local
-from shardbus.sql_store import SqlStore, sqlite_file_url
+from shardbus.sql.store import SqlStore
+from shardbus.sql.urls import sqlite_file_url
 from shardbus.store import ANY_SIZE, DeadFilter, Store, StoredDeadLetter
 from shardbus.testing import MemoryRows, MemoryStore
 

@@ -19,7 +19,8 @@ import pytest
 from msgspec.structs import replace
 
 from shardbus.messages import WireKey
-from shardbus.sql_store import SqlStore, sqlite_file_url
+from shardbus.sql.store import SqlStore
+from shardbus.sql.urls import sqlite_file_url
 from shardbus.store import (
     FILE_URL,
     MEMORY_URL,
@@ -711,7 +712,7 @@ async def test_what_was_purged_or_cancelled_is_still_known_to_whoever_asks_for_o
 
 
 async def test_of_what_was_removed_the_last_are_known(store, monkeypatch):
-    for module in ("sql_store", "testing.memory_store"):
+    for module in ("sql.store", "testing.memory_store"):
         monkeypatch.setattr(f"shardbus.{module}.REMOVED_MAX", 3)
     await store.write(dead=[dead_letter(seq) for seq in range(1, 8)])
     rows = [found.row for found in await store.dead_letters(DeadFilter(), 0, 10)]
@@ -820,7 +821,7 @@ async def test_no_index_of_the_log_is_mapped_because_a_full_ram_disk_would_kill_
 
 _COMMIT_THEN_HANG = """
 import asyncio, sys
-from shardbus.sql_store import SqlStore
+from shardbus.sql.store import SqlStore
 from shardbus.store import DeadFilter, DeadLetter, Envelope, WaitingEvent
 
 def envelope(seq):

@@ -8,7 +8,8 @@ import pytest
 
 from shardbus import Bus
 from shardbus.errors import ConfigError
-from shardbus.sql_store import SqlStore, shard_url
+from shardbus.sql.store import SqlStore
+from shardbus.sql.urls import shard_url
 
 EXAMPLE = "is not a database URL; try sqlite+aiosqlite:///dead-letters.db"
 MISSING = "sqlite+aiosqlite:////no/such/directory"

@@ -1,63 +1,66 @@
 """The store in an SQL database: SQLite through aiosqlite, and any other that SQLAlchemy reaches and that knows
-`ON CONFLICT`. Owns the schema and the only import of SQLAlchemy; knows nothing of lanes, sessions or retries.
-
-Rows are written by statements of many rows, not by `executemany`: the sqlite3 module gives up the interpreter's lock
-once for each row there, and beside a busy event loop every return of it may wait (measured: 16,000–26,000 against
-27,000–36,000 rows/s). Preparing such a statement costs more than running it, so their lengths are powers of two, and
-each is prepared once.
+`ON CONFLICT`. What is in which transaction, and what it comes to in counts; knows nothing of lanes, sessions or retries.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import wraps
 from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
-import msgspec
 from msgspec.structs import replace
 from sqlalchemy import (
-    URL,
-    BigInteger,
-    Column,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
     NullPool,
-    Table,
-    Text,
-    UniqueConstraint,
     bindparam,
     case,
     delete,
     func,
     insert,
     inspect,
-    make_url,
     select,
     text,
     tuple_,
     update,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from shardbus.errors import ConfigError
-from shardbus.messages import WireKey
+from shardbus.sql.rows import (
+    dead_row,
+    pack,
+    progress_of,
+    scheduled_row,
+    storable,
+    to_dead,
+    to_waiting,
+    unpack_key,
+    waiting_row,
+)
+from shardbus.sql.statements import Pages, Statement, UnionStatement, insertion
+from shardbus.sql.tables import (
+    DEAD,
+    DEAD_COLUMNS,
+    GROWS_FROM,
+    META,
+    METADATA,
+    REMOVED,
+    SCHEDULED,
+    SCHEDULED_COLUMNS,
+    SCHEMA_VERSION,
+    TRACEBACKS,
+    WAITING,
+)
 from shardbus.store import (
     ANY_SIZE,
-    MEMORY_URL,
     REMOVED_MAX,
     ROW_OVERHEAD_BYTES,
     TAKEOVERS_MAX,
     DeadFilter,
     DeadLetter,
-    Envelope,
-    Failure,
     LaneHead,
     ParkedKey,
     ScheduledEvent,
@@ -74,12 +77,6 @@ from shardbus.store import (
     traceback_bytes,
 )
 
-SCHEMA_VERSION: Final = 7
-"""Raise it with every change of the tables below; a store of another version is refused unless it is empty."""
-
-_GROWS_FROM: Final = ("5", "6")  # what this version has beyond these are tables and an index, made where they are missing
-
-_ROWS_MAX: Final = 512  # rows of one statement: 19 columns of them stay far below SQLite's 32,766 parameters
 _PLACES_MAX: Final = 1024  # places whose traceback is known to be stored; when full, it starts over
 _DROP_ROWS: Final = 256  # dropped at once: with their tracebacks they may free more room than their own size
 _BUSY_TIMEOUT_S: Final = 0.3  # how long SQLite waits for another's lock before it says `database is locked`
@@ -93,144 +90,53 @@ _NO_POSITION: Final = 2**63
 
 _PLACEHOLDERS: Final = {"qmark": "?", "numeric_dollar": "${}"}
 
-# SQLite numbers its rows itself where a primary key is exactly INTEGER, and keeps no second index for it.
-_RowNumber: Final = BigInteger().with_variant(Integer(), "sqlite")
-
-_metadata: Final = MetaData()
-
-
-def _envelope_columns() -> list[Column[Any]]:
-    return [
-        Column("publisher", LargeBinary, nullable=False),
-        Column("seq", BigInteger, nullable=False),
-        Column("slot", Integer, nullable=False),
-        Column("type", Text, nullable=False),
-        Column("key", LargeBinary, nullable=False),  # msgpack, which tells 42 from "42" and holds 64 bits unsigned
-        Column("body", LargeBinary, nullable=False),
-        Column("headers", LargeBinary),  # msgpack
-        Column("ordinal", BigInteger, nullable=False),
-        Column("intended_ns", BigInteger, nullable=False),
-        Column("attempt", Integer, nullable=False),
-    ]
-
-
-_ENVELOPE_WIDTH: Final = len(_envelope_columns())
-
-_dead: Final = Table(
-    "dead_letters",
-    _metadata,
-    *_envelope_columns(),
-    Column("handlers", Text, nullable=False),  # one a line, each line with both its ends, so that LIKE finds a name
-    Column("reason", Text, nullable=False),
-    Column("error_type", Text, nullable=False),
-    Column("error", Text, nullable=False),
-    Column("place", Text, nullable=False),
-    Column("first_ns", BigInteger, nullable=False),
-    Column("last_ns", BigInteger, nullable=False),
-    Column("epoch", LargeBinary, nullable=False),
-    Column("position", BigInteger, nullable=False),  # above 0: its key is parked, and this is its place in the lane
-    Column("id", _RowNumber, primary_key=True),  # given by the database: the order in which they died
-    UniqueConstraint("publisher", "seq"),
-    Index("dead_letters_by_place", "place"),  # a traceback goes with the last dead letter of its place
-    Index("dead_letters_parked", "position", sqlite_where=text("position > 0"), postgresql_where=text("position > 0")),
-    sqlite_autoincrement=True,  # a number is never given twice: what was asked about one row must not hit another
-)
-
-_waiting: Final = Table(
-    "waiting",
-    _metadata,
-    *_envelope_columns(),
-    Column("progress", LargeBinary),  # msgpack of a `_Progress`
-    Column("due_ns", BigInteger, nullable=False),
-    Column("position", _RowNumber, primary_key=True, autoincrement=False),
-    Index("waiting_by_key", "key", "position"),
-    Index("waiting_by_publisher", "publisher", "seq"),
-)
-
-_scheduled: Final = Table(
-    "scheduled",
-    _metadata,
-    *_envelope_columns(),
-    Column("due_ns", BigInteger, nullable=False),
-    Column("id", _RowNumber, primary_key=True),
-    Index("scheduled_by_due", "due_ns", "id"),
-    Index("scheduled_by_publisher", "publisher", "seq"),
-    sqlite_autoincrement=True,  # a number is never given twice: what begins by it must be what was read
-)
-
-_tracebacks: Final = Table(
-    "tracebacks",
-    _metadata,
-    Column("place", Text, primary_key=True),
-    Column("traceback", Text, nullable=False),
-)
-
-_removed: Final = Table(
-    "removed",
-    _metadata,
-    Column("publisher", LargeBinary, nullable=False),
-    Column("seq", BigInteger, nullable=False),
-    Column("was_dead", Integer, nullable=False),
-    Column("id", _RowNumber, primary_key=True),  # the order in which they were removed: the first are forgotten first
-    Index("removed_by_publisher", "publisher", "seq"),
-)
-
-_meta: Final = Table(
-    "meta",
-    _metadata,
-    Column("name", Text, primary_key=True),
-    Column("value", Text, nullable=False),
-)
-
-_DEAD_COLUMNS: Final = tuple(column.name for column in _dead.columns if column is not _dead.c.id)
-_SCHEDULED_COLUMNS: Final = tuple(column.name for column in _scheduled.columns if column is not _scheduled.c.id)
 _DEAD_IDENTITY: Final = ("publisher", "seq")
 _CHANGING: Final = ("attempt", "progress", "due_ns")  # what may change of a waiting event
 
 # Values are bound under other names than their columns, which SQLAlchemy keeps for itself in an UPDATE.
 _replace_dead: Final = (
-    update(_dead)
-    .where(*(_dead.c[name] == bindparam(f"new_{name}") for name in _DEAD_IDENTITY))
-    .values({name: bindparam(f"new_{name}") for name in _DEAD_COLUMNS if name not in (*_DEAD_IDENTITY, "first_ns")})
+    update(DEAD)
+    .where(*(DEAD.c[name] == bindparam(f"new_{name}") for name in _DEAD_IDENTITY))
+    .values({name: bindparam(f"new_{name}") for name in DEAD_COLUMNS if name not in (*_DEAD_IDENTITY, "first_ns")})
 )
 _select_dead: Final = (
-    select(_dead.c.id, *(_dead.c[name] for name in _DEAD_COLUMNS), func.coalesce(_tracebacks.c.traceback, ""))
-    .join(_tracebacks, _tracebacks.c.place == _dead.c.place, isouter=True)
-    .order_by(_dead.c.id)
+    select(DEAD.c.id, *(DEAD.c[name] for name in DEAD_COLUMNS), func.coalesce(TRACEBACKS.c.traceback, ""))
+    .join(TRACEBACKS, TRACEBACKS.c.place == DEAD.c.place, isouter=True)
+    .order_by(DEAD.c.id)
 )
-_body_bytes: Final = func.length(_dead.c.body)
-_select_oldest: Final = select(_dead.c.id, _body_bytes).where(_dead.c.position == 0).order_by(_dead.c.id)
+_body_bytes: Final = func.length(DEAD.c.body)
+_select_oldest: Final = select(DEAD.c.id, _body_bytes).where(DEAD.c.position == 0).order_by(DEAD.c.id)
 _measure_dead: Final = select(
     func.count(),
     func.coalesce(func.sum(_body_bytes), 0),
-    func.count(func.nullif(_dead.c.position, 0)),
-    func.coalesce(func.sum(case((_dead.c.position > 0, _body_bytes))), 0),
-    func.coalesce(func.max(_dead.c.position), 0),
+    func.count(func.nullif(DEAD.c.position, 0)),
+    func.coalesce(func.sum(case((DEAD.c.position > 0, _body_bytes))), 0),
+    func.coalesce(func.max(DEAD.c.position), 0),
 )
 _measure_waiting: Final = select(
     func.count(),
-    func.coalesce(func.sum(func.length(_waiting.c.body)), 0),
-    func.coalesce(func.max(_waiting.c.position), 0),
+    func.coalesce(func.sum(func.length(WAITING.c.body)), 0),
+    func.coalesce(func.max(WAITING.c.position), 0),
 )
-_measure_scheduled: Final = select(func.count(), func.coalesce(func.sum(func.length(_scheduled.c.body)), 0))
+_measure_scheduled: Final = select(func.count(), func.coalesce(func.sum(func.length(SCHEDULED.c.body)), 0))
 _select_lowest: Final = (
-    select(func.min(_waiting.c.position)),
-    select(func.min(_dead.c.position)).where(text("position > 0")),  # as the index has it
+    select(func.min(WAITING.c.position)),
+    select(func.min(DEAD.c.position)).where(text("position > 0")),  # as the index has it
 )
 # Above (due time, row), in two parts: where both are compared, SQLite searches the index by the first only, and so reads
 # what is due at one instant from its beginning, again and again. The sum keeps a planner off that index, where rows count.
 _DUE_WITH: Final = "FROM scheduled WHERE due_ns = {} AND id > {} ORDER BY id LIMIT {}"
 _DUE_LATER: Final = "FROM scheduled WHERE due_ns > {} AND due_ns <= {} ORDER BY due_ns, id LIMIT {}"
 _DUE_ABOVE: Final = "FROM scheduled WHERE id > {} AND due_ns + 0 <= {} ORDER BY id LIMIT {}"
-_select_dead_sizes: Final = select(func.length(_dead.c.body)).order_by(_dead.c.id)
+_select_dead_sizes: Final = select(func.length(DEAD.c.body)).order_by(DEAD.c.id)
 _change_waiting: Final = (
-    update(_waiting)
-    .where(_waiting.c.position == bindparam("at"))
+    update(WAITING)
+    .where(WAITING.c.position == bindparam("at"))
     .values({name: bindparam(f"new_{name}") for name in _CHANGING})
 )
 # Sums over some rows; joined from literals, so nothing of them comes from outside.
 _SUM_WAITING: Final = "SELECT count(*), coalesce(sum(length(body)), 0) FROM waiting"
-_ROWS_WAITING: Final = f"SELECT {', '.join(_waiting.columns.keys())} FROM waiting"  # noqa: S608 - likewise
+_ROWS_WAITING: Final = f"SELECT {', '.join(WAITING.columns.keys())} FROM waiting"  # noqa: S608 - likewise
 # The first events of a lane, each with its size; `{row}` is the number of the lane among those that are asked for.
 _HEAD: Final = (
     "SELECT {row} AS lane, position, size FROM (SELECT position, length(body) AS size FROM waiting "
@@ -242,16 +148,16 @@ _SUM_DEAD: Final = (
     "coalesce(sum(CASE WHEN position > 0 THEN length(body) END), 0) FROM dead_letters"
 )
 _heads: Final = (
-    select(_waiting.c.key, func.count().label("count"), func.min(_waiting.c.position).label("first"))
-    .where(_waiting.c.key > bindparam("after_key"))
-    .group_by(_waiting.c.key)
-    .order_by(_waiting.c.key)
+    select(WAITING.c.key, func.count().label("count"), func.min(WAITING.c.position).label("first"))
+    .where(WAITING.c.key > bindparam("after_key"))
+    .group_by(WAITING.c.key)
+    .order_by(WAITING.c.key)
     .limit(bindparam("lanes"))
     .subquery()
 )
 _select_lanes: Final = (
-    select(_heads.c.key, _heads.c.count, _waiting.c.due_ns)
-    .join(_waiting, _waiting.c.position == _heads.c.first)
+    select(_heads.c.key, _heads.c.count, WAITING.c.due_ns)
+    .join(WAITING, WAITING.c.position == _heads.c.first)
     .order_by(_heads.c.key)
 )
 
@@ -259,24 +165,6 @@ _SUM_TRACEBACKS: Final = "SELECT count(*), coalesce(sum(length(traceback)), 0) F
 _NO_LETTER: Final = "NOT EXISTS (SELECT 1 FROM dead_letters WHERE dead_letters.place = tracebacks.place)"
 _ROWS_ORPHANS: Final = f"SELECT place, length(traceback) FROM tracebacks WHERE {_NO_LETTER}"  # noqa: S608 - likewise
 _DELETE_ORPHANS: Final = f"DELETE FROM tracebacks WHERE {_NO_LETTER}"  # noqa: S608 - likewise
-
-_pack: Final = msgspec.msgpack.Encoder().encode
-_unpack_headers: Final = msgspec.msgpack.Decoder(dict[str, str]).decode
-
-
-class _Progress(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What is written of a waiting event only where there is something to say; what is added has a default."""
-
-    todo: dict[str, int] = {}
-    gave_up: tuple[Failure, ...] = ()
-    deadline_ns: int = 0
-
-
-_NO_PROGRESS: Final = _Progress()
-_unpack_progress: Final = msgspec.msgpack.Decoder(_Progress).decode
-
-_UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
-
 
 _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
@@ -329,30 +217,30 @@ class SqlStore:
         self._sqlite = dialect.name == "sqlite"
         placeholder = _PLACEHOLDERS[dialect.paramstyle]
         # A dead letter that is there already is left alone here, so that the row count says how many are new.
-        self._insert_dead = _insert(placeholder, _dead, _DEAD_COLUMNS, "ON CONFLICT (publisher, seq) DO NOTHING")
-        self._insert_waiting = _insert(placeholder, _waiting, tuple(_waiting.columns.keys()), "")
-        self._insert_tracebacks = _insert(
-            placeholder, _tracebacks, ("place", "traceback"), "ON CONFLICT (place) DO NOTHING"
+        self._insert_dead = insertion(placeholder, DEAD, DEAD_COLUMNS, "ON CONFLICT (publisher, seq) DO NOTHING")
+        self._insert_waiting = insertion(placeholder, WAITING, tuple(WAITING.columns.keys()), "")
+        self._insert_tracebacks = insertion(
+            placeholder, TRACEBACKS, ("place", "traceback"), "ON CONFLICT (place) DO NOTHING"
         )
-        self._due_with = _Pages(placeholder, _DUE_WITH)
-        self._due_later = _Pages(placeholder, _DUE_LATER)
-        self._due_above = _Pages(placeholder, _DUE_ABOVE)
-        self._sum_tracebacks = _Statement(placeholder, f"{_SUM_TRACEBACKS} WHERE place IN (", 1, ")")
-        self._select_orphans = _Statement(placeholder, f"{_ROWS_ORPHANS} AND place IN (", 1, ")")
-        self._delete_tracebacks = _Statement(placeholder, "DELETE FROM tracebacks WHERE place IN (", 1, ")")
-        self._select_places = _Statement(placeholder, "SELECT DISTINCT place FROM dead_letters WHERE id IN (", 1, ")")
-        self._insert_scheduled = _insert(placeholder, _scheduled, _SCHEDULED_COLUMNS, "")
+        self._due_with = Pages(placeholder, _DUE_WITH)
+        self._due_later = Pages(placeholder, _DUE_LATER)
+        self._due_above = Pages(placeholder, _DUE_ABOVE)
+        self._sum_tracebacks = Statement(placeholder, f"{_SUM_TRACEBACKS} WHERE place IN (", 1, ")")
+        self._select_orphans = Statement(placeholder, f"{_ROWS_ORPHANS} AND place IN (", 1, ")")
+        self._delete_tracebacks = Statement(placeholder, "DELETE FROM tracebacks WHERE place IN (", 1, ")")
+        self._select_places = Statement(placeholder, "SELECT DISTINCT place FROM dead_letters WHERE id IN (", 1, ")")
+        self._insert_scheduled = insertion(placeholder, SCHEDULED, SCHEDULED_COLUMNS, "")
         note = "INSERT INTO removed (publisher, seq, was_dead) SELECT publisher, seq,"
-        self._note_purged = _Statement(placeholder, f"{note} 1 FROM dead_letters WHERE id IN (", 1, ") ORDER BY id")
-        self._note_cancelled = _Statement(placeholder, f"{note} 0 FROM scheduled WHERE id IN (", 1, ")")
-        self._delete_scheduled = _Statement(placeholder, "DELETE FROM scheduled WHERE id IN (", 1, ")")
-        self._sum_scheduled = _Statement(placeholder, f"{_SUM_SCHEDULED} WHERE id IN (", 1, ")")
-        self._delete_waiting = _Statement(placeholder, "DELETE FROM waiting WHERE position IN (", 1, ")")
-        self._find_heads = _Union(placeholder, _HEAD, 3)
-        self._select_waiting = _Statement(placeholder, f"{_ROWS_WAITING} WHERE position IN (", 1, ")")
-        self._delete_dead = _Statement(placeholder, "DELETE FROM dead_letters WHERE id IN (", 1, ")")
-        self._sum_waiting = _Statement(placeholder, f"{_SUM_WAITING} WHERE position IN (", 1, ")")
-        self._sum_dead = _Statement(placeholder, f"{_SUM_DEAD} WHERE id IN (", 1, ")")
+        self._note_purged = Statement(placeholder, f"{note} 1 FROM dead_letters WHERE id IN (", 1, ") ORDER BY id")
+        self._note_cancelled = Statement(placeholder, f"{note} 0 FROM scheduled WHERE id IN (", 1, ")")
+        self._delete_scheduled = Statement(placeholder, "DELETE FROM scheduled WHERE id IN (", 1, ")")
+        self._sum_scheduled = Statement(placeholder, f"{_SUM_SCHEDULED} WHERE id IN (", 1, ")")
+        self._delete_waiting = Statement(placeholder, "DELETE FROM waiting WHERE position IN (", 1, ")")
+        self._find_heads = UnionStatement(placeholder, _HEAD, 3)
+        self._select_waiting = Statement(placeholder, f"{_ROWS_WAITING} WHERE position IN (", 1, ")")
+        self._delete_dead = Statement(placeholder, "DELETE FROM dead_letters WHERE id IN (", 1, ")")
+        self._sum_waiting = Statement(placeholder, f"{_SUM_WAITING} WHERE position IN (", 1, ")")
+        self._sum_dead = Statement(placeholder, f"{_SUM_DEAD} WHERE id IN (", 1, ")")
         self._shards = shards
         self._connection: AsyncConnection | None = None
         self._opened = False
@@ -389,8 +277,8 @@ class SqlStore:
                 # The driver would commit each CREATE TABLE by itself, and a kill in between leave half a schema.
                 await connection.exec_driver_sql("BEGIN IMMEDIATE")
             await self._check_version(connection)
-            await connection.run_sync(_metadata.create_all)
-            for index in _dead.indexes:
+            await connection.run_sync(METADATA.create_all)
+            for index in DEAD.indexes:
                 await connection.run_sync(index.create, checkfirst=True)
             await connection.exec_driver_sql(_DELETE_ORPHANS)
             await self._set_meta(connection, "schema_version", str(SCHEMA_VERSION))
@@ -437,8 +325,8 @@ class SqlStore:
         Raises:
             StoreError: nothing was committed; also where a position is in use already.
         """
-        dead_rows = [_dead_row(letter) for letter in dead]
-        waiting_rows = [_waiting_row(event) for event in waiting]
+        dead_rows = [dead_row(letter) for letter in dead]
+        waiting_rows = [waiting_row(event) for event in waiting]
         places = self._new_places(dead)
         async with self._transaction() as connection:
             new_places = [(place,) for place in places]
@@ -451,7 +339,7 @@ class SqlStore:
                 await connection.execute(
                     _replace_dead,
                     [
-                        {f"new_{name}": value for name, value in zip(_DEAD_COLUMNS, row, strict=True)}
+                        {f"new_{name}": value for name, value in zip(DEAD_COLUMNS, row, strict=True)}
                         for row in dead_rows
                     ],
                 )
@@ -463,7 +351,7 @@ class SqlStore:
                         {
                             "at": event.position,
                             "new_attempt": event.envelope.attempt,
-                            "new_progress": _progress(event),
+                            "new_progress": progress_of(event),
                             "new_due_ns": event.due_ns,
                         }
                         for event in changed
@@ -473,7 +361,7 @@ class SqlStore:
             removed_rows, removed_bodies = await self._sum_waiting.totals(connection, removed, 2)
             await self._delete_waiting.run(connection, removed)
             revived = await self._remove_dead(connection, redriven, "redriven") if redriven else _NOTHING
-            await self._insert_scheduled.run(connection, [_scheduled_row(event) for event in scheduled])
+            await self._insert_scheduled.run(connection, [scheduled_row(event) for event in scheduled])
             begun_rows, begun_bytes = await self._remove_scheduled(connection, begun)
             if begun_until_ns:
                 await self._set_meta(connection, "begun_until_ns", str(begun_until_ns))
@@ -515,7 +403,7 @@ class SqlStore:
             StoreError: nothing was noted.
         """
         async with self._transaction() as connection:
-            found = await connection.scalar(select(_meta.c.value).where(_meta.c.name == "takeovers")) or ""
+            found = await connection.scalar(select(META.c.value).where(META.c.name == "takeovers")) or ""
             before = [int(position) for position in found.split()]
             if not await self._counter(connection, "at_rest"):
                 before.append(self._counts.position_max)
@@ -543,10 +431,10 @@ class SqlStore:
         Raises:
             StoreError: the database could not say.
         """
-        values = {"after_key": b"" if after is None else _pack(after.key), "lanes": limit}
+        values = {"after_key": b"" if after is None else pack(after.key), "lanes": limit}
         async with self._transaction() as connection:
             rows = (await connection.execute(_select_lanes, values)).all()
-        return [WaitingLane(key=_unpack_key(key), count=count, due_ns=due_ns) for key, count, due_ns in rows]
+        return [WaitingLane(key=unpack_key(key), count=count, due_ns=due_ns) for key, count, due_ns in rows]
 
     @_to_its_end
     async def parked_keys(self, after: int, limit: int) -> list[ParkedKey]:
@@ -555,12 +443,12 @@ class SqlStore:
         Raises:
             StoreError: the database could not say.
         """
-        position = _dead.c.position
+        position = DEAD.c.position
         # The first condition is the index's own: without it, that is not used.
-        statement = select(_dead.c.key, position).where(text("position > 0"), position > after).order_by(position)
+        statement = select(DEAD.c.key, position).where(text("position > 0"), position > after).order_by(position)
         async with self._transaction() as connection:
             rows = (await connection.execute(statement.limit(limit))).all()
-        return [ParkedKey(_unpack_key(key), at) for key, at in rows]
+        return [ParkedKey(unpack_key(key), at) for key, at in rows]
 
     @_to_its_end
     async def load_waiting(self, lanes: Sequence[LaneHead], bytes_max: int = ANY_SIZE) -> list[list[WaitingEvent]]:
@@ -571,7 +459,7 @@ class SqlStore:
         Raises:
             StoreError: the database could not say.
         """
-        asked = [(_pack(lane.key), lane.after, lane.limit) for lane in lanes]
+        asked = [(pack(lane.key), lane.after, lane.limit) for lane in lanes]
         async with self._transaction() as connection:
             sizes: list[list[tuple[int, int]]] = [[] for _ in lanes]
             for first, found in await self._find_heads.rows(connection, asked):
@@ -584,7 +472,7 @@ class SqlStore:
             rows = {
                 row.position: row
                 for _, found in await self._select_waiting.rows(connection, positions)
-                for row in map(_to_waiting, found)
+                for row in map(to_waiting, found)
             }
         return [[rows[position] for position, _ in lane_sizes] for lane_sizes in taken]
 
@@ -602,12 +490,12 @@ class SqlStore:
                         select(table.c.seq).where(table.c.publisher == publisher, table.c.seq >= first)
                     )
                 )
-                for table in (_dead, _waiting, _scheduled)
+                for table in (DEAD, WAITING, SCHEDULED)
             ]
             waiting |= scheduled
             if self._counts.removed:
-                asked = select(_removed.c.seq, _removed.c.was_dead)
-                asked = asked.where(_removed.c.publisher == publisher, _removed.c.seq >= first)
+                asked = select(REMOVED.c.seq, REMOVED.c.was_dead)
+                asked = asked.where(REMOVED.c.publisher == publisher, REMOVED.c.seq >= first)
                 for seq, was_dead in (await connection.execute(asked)).all():
                     (dead if was_dead else waiting).add(seq)
         return sorted(dead), sorted(waiting)
@@ -649,8 +537,8 @@ class SqlStore:
             StoreError: the database could not say.
         """
         async with self._transaction() as connection:
-            lowest = await connection.scalar(select(func.min(_scheduled.c.due_ns)))
-            row_max = await connection.scalar(select(func.max(_scheduled.c.id)))
+            lowest = await connection.scalar(select(func.min(SCHEDULED.c.due_ns)))
+            row_max = await connection.scalar(select(func.max(SCHEDULED.c.id)))
             return ScheduleState(
                 next_due_ns=lowest or 0,
                 row_max=row_max or 0,
@@ -665,7 +553,7 @@ class SqlStore:
             StoreError: the database could not say.
         """
         async with self._transaction() as connection:
-            found = await connection.scalar(select(func.min(_scheduled.c.due_ns)).where(_scheduled.c.due_ns > after_ns))
+            found = await connection.scalar(select(func.min(SCHEDULED.c.due_ns)).where(SCHEDULED.c.due_ns > after_ns))
         return found or 0
 
     @_to_its_end
@@ -677,7 +565,7 @@ class SqlStore:
         """
         async with self._transaction() as connection:
             asked = await connection.scalars(
-                select(_scheduled.c.id).where(_scheduled.c.publisher == publisher, _scheduled.c.seq == seq)
+                select(SCHEDULED.c.id).where(SCHEDULED.c.publisher == publisher, SCHEDULED.c.seq == seq)
             )
             found = list(asked)
             known = await self._note_removed(connection, self._note_cancelled, found)
@@ -701,28 +589,28 @@ class SqlStore:
         Raises:
             StoreError: the database could not say.
         """
-        conditions = [_dead.c.id > after]
+        conditions = [DEAD.c.id > after]
         if where.type is not None:
-            conditions.append(_dead.c.type == where.type)
+            conditions.append(DEAD.c.type == where.type)
         if where.key is not None:
-            conditions.append(_dead.c.key == _pack(where.key[0]))
+            conditions.append(DEAD.c.key == pack(where.key[0]))
         if where.reason is not None:
-            conditions.append(_dead.c.reason == where.reason)
+            conditions.append(DEAD.c.reason == where.reason)
         if where.handler is not None:
-            conditions.append(_dead.c.handlers.contains(f"\n{where.handler}\n", autoescape=True))
+            conditions.append(DEAD.c.handlers.contains(f"\n{where.handler}\n", autoescape=True))
         if where.since_ns:
-            conditions.append(_dead.c.last_ns >= where.since_ns)
+            conditions.append(DEAD.c.last_ns >= where.since_ns)
         if where.until_ns < 2**63 - 1:
-            conditions.append(_dead.c.last_ns <= where.until_ns)
+            conditions.append(DEAD.c.last_ns <= where.until_ns)
         if where.events is not None:
-            conditions.append(tuple_(_dead.c.publisher, _dead.c.seq).in_(where.events))
+            conditions.append(tuple_(DEAD.c.publisher, DEAD.c.seq).in_(where.events))
         async with self._transaction() as connection:
             if bytes_max < ANY_SIZE:
                 # How large they are is asked first: a page of the largest would fill the memory of a worker.
                 sizes = (await connection.execute(_select_dead_sizes.where(*conditions).limit(limit))).scalars().all()
                 limit = fitting(sizes, bytes_max)
             rows = (await connection.execute(_select_dead.where(*conditions).limit(limit))).all()
-        return [StoredDeadLetter(row[0], _to_dead(row[1:])) for row in rows]
+        return [StoredDeadLetter(row[0], to_dead(row[1:])) for row in rows]
 
     @_to_its_end
     async def purge(self, rows: Sequence[int]) -> int:
@@ -748,7 +636,7 @@ class SqlStore:
         async with self._transaction() as connection:
             removed, last, limit = _NOTHING, 0, _DROP_ROWS + len(keep)
             while removed.rows < rows or removed.bytes < size:
-                found = (await connection.execute(_select_oldest.where(_dead.c.id > last).limit(limit))).all()
+                found = (await connection.execute(_select_oldest.where(DEAD.c.id > last).limit(limit))).all()
                 oldest: list[int] = []
                 freed = removed.bytes
                 for row, body_bytes in found:
@@ -780,12 +668,12 @@ class SqlStore:
         droppable = size - parked_bodies - ROW_OVERHEAD_BYTES * parked
         return _Removed(count, parked, size, droppable, frozenset(orphans))
 
-    async def _note_removed(self, connection: AsyncConnection, note: _Statement, rows: Sequence[int]) -> int:
+    async def _note_removed(self, connection: AsyncConnection, note: Statement, rows: Sequence[int]) -> int:
         """Keep the identities of what is about to be removed; return of how many they are kept."""
         known = self._counts.removed + await note.run(connection, [(row,) for row in rows])
         if known > REMOVED_MAX:
-            last = await connection.scalar(select(func.max(_removed.c.id)))
-            await connection.execute(delete(_removed).where(_removed.c.id <= (last or 0) - REMOVED_MAX))
+            last = await connection.scalar(select(func.max(REMOVED.c.id)))
+            await connection.execute(delete(REMOVED).where(REMOVED.c.id <= (last or 0) - REMOVED_MAX))
         return min(known, REMOVED_MAX)
 
     def _without(self, removed: _Removed) -> StoreCounts:
@@ -823,7 +711,7 @@ class SqlStore:
             waiting=waiting,
             scheduled=scheduled,
             parked=parked,
-            removed=await connection.scalar(select(func.count()).select_from(_removed)) or 0,
+            removed=await connection.scalar(select(func.count()).select_from(REMOVED)) or 0,
             position_max=max(position_max, parked_at),
             bytes=bodies + waiting_bodies + ROW_OVERHEAD_BYTES * (dead + waiting) + tracebacks,
             droppable_bytes=droppable_bytes,
@@ -832,7 +720,7 @@ class SqlStore:
 
     @staticmethod
     async def _counter(connection: AsyncConnection, name: str) -> int:
-        return int(await connection.scalar(select(_meta.c.value).where(_meta.c.name == name)) or 0)
+        return int(await connection.scalar(select(META.c.value).where(META.c.name == name)) or 0)
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[AsyncConnection]:
@@ -880,28 +768,28 @@ class SqlStore:
 
     async def _check_version(self, connection: AsyncConnection) -> None:
         """Refuse tables of another version that hold something; remove those that hold nothing."""
-        if not await connection.run_sync(lambda sync: inspect(sync).has_table(_meta.name)):
+        if not await connection.run_sync(lambda sync: inspect(sync).has_table(META.name)):
             return
-        found = await connection.scalar(select(_meta.c.value).where(_meta.c.name == "schema_version"))
-        if found is None or found == str(SCHEMA_VERSION) or found in _GROWS_FROM:
+        found = await connection.scalar(select(META.c.value).where(META.c.name == "schema_version"))
+        if found is None or found == str(SCHEMA_VERSION) or found in GROWS_FROM:
             return
         there = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
-        for table in (_dead, _waiting, _scheduled):
+        for table in (DEAD, WAITING, SCHEDULED):
             if table.name in there and await connection.scalar(select(func.count()).select_from(text(table.name))):
                 raise StoreError(
                     f"the store {self._name} has schema version {found}, this shardbus knows {SCHEMA_VERSION}; open it with "
                     "the shardbus that wrote it to export what it holds, or name another store with --dead-letters"
                 )
-        await connection.run_sync(_metadata.drop_all)
+        await connection.run_sync(METADATA.drop_all)
 
     @staticmethod
     async def _set_meta(connection: AsyncConnection, name: str, value: str) -> None:
-        changed = await connection.execute(update(_meta).where(_meta.c.name == name).values(value=value))
+        changed = await connection.execute(update(META).where(META.c.name == name).values(value=value))
         if not changed.rowcount:
-            await connection.execute(insert(_meta).values(name=name, value=value))
+            await connection.execute(insert(META).values(name=name, value=value))
 
     async def _check_shards(self, connection: AsyncConnection, shards: int, *, holds_rows: bool) -> None:
-        found = await connection.scalar(select(_meta.c.value).where(_meta.c.name == "shards"))
+        found = await connection.scalar(select(META.c.value).where(META.c.name == "shards"))
         if found not in (None, str(shards)) and holds_rows:
             raise StoreError(
                 f"the store {self._name} holds dead letters or waiting events of a bus with {found} "
@@ -915,45 +803,8 @@ class SqlStore:
         places: dict[str, str] = {}
         for letter in dead:
             if letter.traceback and letter.place not in self._known_places:
-                places.setdefault(_storable(letter.place), _storable(letter.traceback))
+                places.setdefault(storable(letter.place), storable(letter.traceback))
         return places
-
-
-def shard_url(url: str, shard: int) -> str:
-    """The URL of one shard's store: a file is one shard's alone, so its name gets the shard's number.
-
-    Raises:
-        ConfigError: not a URL of a store that this version can use.
-    """
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        raise ConfigError(f"{url!r} is not a database URL; try sqlite+aiosqlite:///dead-letters.db") from None
-    if parsed.drivername != "sqlite+aiosqlite":
-        raise ConfigError(f"{parsed.drivername!r} is not a store that shardbus knows; use sqlite+aiosqlite:///FILE")
-    if parsed.database in (None, "", ":memory:"):
-        return MEMORY_URL
-    assert parsed.database is not None  # just checked
-    root, suffix = os.path.splitext(os.path.abspath(parsed.database))
-    return sqlite_file_url(f"{root}-{shard}{suffix or '.db'}")
-
-
-def files_there(url: str) -> int:
-    """How many shards have left a file for this URL, counted from the first without a gap."""
-    count = 0
-    while (path := make_url(shard_url(url, count)).database) not in (None, ":memory:") and os.path.exists(str(path)):
-        count += 1
-    return count
-
-
-def sqlite_file_url(path: str) -> str:
-    """The store URL of an SQLite file."""
-    return URL.create("sqlite+aiosqlite", database=path).render_as_string()
-
-
-def _unpack_key(packed: bytes) -> WireKey:
-    key: Any = msgspec.msgpack.decode(packed)
-    return (key[0],) if isinstance(key, list) else key
 
 
 class _Removed(NamedTuple):
@@ -976,205 +827,6 @@ class _Removed(NamedTuple):
 
 
 _NOTHING: Final = _Removed(0, 0, 0, 0, frozenset())
-
-
-class _Statement:
-    """SQL that takes a list of rows, run in as few statements as powers of two allow."""
-
-    def __init__(self, placeholder: str, head: str, width: int, tail: str) -> None:
-        self._placeholder = placeholder
-        self._head = head
-        self._width = width
-        self._tail = tail
-        self._texts: dict[int, str] = {}  # by number of rows: at most ten
-
-    async def run(self, connection: AsyncConnection, rows: Sequence[tuple[Any, ...]]) -> int:
-        """Run it over all rows; returns how many rows the database changed."""
-        changed = 0
-        for start, count in _stretches(len(rows)):
-            values = tuple([value for row in rows[start : start + count] for value in row])
-            changed += (await connection.exec_driver_sql(self._text(count), values)).rowcount
-        return changed
-
-    async def totals(self, connection: AsyncConnection, rows: Sequence[tuple[Any, ...]], width: int) -> list[int]:
-        """Run it, a SELECT of `width` numbers, over all rows; returns their sums."""
-        totals = [0] * width
-        for start, count in _stretches(len(rows)):
-            values = tuple([value for row in rows[start : start + count] for value in row])
-            found = (await connection.exec_driver_sql(self._text(count), values)).one()
-            totals = [total + number for total, number in zip(totals, found, strict=True)]
-        return totals
-
-    async def rows(
-        self, connection: AsyncConnection, rows: Sequence[tuple[Any, ...]]
-    ) -> list[tuple[int, Sequence[Any]]]:
-        """Run it, a SELECT, over all rows; returns what each statement found, and which row was its first."""
-        found = []
-        for start, count in _stretches(len(rows)):
-            values = tuple([value for row in rows[start : start + count] for value in row])
-            found.append((start, (await connection.exec_driver_sql(self._text(count), values)).all()))
-        return found
-
-    def _text(self, count: int) -> str:
-        text = self._texts.get(count)
-        if text is None:
-            text = self._texts[count] = self._compose([self._places(row) for row in range(count)])
-        return text
-
-    def _places(self, row: int) -> list[str]:
-        return [self._placeholder.format(row * self._width + at + 1) for at in range(self._width)]
-
-    def _compose(self, places: list[list[str]]) -> str:
-        groups = (", ".join(of_row) for of_row in places)
-        return f"{self._head}({'), ('.join(groups)}){self._tail}"
-
-
-class _Union(_Statement):
-    """A SELECT for each row, as one."""
-
-    def __init__(self, placeholder: str, each: str, width: int) -> None:
-        super().__init__(placeholder, each, width, "")
-
-    def _compose(self, places: list[list[str]]) -> str:
-        return " UNION ALL ".join(self._head.format(*of_row, row=row) for row, of_row in enumerate(places))
-
-
-def _insert(placeholder: str, table: Table, columns: tuple[str, ...], tail: str) -> _Statement:
-    head = f"INSERT INTO {table.name} ({', '.join(columns)}) VALUES "  # noqa: S608 - names of this module's own tables
-    return _Statement(placeholder, head, len(columns), f" {tail}")
-
-
-class _Pages:
-    """SQL that selects scheduled events, the last of whose values is how many at most."""
-
-    def __init__(self, placeholder: str, where: str) -> None:
-        values = [placeholder.format(at) for at in range(1, where.count("{}") + 1)]
-        self._rows = f"SELECT id, {', '.join(_SCHEDULED_COLUMNS)} {where.format(*values)}"
-        self._sizes = f"SELECT length(body) {where.format(*values)}"
-
-    async def read(
-        self, connection: AsyncConnection, values: tuple[int, ...], limit: int, bytes_max: int
-    ) -> list[StoredScheduled]:
-        """Up to `limit` of them, of up to `bytes_max` bytes together, but for the first."""
-        if bytes_max < ANY_SIZE:
-            # How large they are is asked first: a page of the largest would fill the memory of a worker.
-            sizes = (await connection.exec_driver_sql(self._sizes, (*values, limit))).all()
-            if not sizes:
-                return []
-            limit = fitting((size for (size,) in sizes), bytes_max)
-        found = await connection.exec_driver_sql(self._rows, (*values, limit))
-        return [_to_scheduled(row) for row in found.all()]
-
-
-def _stretches(total: int) -> Iterator[tuple[int, int]]:
-    """Start and length of each statement: the largest power of two that still fits, over and over."""
-    start = 0
-    while start < total:
-        count = min(_ROWS_MAX, 1 << ((total - start).bit_length() - 1))
-        yield start, count
-        start += count
-
-
-def _envelope_row(envelope: Envelope) -> tuple[Any, ...]:
-    return (
-        envelope.publisher,
-        envelope.seq,
-        envelope.slot,
-        envelope.type,
-        _pack(envelope.key),
-        envelope.body,
-        None if envelope.headers is None else _pack(envelope.headers),
-        envelope.ordinal,
-        envelope.intended_ns,
-        envelope.attempt,
-    )
-
-
-def _dead_row(letter: DeadLetter) -> tuple[Any, ...]:
-    return (
-        *_envelope_row(letter.envelope),
-        "".join(f"\n{name}\n" for name in letter.handlers),
-        letter.reason,
-        _storable(letter.error_type),
-        _storable(letter.error),
-        _storable(letter.place),
-        letter.first_ns,
-        letter.last_ns,
-        letter.epoch,
-        letter.position,
-    )
-
-
-def _waiting_row(event: WaitingEvent) -> tuple[Any, ...]:
-    return (*_envelope_row(event.envelope), _progress(event), event.due_ns, event.position)
-
-
-def _scheduled_row(event: ScheduledEvent) -> tuple[Any, ...]:
-    return (*_envelope_row(event.envelope), event.due_ns)
-
-
-def _progress(event: WaitingEvent) -> bytes | None:
-    if not (event.todo or event.gave_up or event.deadline_ns):
-        return None
-    return _pack(_Progress(event.todo, event.gave_up, event.deadline_ns))
-
-
-def _to_envelope(row: Sequence[Any]) -> Envelope:
-    publisher, seq, slot, type_name, key, body, headers, ordinal, intended_ns, attempt = row
-    return Envelope(
-        publisher=publisher,
-        seq=seq,
-        slot=slot,
-        type=type_name,
-        key=_unpack_key(key),
-        body=body,
-        headers=None if headers is None else _unpack_headers(headers),
-        ordinal=ordinal,
-        intended_ns=intended_ns,
-        attempt=attempt,
-    )
-
-
-def _to_dead(row: Sequence[Any]) -> DeadLetter:
-    handlers, reason, error_type, error, place, first_ns, last_ns, epoch, position, traceback = row[_ENVELOPE_WIDTH:]
-    return DeadLetter(
-        envelope=_to_envelope(row[:_ENVELOPE_WIDTH]),
-        handlers=tuple(handlers.split("\n")[1::2]),
-        reason=reason,
-        error_type=error_type,
-        error=error,
-        place=place,
-        traceback=traceback,
-        first_ns=first_ns,
-        last_ns=last_ns,
-        epoch=epoch,
-        position=position,
-    )
-
-
-def _to_waiting(row: Sequence[Any]) -> WaitingEvent:
-    progress, due_ns, position = row[_ENVELOPE_WIDTH:]
-    found = _NO_PROGRESS if progress is None else _unpack_progress(progress)
-    return WaitingEvent(
-        position=position,
-        envelope=_to_envelope(row[:_ENVELOPE_WIDTH]),
-        todo=found.todo,
-        gave_up=found.gave_up,
-        due_ns=due_ns,
-        deadline_ns=found.deadline_ns,
-    )
-
-
-def _to_scheduled(row: Sequence[Any]) -> StoredScheduled:
-    number, *envelope, due_ns = row
-    return StoredScheduled(number, ScheduledEvent(envelope=_to_envelope(envelope), due_ns=due_ns))
-
-
-def _storable(text: str) -> str:
-    """Text as every database takes it: an error's text may hold anything, and must not cost the event its record."""
-    if text.isascii() and "\0" not in text:  # nearly all; the search is ten times as slow
-        return text
-    return _UNSTORABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _reason(error: DBAPIError | OSError) -> str:
