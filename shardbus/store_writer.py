@@ -92,7 +92,7 @@ class StoreWriter:
         self._told_ns = 0  # when it was last told that dead letters are dropped
         self._taken = 0  # waiting rows up to this position are in, or in the transaction that is under way
         self._committed = 0  # waiting rows up to this position are in, or are not wanted any more
-        self._dropped: set[int] = set()  # waiting rows that reached their outcome before they were written
+        self._dropped: set[int] = set()  # waiting rows that were handled before they were written
         self._dead: deque[Burial] = deque()  # need a row
         self._replacing: deque[Burial] = deque()  # take the place of their waiting row, and so need no room
         self._waiting: deque[Keeping] = deque()  # by position
@@ -178,10 +178,8 @@ class StoreWriter:
     def add_dead(self, letter: DeadLetter, position: int, then: Callable[[], None], begun: int = 0) -> None:
         """Write a dead letter, in the place of the waiting row at `position` (0: none), or of the scheduled event of the row
         `begun` (0: none); call `then` once it is committed."""
-        # What parks is never missing: its row goes when it is dead.
-        if position > self._taken and not letter.position and position not in self._standing:
-            self._dropped.add(position)
-            position = 0
+        # Also where its waiting row is still to be written: its publisher may hear of that first, and then the event must
+        # not be out of the store before its dead letter is in.
         if position or begun:
             self._replacing.append(Burial(letter, position, then, begun))
         else:

@@ -123,6 +123,31 @@ async def test_rows_that_leave_go_together_when_no_more_are_to_follow():
         assert not store.rows.scheduled
 
 
+async def test_an_event_that_dies_before_it_is_kept_stays_in_the_store_once_it_is():
+    # Its publisher hears that it is kept, and others' dead letters come first: the worker may end before its own is written.
+    store = MemoryStore()
+    async with writing(store, Limits(store_write_rows_max=2)) as writer:
+        seen: list[tuple[bool, bool]] = []
+        write = store.write
+
+        async def look(**rows: Any) -> None:
+            await write(**rows)
+            seen.append((2 in store.rows.waiting, (b"p" * 16, 2) in store.rows.dead))
+
+        store.write = look  # type: ignore[method-assign]
+        told: list[str] = []
+        for other in range(3, 9):
+            writer.add_dead(letter(other), 0, lambda: None)
+        writer.add_waiting(row(1), lambda: None)
+        writer.add_waiting(row(2), lambda: told.append("kept"))
+        writer.add_dead(letter(2), 2, lambda: told.append("dead"))
+        await settled(writer)
+    assert seen[0] == (True, False)
+    assert seen[-1] == (False, True)
+    assert all(map(any, seen))
+    assert told == ["kept", "dead"]
+
+
 async def test_a_scheduled_row_stands_for_its_event_until_what_it_became_is_written():
     # Its lane goes to the store, and it fails before that is written, where there is room for nothing more.
     store = MemoryStore()
