@@ -541,5 +541,6 @@ class StoreWriter:
             self._reading_lanes = False
             self._lane_reads.give_back(lanes[answered:])
         for read, rows in zip(lanes, found, strict=False):
-            read.then(rows)
+            # What has changed may not be written yet: a store that fails, or is full, can be read all the same.
+            read.then([self._changed.get(row.position, row) for row in rows])
         return True

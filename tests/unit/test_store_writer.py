@@ -299,6 +299,22 @@ async def test_what_is_asked_is_answered_while_writes_fail():
         assert writer.failing == ""
 
 
+async def test_what_is_read_back_while_writes_fail_is_as_it_was_changed_last():
+    # Else its attempts are counted anew, and handlers that have succeeded are called again.
+    store, found = MemoryStore(), []
+    await store.write(waiting=[row(1), row(2)])
+    changed = replace(row(1), todo={"second": 1}, due_ns=7)
+    async with writing(store) as writer:
+        store.failing = "locked"
+        writer.add_changed(changed)
+        writer.add_lane_read(LaneRead(LaneHead("k", 0, 64), 0, found.extend))
+        async with asyncio.timeout(10):
+            while not found:  # noqa: ASYNC110 - it has no event for that
+                await asyncio.sleep(0.001)
+        assert found == [changed, row(2)]
+        store.failing = ""
+
+
 async def test_a_full_store_does_not_say_that_it_writes_again_before_it_does(caplog: pytest.LogCaptureFixture):
     async with writing(MemoryStore(), Limits(store_rows_max=2)) as writer:
         kept: list[int] = []
