@@ -51,7 +51,7 @@ from shardbus.wording import counted
 class Shard:
     """Sessions, lanes and store of one shard. `start`, then `receive` and `tick`; `drain`, then `close`.
 
-    It is the `LaneHost` of its lanes, most of which its parts are. `journal` shows what a predecessor was running, and
+    It is the `LaneHost` of its lanes; most of what they ask, its parts answer. `journal` shows what a predecessor was running, and
     `predecessor` how that ended.
     """
 
