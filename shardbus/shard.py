@@ -51,8 +51,8 @@ from shardbus.wording import counted
 class Shard:
     """Sessions, lanes and store of one shard. `start`, then `receive` and `tick`; `drain`, then `close`.
 
-    It is the `LaneHost` of its lanes; most of what they ask, its parts answer. `journal` shows what a predecessor was running, and
-    `predecessor` how that ended.
+    It is the `LaneHost` of its lanes; most of what they ask, its parts answer. `journal` shows what a predecessor was
+    running, and `predecessor` how that ended.
     """
 
     def __init__(
