@@ -3,7 +3,7 @@
 Such an event is not acked, so its publisher's credit is not given back, and that is what holds publishers up where what
 handlers publish is not taken fast enough. Workers that publish to each other must not be held up so: each would wait for the
 other. So events of workers go to the store where they wait for long or are many, and are acked as waiting; events of others
-only while there is room for what handlers publish. Pure: whoever adds one stores it and finishes it.
+only while there is room for what handlers publish. Pure: `settling` stores them and finishes them.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config", "arguments"),
     ("clock",),
-    ("addresses",),
+    ("addresses", "log_throttle"),
     ("messages",),
     ("routing", "session_events", "restart", "retry", "breaker", "json_messages", "batching"),
     ("quarantine", "session_table"),
@@ -50,8 +50,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("scheduled_events",),
     ("metrics", "feeds"),
     ("inbound",),
-    ("batch_handlers",),
-    ("lanes", "deferral"),
+    ("batch_handlers", "envelopes", "acks"),
+    ("lanes", "deferral", "publishers"),
+    ("lane_rows",),
+    ("settling", "inquiries", "adoption"),
     # adapters: one effect each
     ("fork_server",),
     ("sql",),  # the package itself, which holds nothing
