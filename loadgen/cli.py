@@ -33,6 +33,7 @@ from loadgen.spec import (
 )
 from loadgen.tables import csv_of
 from loadgen.view import View, show
+from shardbus.interrupts import EXIT_INTERRUPTED
 
 _WARMUP_S: Final = 2.0
 _DURATION_S: Final = 10.0
@@ -92,9 +93,6 @@ def _run(spec: LoadSpec, expectations: tuple[Expectation, ...], histogram: Histo
     view = View()
     try:
         return run(spec, view, expectations=expectations, histogram=histogram)
-    except KeyboardInterrupt:
-        view.close()
-        _fail("interrupted; what this run had started was ended", 130)
     except (LoadError, shardbus.ShardbusError) as error:
         view.close()
         _fail(str(error), EXIT_USAGE)
@@ -102,7 +100,18 @@ def _run(spec: LoadSpec, expectations: tuple[Expectation, ...], histogram: Histo
         view.close()
 
 
-@click.command(context_settings={"auto_envvar_prefix": "LOADGEN", "help_option_names": ["-h", "--help"]})
+class _Command(click.Command):
+    """A command that an interrupt ends with one line, wherever it finds it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _fail("interrupted; what this run had started was ended", EXIT_INTERRUPTED)
+
+
+@click.command(cls=_Command, context_settings={"auto_envvar_prefix": "LOADGEN", "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="shardbus")
 # -- how much, when
 @click.option(
