@@ -181,6 +181,8 @@ class Supervisor:
         self._rate: tuple[float, int, float] = (0.0, 0, 0.0)
         self._fold_timer: asyncio.TimerHandle | None = None
         self._spare: _Process | None = None
+        self._forks_up_at = 0.0
+        self._forks_fruitless = 0  # deaths of the fork server in a row that came soon
         self._kept = ""  # where the stores are, where that outlives this process
         self._kernel_kills = kernel_kills()
         self._kernel_killed_at = -_MEMORY_S  # when that count was seen to change
@@ -208,7 +210,7 @@ class Supervisor:
                 self._workers.append(_Worker(shard, *self._mappings(rundir, shard)))
             self._router = listener.bind(self._options.address.control, self._on_frame)
             self._fold_timer = asyncio.get_running_loop().call_later(_FOLD_S, self._fold_evidence)
-            self._forks.watch(self._changed.set)
+            self._forks.watch(self._on_forks_up, self._on_forks_end)
             await self._until(lambda: self._stopping or not self._forks.is_starting)
             for worker in self._workers if not self._stopping else ():
                 self._start(worker, rundir)
@@ -444,6 +446,48 @@ class Supervisor:
         except OSError as error:
             log.warning("no spare worker can be started (%s); trying again in %g s", error, _SPARE_RETRY_S)
             asyncio.get_running_loop().call_later(_SPARE_RETRY_S, self._start_spare, rundir)
+
+    # -- the fork server
+
+    def _on_forks_up(self) -> None:
+        if self._forks_fruitless:
+            log.info("the fork server is back")
+        self._forks_up_at = time.monotonic()
+        self._changed.set()
+
+    def _on_forks_end(self, code: int | None) -> None:
+        self._changed.set()
+        self._replace_forks("did not answer" if code is None else f"ended ({signal_name(code)})")
+
+    def _replace_forks(self, what: str) -> None:
+        """The fork server is gone. No worker depends on it, and those that are started meanwhile are interpreters of their
+        own. It runs nothing of the application, so its end is the machine's fault, and is taken as patiently."""
+        if self._stopping or self._failure:
+            return
+        settled = self._forks_up_at and time.monotonic() - self._forks_up_at >= _SETTLED_S
+        self._forks_fruitless = 1 if settled else self._forks_fruitless + 1
+        self._forks_up_at = 0.0
+        match self._starts.decide(self._forks_fruitless):
+            case RestartIn(delay_s=delay_s):
+                log.warning("the fork server %s; starting another in %g s", what, delay_s)
+                asyncio.get_running_loop().call_later(delay_s, self._restart_forks)
+            case GiveUp(deaths=deaths):
+                log.error(
+                    "the fork server %s, the last of %d in a row; there is none until `shardbus serve` is started again, "
+                    "so a worker takes longer to start",
+                    what,
+                    deaths,
+                )
+
+    def _restart_forks(self) -> None:
+        if self._stopping or self._failure:
+            return
+        try:
+            self._forks.restart()
+        except OSError as error:
+            self._replace_forks(f"cannot be started: {error}")
+
+    # -- workers that die
 
     def _on_no_process(self, worker: _Worker, rundir: RunDir, error: OSError) -> None:
         """The system has no process for a worker: as a death before any progress, but the machine's fault and no worker's,
