@@ -235,7 +235,8 @@ async def test_a_fork_server_that_cannot_be_replaced_is_given_up_after_a_few_tri
         machine.children[0].says(Ready(), BEAT)
         await until(lambda: supervisor.status()["healthy"])
         supervisor._on_forks_end(-9)
-        await until(lambda: "the fork server cannot be started: [Errno 11] no process, the last of 4 in a row" in caplog.text)
+        given_up = "the fork server cannot be started: [Errno 11] no process, the last of 4 in a row"
+        await until(lambda: given_up in caplog.text)
         assert caplog.text.count("starting another in") == 3
         assert "the fork server ended (SIGKILL); starting another in 0.001 s" in caplog.text
         assert supervisor.status()["healthy"]
