@@ -123,7 +123,8 @@ class _Lines:
 class Client:
     """Publishes events and executes commands. Made by `shardbus.connect` and `Bus.local`; use it in their block.
 
-    One client belongs to one event loop. Its events of one key are handled in the order of their `publish` calls.
+    One client belongs to the event loop that opened it, and its calls raise `UsageError` in another one or another thread;
+    threads share a client of `shardbus.blocking`. Its events of one key are handled in the order of their `publish` calls.
     """
 
     def __init__(
@@ -186,6 +187,7 @@ class Client:
             BusUnreachable: nobody answered in time.
             BusRejected: somebody answered, and said no.
         """
+        self._gate.loop()  # it belongs to this one
         self._control = self._connector.open(self._control_address, self._on_control)
         if self._ticks:
             self._ticker = asyncio.get_running_loop().create_task(self._tick_for_ever(), name="shardbus-client-ticker")
@@ -310,6 +312,8 @@ class Client:
         if outbox.paused:
             await self._outboxes.wait_for_room(outbox)
             outbox = self._outboxes.present(outbox, key)
+        if not outbox.dirty:
+            self._outboxes.mark(outbox)
         if size > SMALL_BYTES:
             self._outboxes.weigh(outbox, size)
         batch = outbox.batch
@@ -320,11 +324,8 @@ class Client:
             left_ns = max(1, end_ns - self._now()) if end_ns else 0
             batch.extras.append(Extra(len(batch) - 1, {} if headers is None else headers.copy(), 0, False, left_ns))
         self._published += 1
-        # As `Outboxes.appended` does: this is the hot path of a publisher.
         if len(batch) >= self._limits.batch_events_max:
             self._outboxes.seal(outbox)
-        elif not outbox.dirty:
-            self._outboxes.mark(outbox)
 
     async def publish_many(
         self,
@@ -437,7 +438,7 @@ class Client:
             NotDelivered: `timeout` seconds were not enough.
             BusRejected: the bus has refused this client for good.
         """
-        self._gate.check()
+        self._gate.check_here()
         if timeout is not None:
             check_seconds("timeout", timeout, zero=True)
         return await self._flush(timeout)
@@ -497,7 +498,7 @@ class Client:
             UsageError: no event types, a bound or policy that is none, or more subscriptions than a client may have.
             InvalidKey, ClientClosed: as for `publish`.
         """
-        self._gate.check()
+        self._gate.check_here()
         wire_key = None if key is None else to_wire_key(key)
         return self._subscriptions.open(event_types, wire_key, queue_events_max, on_slow, self._now())
 
@@ -540,6 +541,8 @@ class Client:
         if outbox.paused:
             await self._outboxes.wait_for_room(outbox)
             outbox = self._outboxes.present(outbox, key)
+        if not outbox.dirty:
+            self._outboxes.mark(outbox)
         self._outboxes.weigh(outbox, SMALL_BYTES + size)
         batch = outbox.batch
         batch.add(name, key, body)
@@ -564,7 +567,7 @@ class Client:
             BusRejected: the shard's store cannot do that now; it was not cancelled.
             UsageError: it is no scheduled event's.
         """
-        self._gate.check()
+        self._gate.check_here()
         check_seconds("timeout", timeout)
         shard, event = event_of(which)
         if shard >= len(self._outboxes):

@@ -161,6 +161,58 @@ async def test_events_without_a_key_are_handled(engine: Engine):
         assert (await client.flush(30.0)).handled == 300
 
 
+CALLS_ELSEWHERE: dict[str, Callable[[Client, str], Any]] = {
+    "publish": lambda client, key: client.publish(Noted(key=key)),
+    "publish_many": lambda client, key: client.publish_many([Noted(key=key), Noted(key=key)]),
+    "publish_many with headers": lambda client, key: client.publish_many([Noted(key=key)], headers={"a": "b"}),
+    "schedule": lambda client, key: client.schedule(Noted(key=key), delay=0.0),
+    "flush": lambda client, key: client.flush(),
+    "execute": lambda client, key: client.execute(Seen(key=key)),
+    "status": lambda client, key: client.status(),
+    "dead_letters": lambda client, key: client.dead_letters(),
+    "subscribe": lambda client, key: one_of(client.subscribe(Noted, key=key)),
+    "session": lambda client, key: entered(client.session(key)),
+}
+
+
+async def one_of(items: Any) -> Any:
+    return await anext(items)
+
+
+async def entered(block: Any) -> None:
+    async with block:
+        pass
+
+
+@pytest.mark.parametrize("call", CALLS_ELSEWHERE.values(), ids=CALLS_ELSEWHERE)
+async def test_a_client_in_another_event_loop_is_refused_and_nothing_is_published(
+    engine: Engine, key: str, call: Callable[[Client, str], Any]
+):
+    async def elsewhere(client: Client) -> None:
+        await call(client, key)
+
+    async with engine.open() as client:
+        await client.publish(Noted(key=key))
+        await client.flush(30.0)
+        with pytest.raises(UsageError, match="belongs to the event loop that opened it, and this is another one"):
+            await asyncio.to_thread(asyncio.run, elsewhere(client))
+        await client.publish(Noted(key=key, n=1))
+        ledger = await client.flush(30.0)
+        assert (ledger.published, ledger.handled) == (2, 2)
+        assert [n for n, *_ in await read(client, key)] == [0, 1]
+
+
+def test_a_client_in_a_later_event_loop_is_refused_too(engine: Engine, key: str):
+    block = engine.open()
+    with asyncio.Runner() as first:
+        client = first.run(block.__aenter__())
+        with pytest.raises(UsageError, match=r"use shardbus\.blocking"):
+            asyncio.run(client.publish(Noted(key=key)))
+        first.run(block.__aexit__(None, None, None))
+        with pytest.raises(ClientClosed):
+            asyncio.run(client.publish(Noted(key=key)))
+
+
 async def test_stamps_are_evidence(engine: Engine, key: str):
     async with engine.open() as client:
         await client.publish(Noted(key=key), ordinal=1, intended_ns=1)
