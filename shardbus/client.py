@@ -34,6 +34,7 @@ from shardbus.errors import (
     ConfigError,
     MessageTooLarge,
     NotDelivered,
+    OutboxFull,
     RemoteProtocolError,
     UsageError,
 )
@@ -66,6 +67,7 @@ from shardbus.packing import (
     headers_bytes,
     packed_parts,
     packed_stamps,
+    tell_which,
 )
 from shardbus.questions import Questions
 from shardbus.routing import ShardAddress, Table
@@ -339,8 +341,9 @@ class Client:
         """Publish events one after another, as `publish` does, at a lower cost for each.
 
         Headers and a deadline, in seconds from this call, are those of every event, which then costs what `publish` does.
-        Stamps, where given, are one for each event. If an event cannot be published, those before it have been, and the
-        error is that event's. Cancelled while it waits for room, it has published a prefix.
+        Stamps, where given, are one for each event. If an event cannot be published, those before it have been, those behind
+        it have not, and the error is that event's and says which it is. Cancelled while it waits for room, it has published
+        a prefix.
 
         Raises:
             UsageError: stamps that are not one for each event, or none at all; else as for `publish`.
@@ -367,7 +370,12 @@ class Client:
                 self._published += len(chunk)
                 continue
             for event, ordinal, instant in zip(chunk, ordinals or repeat(0), instants or repeat(0), strict=False):
-                await self.publish(event, ordinal=ordinal, intended_ns=instant)
+                try:
+                    await self.publish(event, ordinal=ordinal, intended_ns=instant)
+                except (UsageError, OutboxFull) as error:
+                    tell_which(error, at, total, event)
+                    raise
+                at += 1
 
     async def _publish_each(
         self,
@@ -379,9 +387,14 @@ class Client:
     ) -> None:
         """What `publish_many` does where each event has more than itself."""
         end_ns = None if deadline is None else self._now() + deadline_ns(deadline)
-        for event, ordinal, instant in zip(events, ordinals or repeat(0), instants or repeat(0), strict=False):
+        each = zip(events, ordinals or repeat(0), instants or repeat(0), strict=False)
+        for at, (event, ordinal, instant) in enumerate(each):
             left = None if end_ns is None else max(1, end_ns - self._now()) / _NS
-            await self.publish(event, headers=headers, deadline=left, ordinal=ordinal, intended_ns=instant)
+            try:
+                await self.publish(event, headers=headers, deadline=left, ordinal=ordinal, intended_ns=instant)
+            except (UsageError, OutboxFull) as error:
+                tell_which(error, at, len(events), event)
+                raise
 
     def pack(self, event: Event, headers: dict[str, str] | None = None) -> Packed:
         """Check an event and encode it, for `publish_packed`. Any thread may call it. Raises as `publish` does."""
