@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from shardbus.addresses import Address
-from shardbus.config import StoreFull
+from shardbus.config import DEFAULT_LIMITS, StoreFull
 from shardbus.errors import BootError, ConfigError, RemoteProtocolError
 from shardbus.evidence import EVIDENCE_BYTES, SharedBook, SharedJournal
 from shardbus.fork_server import ForkServer
@@ -26,6 +26,7 @@ from shardbus.processes import (
     EXIT_BROKEN,
     Child,
     cores,
+    descriptors_max,
     kernel_kills,
     on_stdin_closed,
     on_stop_signals,
@@ -76,6 +77,8 @@ _CLIENTS_MAX: Final = 4096
 _SPARE_RETRY_S: Final = 5.0  # between two tries to start a spare process
 _STARTS: Final = RestartPolicy(deaths_max=20)  # a machine that has no process to give has some again within 70 s, or trouble
 _LAYOUT: Final = 1
+_DESCRIPTORS_OWN: Final = 64  # of a process of the bus before any client comes: its store, pipes, and libzmq's own
+_DESCRIPTORS_EACH: Final = 8  # for each worker besides: of the supervisor, or to the other workers
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -197,6 +200,7 @@ class Supervisor:
         on_stop_signals(self._on_signal)  # first: what is made from here on is to be removed
         if self._options.until_stdin_closes:
             on_stdin_closed(lambda: None if self._stopping else self._on_signal())
+        self._check_descriptors()
         rundir = RunDir(self._options.address)
         if self._store_url(rundir, 0) != MEMORY_URL:
             on_ram = f"{rundir.state}, on RAM, until this machine ends"
@@ -290,6 +294,19 @@ class Supervisor:
             self._answer(peer, request, {"left": lines, "stores": self.told_left()})
         if self._drain_asked:
             await asyncio.sleep(0.1)  # the last frames leave with the socket's own thread
+
+    def _check_descriptors(self) -> None:
+        """Say so where there are fewer descriptors than all publishers take that a worker serves. How many connect cannot be
+        bounded: libzmq accepts them by itself, and ends a process that has no descriptor left for the next one."""
+        needed = DEFAULT_LIMITS.sessions_max + _DESCRIPTORS_OWN + _DESCRIPTORS_EACH * self._options.workers
+        if (most := descriptors_max()) < needed:
+            log.warning(
+                "a process may have %d open files here, and one of this bus takes up to %d for %d clients; more clients "
+                "than there is room for end it: raise the limit with `ulimit -n 65536`, or LimitNOFILE= in a systemd unit",
+                most,
+                needed,
+                DEFAULT_LIMITS.sessions_max,
+            )
 
     def _drop_spare(self) -> None:
         if self._spare is not None and self._spare.child is not None:

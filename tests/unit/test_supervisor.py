@@ -240,3 +240,19 @@ async def test_a_fork_server_that_cannot_be_replaced_is_given_up_after_a_few_tri
         assert caplog.text.count("starting another in") == 3
         assert "the fork server ended (SIGKILL); starting another in 0.001 s" in caplog.text
         assert supervisor.status()["healthy"]
+
+
+@pytest.mark.parametrize(("most", "told"), [(327, True), (328, False)])
+async def test_too_few_descriptors_for_all_clients_are_told_with_their_number_and_what_to_do(
+    address: Address,
+    machine: Machine,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    told: bool,
+):
+    monkeypatch.setattr(shardbus.supervisor, "descriptors_max", lambda: most)
+    async with running(address):
+        await until(lambda: machine.children)
+    line = "a process may have 327 open files here, and one of this bus takes up to 328 for 256 clients"
+    assert ("ulimit -n 65536" in caplog.text and line in caplog.text) is told
