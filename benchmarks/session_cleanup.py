@@ -21,7 +21,7 @@ import msgspec
 import shardbus
 from benchmarks import scenarios
 from benchmarks.scenarios import Check, counted
-from loadgen.processes import own_address, started, started_bus
+from loadgen.processes import started
 from loadgen.spec import LoadError
 from shardbus import Bus, Command, Context, Event
 
@@ -115,9 +115,9 @@ async def measure(sessions: int, killed: int) -> Cleanup:
     Raises:
         LoadError: the bus, or the client that is to be killed, did not start.
     """
-    with _memory_given_back(), own_address("shardbus-session-cleanup") as address:
+    with _memory_given_back():
         async with (
-            started_bus(1, address, application="benchmarks.session_cleanup:bus", log_level="error"),
+            scenarios.private_bus(1, "benchmarks.session_cleanup:bus", log_level="error") as address,
             shardbus.connect(address) as client,
         ):
             first = await _worker(client)

@@ -6,8 +6,28 @@ lost, repeated unannounced or overtaken by a later one of its key. A run in whic
 so, and quotes no latency.
 """
 
-from loadgen.report import Report, Verdict
-from loadgen.runner import run, run_async
-from loadgen.spec import LoadError, LoadSpec
+from __future__ import annotations
 
-__all__ = ["LoadError", "LoadSpec", "Report", "Verdict", "run", "run_async"]
+import importlib
+
+# As in shardbus: a name is imported when it is first asked for, and `__init__.pyi` tells type checkers.
+_HOMES = {
+    "LoadError": "loadgen.spec",
+    "LoadSpec": "loadgen.spec",
+    "Report": "loadgen.report",
+    "Verdict": "loadgen.report",
+    "run": "loadgen.runner",
+    "run_async": "loadgen.runner",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,6 +1,14 @@
-"""`python -m loadgen`."""
+"""`loadgen`, and `python -m loadgen`. Imports first what makes an interrupt of the other imports a line."""
 
-from loadgen.cli import main
+from shardbus.interrupts import EndedByInterrupts
+
+
+def main() -> None:
+    """Entry of the `loadgen` command."""
+    with EndedByInterrupts("loadgen"):
+        from loadgen.cli import main as command
+    command()
+
 
 if __name__ == "__main__":
     main()

@@ -33,6 +33,7 @@ from loadgen.spec import (
 )
 from loadgen.tables import csv_of
 from loadgen.view import View, show
+from shardbus.interrupts import EXIT_INTERRUPTED
 
 _WARMUP_S: Final = 2.0
 _DURATION_S: Final = 10.0
@@ -79,8 +80,11 @@ def _write(text: str, path: str) -> None:
     if path == "-":
         click.echo(text, nl=False)
         return
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:  # it could be written before the run; a disk that is full meanwhile, for instance
+        _fail(f"the run was made, but {path} cannot be written: {error.strerror or error}", EXIT_USAGE)
 
 
 def _json(report: Report) -> str:
@@ -92,9 +96,6 @@ def _run(spec: LoadSpec, expectations: tuple[Expectation, ...], histogram: Histo
     view = View()
     try:
         return run(spec, view, expectations=expectations, histogram=histogram)
-    except KeyboardInterrupt:
-        view.close()
-        _fail("interrupted; what this run had started was ended", 130)
     except (LoadError, shardbus.ShardbusError) as error:
         view.close()
         _fail(str(error), EXIT_USAGE)
@@ -102,7 +103,18 @@ def _run(spec: LoadSpec, expectations: tuple[Expectation, ...], histogram: Histo
         view.close()
 
 
-@click.command(context_settings={"auto_envvar_prefix": "LOADGEN", "help_option_names": ["-h", "--help"]})
+class _Command(click.Command):
+    """A command that an interrupt ends with one line, wherever it finds it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _fail("interrupted; what this run had started was ended", EXIT_INTERRUPTED)
+
+
+@click.command(cls=_Command, context_settings={"auto_envvar_prefix": "LOADGEN", "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="shardbus")
 # -- how much, when
 @click.option(
@@ -309,7 +321,8 @@ def cli(
 
     Without --type it sends events of the built-in demo application. Every option is also read from LOADGEN_…, for instance
     LOADGEN_RATE. Exit code 0: ok; 1: events were lost, overtaken, repeated unannounced or not finished, or an --expect was
-    not met; 2: the run could not be made or judged; 3: this machine could not offer the rate; 4: the bus did not keep up.
+    not met; 2: the run could not be made or judged, or its report not be written; 3: this machine could not offer the rate;
+    4: the bus did not keep up.
     """
     for option, path in (("--json", json_path), ("--csv", csv_path), ("--hgrm", hgrm_path)):
         _check_target(option, path)
@@ -345,14 +358,14 @@ def cli(
         _fail(str(error), EXIT_USAGE)
     histogram = Histogram()
     report = _run(spec, expectations, histogram)
+    if "-" not in (json_path, csv_path, hgrm_path):
+        show(report)  # first: a file that cannot be written does not take it along
     if json_path is not None:
         _write(_json(report), json_path)
     if csv_path is not None:
         _write(csv_of(report.intervals), csv_path)
     if hgrm_path is not None and histogram.total:
         _write(histogram.hgrm(), hgrm_path)
-    if "-" not in (json_path, csv_path, hgrm_path):
-        show(report)
     sys.exit(report.exit_code)
 
 

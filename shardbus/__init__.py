@@ -1,107 +1,87 @@
-"""A message bus for Python applications that have outgrown one core."""
+"""A message bus for Python applications that have outgrown one core.
 
-from shardbus import blocking
-from shardbus.breaker import Breaker
-from shardbus.bus import Bus
-from shardbus.client import Client
-from shardbus.connecting import connect
-from shardbus.context import Context
-from shardbus.dead_letters import DeadLetter, DeadLetterFilter
-from shardbus.errors import (
-    BootError,
-    BusRejected,
-    BusUnreachable,
-    ClientClosed,
-    CommandFailed,
-    CommandLost,
-    ConfigError,
-    InvalidKey,
-    InvalidMessage,
-    MessageTooLarge,
-    NotDelivered,
-    OutboxFull,
-    RegistrationError,
-    RemoteProtocolError,
-    ShardbusError,
-    SubscriptionLost,
-    UsageError,
-)
-from shardbus.event_loop import run
-from shardbus.filters import Filter, header_matches, is_type, key_matches, where
-from shardbus.messages import Command, Event
-from shardbus.middleware import HandlerTimes, Idempotency, Logging, RateLimit, Timing, Validation
-from shardbus.outboxes import Ledger, Statistics
-from shardbus.pipeline import CallNext, Middleware
-from shardbus.publishing import PublishMiddleware
-from shardbus.registry import WorkerInfo
-from shardbus.retry import Retry
-from shardbus.scheduled_events import Scheduled
-from shardbus.session_events import SessionEnded, SessionStarted
-from shardbus.sessions import Session
-from shardbus.streams import Stream
-from shardbus.subscriptions import Missed, OnSlow, Subscription
-from shardbus.tracing import Traceparent, continue_trace, current_trace, propagate_trace, trace, trace_of
+A name is imported when it is first asked for, so that a command is in charge of its interrupts before half a second of
+imports begins. `__init__.pyi` beside this tells type checkers the same; a test holds the two together.
+"""
 
-__all__ = [
-    "BootError",
-    "Breaker",
-    "Bus",
-    "BusRejected",
-    "BusUnreachable",
-    "CallNext",
-    "Client",
-    "ClientClosed",
-    "Command",
-    "CommandFailed",
-    "CommandLost",
-    "ConfigError",
-    "Context",
-    "DeadLetter",
-    "DeadLetterFilter",
-    "Event",
-    "Filter",
-    "HandlerTimes",
-    "Idempotency",
-    "InvalidKey",
-    "InvalidMessage",
-    "Ledger",
-    "Logging",
-    "MessageTooLarge",
-    "Middleware",
-    "Missed",
-    "NotDelivered",
-    "OnSlow",
-    "OutboxFull",
-    "PublishMiddleware",
-    "RateLimit",
-    "RegistrationError",
-    "RemoteProtocolError",
-    "Retry",
-    "Scheduled",
-    "Session",
-    "SessionEnded",
-    "SessionStarted",
-    "ShardbusError",
-    "Statistics",
-    "Stream",
-    "Subscription",
-    "SubscriptionLost",
-    "Timing",
-    "Traceparent",
-    "UsageError",
-    "Validation",
-    "WorkerInfo",
-    "blocking",
-    "connect",
-    "continue_trace",
-    "current_trace",
-    "header_matches",
-    "is_type",
-    "key_matches",
-    "propagate_trace",
-    "run",
-    "trace",
-    "trace_of",
-    "where",
-]
+from __future__ import annotations
+
+import importlib
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "BootError": "shardbus.errors",
+    "Breaker": "shardbus.breaker",
+    "Bus": "shardbus.bus",
+    "BusRejected": "shardbus.errors",
+    "BusUnreachable": "shardbus.errors",
+    "CallNext": "shardbus.pipeline",
+    "Client": "shardbus.client",
+    "ClientClosed": "shardbus.errors",
+    "Command": "shardbus.messages",
+    "CommandFailed": "shardbus.errors",
+    "CommandLost": "shardbus.errors",
+    "ConfigError": "shardbus.errors",
+    "Context": "shardbus.context",
+    "DeadLetter": "shardbus.dead_letters",
+    "DeadLetterFilter": "shardbus.dead_letters",
+    "Event": "shardbus.messages",
+    "Filter": "shardbus.filters",
+    "HandlerTimes": "shardbus.middleware",
+    "Idempotency": "shardbus.middleware",
+    "InvalidKey": "shardbus.errors",
+    "InvalidMessage": "shardbus.errors",
+    "Ledger": "shardbus.outboxes",
+    "Logging": "shardbus.middleware",
+    "MessageTooLarge": "shardbus.errors",
+    "Middleware": "shardbus.pipeline",
+    "Missed": "shardbus.subscriptions",
+    "NotDelivered": "shardbus.errors",
+    "OnSlow": "shardbus.subscriptions",
+    "OutboxFull": "shardbus.errors",
+    "PublishMiddleware": "shardbus.publishing",
+    "RateLimit": "shardbus.middleware",
+    "RegistrationError": "shardbus.errors",
+    "RemoteProtocolError": "shardbus.errors",
+    "Retry": "shardbus.retry",
+    "Scheduled": "shardbus.scheduled_events",
+    "Session": "shardbus.sessions",
+    "SessionEnded": "shardbus.session_events",
+    "SessionStarted": "shardbus.session_events",
+    "ShardbusError": "shardbus.errors",
+    "Statistics": "shardbus.outboxes",
+    "Stream": "shardbus.streams",
+    "Subscription": "shardbus.subscriptions",
+    "SubscriptionLost": "shardbus.errors",
+    "Timing": "shardbus.middleware",
+    "Traceparent": "shardbus.tracing",
+    "UsageError": "shardbus.errors",
+    "Validation": "shardbus.middleware",
+    "WorkerInfo": "shardbus.registry",
+    "blocking": "shardbus.blocking",
+    "connect": "shardbus.connecting",
+    "continue_trace": "shardbus.tracing",
+    "current_trace": "shardbus.tracing",
+    "header_matches": "shardbus.filters",
+    "is_type": "shardbus.filters",
+    "key_matches": "shardbus.filters",
+    "propagate_trace": "shardbus.tracing",
+    "run": "shardbus.event_loop",
+    "trace": "shardbus.tracing",
+    "trace_of": "shardbus.tracing",
+    "where": "shardbus.filters",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_HOMES[name])
+    value = globals()[name] = module if name == "blocking" else getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

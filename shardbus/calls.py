@@ -46,7 +46,7 @@ class Calls:
 
     async def execute(self, command: Command[ReplyT], timeout_s: float, headers: dict[str, str] | None) -> ReplyT:
         """See `Client.execute`."""
-        self._gate.check()
+        self._gate.check_here()
         check_seconds("timeout", timeout_s)
         route, key, body, size = self._packing.pack_command(command, headers)
         outbox = self._outboxes.of(key)
@@ -78,7 +78,7 @@ class Calls:
         self, command: Command[ReplyT], timeout_s: float, window: int, headers: dict[str, str] | None
     ) -> Stream[ReplyT]:
         """See `Client.stream`."""
-        self._gate.check()
+        self._gate.check_here()
         check_seconds("timeout", timeout_s)
         route, key, body, _ = self._packing.pack_command(command, headers)
         if type(window) is not int or not 1 <= window <= self._limits.stream_items_max:

@@ -29,6 +29,7 @@ from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import CommandFailed, ConfigError, NotDelivered, ShardbusError, UsageError
 from shardbus.example_application import EXAMPLES, example_of, write_example
 from shardbus.fork_server import ForkServer
+from shardbus.interrupts import EXIT_INTERRUPTED, EndedByInterrupts
 from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, key_from_text, message_from_json
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.messages import Command, Event, Message, wire_name
@@ -97,8 +98,6 @@ def _telling(whose: str = "") -> Iterator[None]:
     """What goes wrong in the block is one line for people; `whose` says whose type was meant, which may be the mistake."""
     try:
         yield
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     except UsageError as error:
         _fail(f"{error}{'' if isinstance(error, ConfigError) else whose}", 2)
     except (ShardbusError, StoreError, TimeoutError) as error:
@@ -110,7 +109,18 @@ def _run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
         return asyncio.run(work)
 
 
-@click.group(context_settings={"auto_envvar_prefix": "SHARDBUS", "help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Commands that an interrupt ends with one line, wherever it finds them."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run what was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _fail("interrupted", EXIT_INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"auto_envvar_prefix": "SHARDBUS", "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="shardbus")
 def cli() -> None:
     """A message bus for Python applications that have outgrown one core."""
@@ -179,7 +189,8 @@ def serve(
     forks = ForkServer(WORKER)  # first, because it imports what workers need while this process does other things
     click.get_current_context().call_on_close(forks.close)
     # No other command is to wait for what only this one needs.
-    from shardbus.supervisor import ServeOptions, Supervisor
+    with EndedByInterrupts("shardbus"):  # the fork server ends by itself
+        from shardbus.supervisor import ServeOptions, Supervisor
 
     configure_logging(log_level, log_format, None)
     try:
@@ -206,8 +217,6 @@ def serve(
         )
     except ShardbusError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     supervisor = Supervisor(options, forks)
     left = _run(supervisor.run(click.echo))
     for line in left:
@@ -826,6 +835,3 @@ def main() -> None:
         where = f" ({error.filename})" if isinstance(error.filename, str) else ""
         _fail(f"cannot go on: {error.strerror or error}{where}")
 
-
-if __name__ == "__main__":
-    main()

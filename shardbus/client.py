@@ -34,6 +34,7 @@ from shardbus.errors import (
     ConfigError,
     MessageTooLarge,
     NotDelivered,
+    OutboxFull,
     RemoteProtocolError,
     UsageError,
 )
@@ -66,6 +67,7 @@ from shardbus.packing import (
     headers_bytes,
     packed_parts,
     packed_stamps,
+    tell_which,
 )
 from shardbus.questions import Questions
 from shardbus.routing import ShardAddress, Table
@@ -123,7 +125,8 @@ class _Lines:
 class Client:
     """Publishes events and executes commands. Made by `shardbus.connect` and `Bus.local`; use it in their block.
 
-    One client belongs to one event loop. Its events of one key are handled in the order of their `publish` calls.
+    One client belongs to the event loop that opened it, and its calls raise `UsageError` in another one or another thread;
+    threads share a client of `shardbus.blocking`. Its events of one key are handled in the order of their `publish` calls.
     """
 
     def __init__(
@@ -186,6 +189,7 @@ class Client:
             BusUnreachable: nobody answered in time.
             BusRejected: somebody answered, and said no.
         """
+        self._gate.loop()  # it belongs to this one
         self._control = self._connector.open(self._control_address, self._on_control)
         if self._ticks:
             self._ticker = asyncio.get_running_loop().create_task(self._tick_for_ever(), name="shardbus-client-ticker")
@@ -310,6 +314,8 @@ class Client:
         if outbox.paused:
             await self._outboxes.wait_for_room(outbox)
             outbox = self._outboxes.present(outbox, key)
+        if not outbox.dirty:
+            self._outboxes.mark(outbox)
         if size > SMALL_BYTES:
             self._outboxes.weigh(outbox, size)
         batch = outbox.batch
@@ -320,11 +326,8 @@ class Client:
             left_ns = max(1, end_ns - self._now()) if end_ns else 0
             batch.extras.append(Extra(len(batch) - 1, {} if headers is None else headers.copy(), 0, False, left_ns))
         self._published += 1
-        # As `Outboxes.appended` does: this is the hot path of a publisher.
         if len(batch) >= self._limits.batch_events_max:
             self._outboxes.seal(outbox)
-        elif not outbox.dirty:
-            self._outboxes.mark(outbox)
 
     async def publish_many(
         self,
@@ -338,8 +341,9 @@ class Client:
         """Publish events one after another, as `publish` does, at a lower cost for each.
 
         Headers and a deadline, in seconds from this call, are those of every event, which then costs what `publish` does.
-        Stamps, where given, are one for each event. If an event cannot be published, those before it have been, and the
-        error is that event's. Cancelled while it waits for room, it has published a prefix.
+        Stamps, where given, are one for each event. If an event cannot be published, those before it have been, those behind
+        it have not, and the error is that event's and says which it is. Cancelled while it waits for room, it has published
+        a prefix.
 
         Raises:
             UsageError: stamps that are not one for each event, or none at all; else as for `publish`.
@@ -366,7 +370,12 @@ class Client:
                 self._published += len(chunk)
                 continue
             for event, ordinal, instant in zip(chunk, ordinals or repeat(0), instants or repeat(0), strict=False):
-                await self.publish(event, ordinal=ordinal, intended_ns=instant)
+                try:
+                    await self.publish(event, ordinal=ordinal, intended_ns=instant)
+                except (UsageError, OutboxFull) as error:
+                    tell_which(error, at, total, event)
+                    raise
+                at += 1
 
     async def _publish_each(
         self,
@@ -378,9 +387,14 @@ class Client:
     ) -> None:
         """What `publish_many` does where each event has more than itself."""
         end_ns = None if deadline is None else self._now() + deadline_ns(deadline)
-        for event, ordinal, instant in zip(events, ordinals or repeat(0), instants or repeat(0), strict=False):
+        each = zip(events, ordinals or repeat(0), instants or repeat(0), strict=False)
+        for at, (event, ordinal, instant) in enumerate(each):
             left = None if end_ns is None else max(1, end_ns - self._now()) / _NS
-            await self.publish(event, headers=headers, deadline=left, ordinal=ordinal, intended_ns=instant)
+            try:
+                await self.publish(event, headers=headers, deadline=left, ordinal=ordinal, intended_ns=instant)
+            except (UsageError, OutboxFull) as error:
+                tell_which(error, at, len(events), event)
+                raise
 
     def pack(self, event: Event, headers: dict[str, str] | None = None) -> Packed:
         """Check an event and encode it, for `publish_packed`. Any thread may call it. Raises as `publish` does."""
@@ -437,7 +451,7 @@ class Client:
             NotDelivered: `timeout` seconds were not enough.
             BusRejected: the bus has refused this client for good.
         """
-        self._gate.check()
+        self._gate.check_here()
         if timeout is not None:
             check_seconds("timeout", timeout, zero=True)
         return await self._flush(timeout)
@@ -497,7 +511,7 @@ class Client:
             UsageError: no event types, a bound or policy that is none, or more subscriptions than a client may have.
             InvalidKey, ClientClosed: as for `publish`.
         """
-        self._gate.check()
+        self._gate.check_here()
         wire_key = None if key is None else to_wire_key(key)
         return self._subscriptions.open(event_types, wire_key, queue_events_max, on_slow, self._now())
 
@@ -540,6 +554,8 @@ class Client:
         if outbox.paused:
             await self._outboxes.wait_for_room(outbox)
             outbox = self._outboxes.present(outbox, key)
+        if not outbox.dirty:
+            self._outboxes.mark(outbox)
         self._outboxes.weigh(outbox, SMALL_BYTES + size)
         batch = outbox.batch
         batch.add(name, key, body)
@@ -564,7 +580,7 @@ class Client:
             BusRejected: the shard's store cannot do that now; it was not cancelled.
             UsageError: it is no scheduled event's.
         """
-        self._gate.check()
+        self._gate.check_here()
         check_seconds("timeout", timeout)
         shard, event = event_of(which)
         if shard >= len(self._outboxes):

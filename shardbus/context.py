@@ -128,7 +128,7 @@ class Context:
     async def publish_many(self, events: Sequence[Event], *, headers: Mapping[str, str] | None = None) -> None:
         """Publish events one after another, as `publish` does, all with these headers.
 
-        If one of them cannot be published, those before it have been, and the error is that event's.
+        If one of them cannot be published, those before it have been, and the error is that event's and says which it is.
         """
         outgoing, origin = self._sender()
         await outgoing.publish(events, self._child_headers(headers), origin)

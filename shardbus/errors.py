@@ -59,7 +59,7 @@ class InvalidMessage(UsageError):
     """A message's fields are not what its type declares; raised by `Validation`. Nothing was published."""
 
     def __init__(self, type_name: str, error: str) -> None:
-        super().__init__(f"{type_name} is not as it is declared, so nothing was published: {error}")
+        super().__init__(f"{type_name} is not as it is declared, so it was not published: {error}")
         self.type_name = type_name
         self.error = error
 

@@ -44,44 +44,69 @@ class ForkServer:
     """
 
     def __init__(self, module: str | None) -> None:
+        self._module = module if sys.platform == "linux" and hasattr(socket, "send_fds") else None
         self._process: subprocess.Popen[bytes] | None = None
         self._end: socket.socket | None = None
         self._starts_until = 0.0
-        if module is None or sys.platform != "linux" or not hasattr(socket, "send_fds"):
+        self._on_up: Callable[[], None] | None = None
+        self._on_end: Callable[[int | None], None] | None = None
+        self._start()
+
+    def _start(self) -> None:
+        if self._module is None:
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        with contextlib.ExitStack() as undo, theirs:
+            undo.callback(ours.close)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, FORK, str(os.getpid()), str(theirs.fileno())],
+                [sys.executable, "-m", self._module, FORK, str(os.getpid()), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # Ctrl-C is the supervisor's to interpret
             )
+            undo.pop_all()
         ours.setblocking(False)
         self._end = ours
         self._starts_until = time.monotonic() + _START_S_MAX
+        if self._on_up is not None:
+            asyncio.get_running_loop().add_reader(ours, self._look)
 
     @property
     def is_starting(self) -> bool:
         """Whether it is worth waiting for: it imports, and has not failed."""
         return self._end is not None and 0.0 < self._starts_until > time.monotonic()
 
-    def watch(self, on_change: Callable[[], None]) -> None:
-        """Have the event loop call `on_change` when it no longer starts."""
-        if self._end is None:
+    def watch(self, on_up: Callable[[], None], on_end: Callable[[int | None], None]) -> None:
+        """Have the event loop call `on_up` each time that the server has imported everything, and `on_end` when it is gone:
+        with its exit code (negative: the signal), or None where it was ended because it did not answer."""
+        self._on_up, self._on_end = on_up, on_end
+        if self._end is not None:
+            asyncio.get_running_loop().add_reader(self._end, self._look)
+
+    def restart(self) -> None:
+        """Start another in the place of one that is gone; for the main thread, and for one who watches.
+
+        Raises:
+            OSError: the system has no process for it.
+        """
+        assert self._end is None
+        self._start()
+
+    def _look(self) -> None:
+        """It says that it is up, or has ended: any other answer is read where it was asked for."""
+        assert self._end is not None  # else nobody looks
+        try:
+            said = self._end.recv(_PID_BYTES)
+        except BlockingIOError:
             return
-        loop, end = asyncio.get_running_loop(), self._end
-
-        def look() -> None:
-            loop.remove_reader(end)
-            with contextlib.suppress(OSError):
-                if end.recv(_PID_BYTES) == _UP:
-                    self._starts_until = 0.0
-            if self._starts_until:
-                self.close()
-            on_change()
-
-        loop.add_reader(end, look)
+        except OSError:
+            said = b""
+        if said == _UP:
+            self._starts_until = 0.0
+            if self._on_up is not None:
+                self._on_up()
+        else:
+            self._bury()
 
     def fork(self, argument: str, descriptor: int) -> int | None:
         """A new child of this process, by its pid, which has this argument and a copy of this descriptor; waits for some
@@ -90,18 +115,47 @@ class ForkServer:
             return None
         try:
             with _orphans_are_ours():
-                self._end.settimeout(_ANSWER_S_MAX)
-                socket.send_fds(self._end, [argument.encode()], [descriptor])
-                answer = self._end.recv(_PID_BYTES)
+                answer = self._ask(self._end, argument, descriptor)
         except OSError:
-            answer = b""
-        if answer and answer != _UP:
+            self.close()  # here it is of no use
+            return None
+        if answer is None:
+            self._lose(None)  # a copy that comes too late finds that nobody is its parent
+        elif not answer:
+            self._bury()
+        elif answer != _UP:
             return int.from_bytes(answer, "big")
-        self.close()  # a copy that comes too late finds that nobody is its parent
         return None
 
+    @staticmethod
+    def _ask(end: socket.socket, argument: str, descriptor: int) -> bytes | None:
+        """What it answers; nothing: it is dead; None: it does not answer."""
+        try:
+            end.settimeout(_ANSWER_S_MAX)
+            socket.send_fds(end, [argument.encode()], [descriptor])
+            return end.recv(_PID_BYTES)
+        except TimeoutError:
+            return None
+        except OSError:
+            return b""
+        finally:
+            end.setblocking(False)
+
+    def _bury(self) -> None:
+        """Its end of the socket is closed: it is dead, or will be in a moment."""
+        assert self._process is not None  # as long as there is a socket
+        try:
+            code: int | None = self._process.wait(_ANSWER_S_MAX)
+        except subprocess.TimeoutExpired:
+            code = None
+        self._lose(code)
+
     def close(self) -> None:
-        """End it, if there is one. What it has forked lives on."""
+        """End it, if there is one, for good. What it has forked lives on."""
+        self._on_up = self._on_end = None
+        self._lose(None)
+
+    def _lose(self, code: int | None) -> None:
         if self._end is not None:
             with contextlib.suppress(RuntimeError):  # no event loop watches it
                 asyncio.get_running_loop().remove_reader(self._end)
@@ -111,6 +165,8 @@ class ForkServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+        if self._on_end is not None:
+            asyncio.get_running_loop().call_soon(self._on_end, code)
 
 
 class Forked:

@@ -1,14 +1,17 @@
-"""Whether a client takes anything, why not, and who waits until something changes."""
+"""Whether a client takes anything, and in which event loop; why not, and who waits until something changes."""
 
 from __future__ import annotations
 
 import asyncio
 
-from shardbus.errors import BusRejected, ClientClosed
+from shardbus.errors import BusRejected, ClientClosed, UsageError
 
 
 class Gate:
-    """Shut until the bus was found, and once the client closes or the bus has refused it."""
+    """Shut until the bus was found, and once the client closes or the bus has refused it.
+
+    It belongs to the event loop in which `loop` is first called.
+    """
 
     def __init__(self) -> None:
         self.is_open = False
@@ -17,6 +20,25 @@ class Gate:
         self._refusal: BusRejected | None = None
         self._progress = asyncio.Event()
         self._waiters = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop of the client, which runs.
+
+        Raises:
+            UsageError: another one runs here, or none.
+        """
+        # Not `get_running_loop`, which raises where there is none, in a thread for instance.
+        running = asyncio._get_running_loop()
+        if running is None or running is not self._loop:
+            if running is None or self._loop is not None:
+                raise UsageError(
+                    "a client belongs to the event loop that opened it, and this is another one, or another thread; open a "
+                    "client in each loop (async with shardbus.connect() as client), or use shardbus.blocking, whose client "
+                    "is for all threads"
+                )
+            self._loop = running
+        return running
 
     def open(self) -> None:
         """The bus was found, perhaps again. What has been shut stays so."""
@@ -42,6 +64,11 @@ class Gate:
         if not self.is_open:
             self._check_refusal()
             raise ClientClosed("the client is closed; use it inside its `async with` block")
+
+    def check_here(self) -> None:
+        """As `check`, and refuse another event loop than the client's. Not for the hot path: it costs 0.1 µs."""
+        self.check()
+        self.loop()
 
     def made_progress(self) -> None:
         """Something has changed that somebody may wait for."""

@@ -23,6 +23,7 @@ from shardbus.errors import BusRejected, ClientClosed, OutboxFull, UsageError
 from shardbus.messages import Command, Event
 from shardbus.outboxes import Bound, Connector
 from shardbus.outgoing import Children, Origin
+from shardbus.packing import tell_which
 from shardbus.wire.session import PublisherSession
 
 _OPEN_S: Final = 10.0
@@ -132,10 +133,14 @@ class HandlerClient:
         if len(events) == 1:
             client.put(events[0], headers, origin)
             return
-        waiting = iter(events)
+        waiting = enumerate(events)
         while chunk := list(islice(waiting, self._limits.batch_events_max)):
-            for event in chunk:
-                client.put(event, headers, origin)
+            for at, event in chunk:
+                try:
+                    client.put(event, headers, origin)
+                except (UsageError, OutboxFull) as error:
+                    tell_which(error, at, len(events), event)
+                    raise
             if client.needs_turn:
                 await asyncio.sleep(0)
 

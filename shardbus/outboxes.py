@@ -305,6 +305,8 @@ class Outboxes:
     def append(self, part: Part[Outbox], ordinals: Sequence[int] | None, instants: Sequence[int] | None) -> None:
         """Append a part to the open batch of its outbox, which has room for it; where the batch has not, it leaves first."""
         outbox, count = part.target, len(part.keys)
+        if not outbox.dirty:
+            self.mark(outbox)
         if len(outbox.batch) + count > self._limits.batch_events_max:
             self.seal(outbox)
         if len(part.bodies) > count * SMALL_BYTES:
@@ -312,7 +314,8 @@ class Outboxes:
         batch = outbox.batch
         batch.add_many(part.name, part.keys, part.bodies)
         batch.stamp_many(picked(ordinals, part.places), picked(instants, part.places), count)
-        self.appended(outbox)
+        if len(batch) >= self._limits.batch_events_max:
+            self.seal(outbox)
 
     def appended(self, outbox: Outbox) -> None:
         """Something was appended to the open batch: it leaves now where it is full, else at the end of the turn."""
@@ -322,10 +325,17 @@ class Outboxes:
             self.mark(outbox)
 
     def mark(self, outbox: Outbox) -> None:
-        """Have this outbox sealed and sent at the end of the loop's turn."""
+        """Have this outbox sealed and sent at the end of the loop's turn.
+
+        What programs publish calls it before it appends anything, once a turn: so another event loop is refused at no cost.
+
+        Raises:
+            UsageError: it is not the client's loop that runs.
+        """
+        loop = self._gate.loop()
         outbox.dirty = True
         if not self._dirty:
-            asyncio.get_running_loop().call_soon(self._end_of_turn)
+            loop.call_soon(self._end_of_turn)
         self._dirty.append(outbox)
 
     def _end_of_turn(self) -> None:
@@ -410,8 +420,9 @@ class Outboxes:
         Raises:
             OutboxFull: the policy is to refuse.
             ClientClosed, BusRejected: the client takes nothing.
+            UsageError: it is not the client's loop that runs.
         """
-        self._gate.check()
+        self._gate.check_here()
         if not self.is_full(outbox):
             await asyncio.sleep(0)
         outbox.session.thin_out()

@@ -14,9 +14,10 @@ import msgspec
 
 from shardbus.arguments import check_headers, check_seconds
 from shardbus.config import Limits
-from shardbus.errors import MessageTooLarge, UsageError
+from shardbus.errors import MessageTooLarge, ShardbusError, UsageError
 from shardbus.messages import Command, Event, Message, WireKey, key_getter, reply_type, to_wire_key, wire_name
 from shardbus.wire.codec import encode_bodies, has_negative
+from shardbus.wording import counted
 
 TargetT = TypeVar("TargetT")
 
@@ -169,7 +170,13 @@ def packed_parts(
 
 def cannot_encode(route: Route, error: Exception) -> UsageError:
     """What its caller is told of a message that has no encoding."""
-    return UsageError(f"{route.name} cannot be encoded, so nothing was published: {error}")
+    return UsageError(f"{route.name} cannot be encoded, so it was not sent: {error}")
+
+
+def tell_which(error: ShardbusError, at: int, total: int, event: object) -> None:
+    """Have the error of one of many events say which it is, from 1, and what became of the others."""
+    before = "nothing was published" if not at else f"the {counted(at, 'event')} before it went out, none after it"
+    error.args = (f"event {at + 1:,} of {total:,} ({type(event).__name__}): {error}; {before}",)
 
 
 def raw_key(key: WireKey) -> str | int | bytes | UUID | None:

@@ -74,6 +74,12 @@ def use_all_descriptors() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
+def descriptors_max() -> int:
+    """How many descriptors this process may have, and each that it starts."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _DESCRIPTORS_MAX if soft == resource.RLIM_INFINITY else soft
+
+
 class Child:
     """A started worker process.
 

@@ -70,7 +70,7 @@ class Questions:
         return await self._ask(what, body, lambda frame: self._outboxes.send(outbox, frame), timeout_s)
 
     async def _ask(self, what: str, body: bytes, send: Callable[[bytes], object], timeout_s: float) -> bytes:
-        self._gate.check()
+        self._gate.check_here()
         check_seconds("timeout", timeout_s)
         self._number += 1
         number = self._number

@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from shardbus.addresses import Address
-from shardbus.config import StoreFull
+from shardbus.config import DEFAULT_LIMITS, StoreFull
 from shardbus.errors import BootError, ConfigError, RemoteProtocolError
 from shardbus.evidence import EVIDENCE_BYTES, SharedBook, SharedJournal
 from shardbus.fork_server import ForkServer
@@ -26,6 +26,7 @@ from shardbus.processes import (
     EXIT_BROKEN,
     Child,
     cores,
+    descriptors_max,
     kernel_kills,
     on_stdin_closed,
     on_stop_signals,
@@ -76,6 +77,8 @@ _CLIENTS_MAX: Final = 4096
 _SPARE_RETRY_S: Final = 5.0  # between two tries to start a spare process
 _STARTS: Final = RestartPolicy(deaths_max=20)  # a machine that has no process to give has some again within 70 s, or trouble
 _LAYOUT: Final = 1
+_DESCRIPTORS_OWN: Final = 64  # of a process of the bus before any client comes: its store, pipes, and libzmq's own
+_DESCRIPTORS_EACH: Final = 8  # for each worker besides: of the supervisor, or to the other workers
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -181,6 +184,8 @@ class Supervisor:
         self._rate: tuple[float, int, float] = (0.0, 0, 0.0)
         self._fold_timer: asyncio.TimerHandle | None = None
         self._spare: _Process | None = None
+        self._forks_up_at = 0.0
+        self._forks_fruitless = 0  # deaths of the fork server in a row that came soon
         self._kept = ""  # where the stores are, where that outlives this process
         self._kernel_kills = kernel_kills()
         self._kernel_killed_at = -_MEMORY_S  # when that count was seen to change
@@ -195,6 +200,7 @@ class Supervisor:
         on_stop_signals(self._on_signal)  # first: what is made from here on is to be removed
         if self._options.until_stdin_closes:
             on_stdin_closed(lambda: None if self._stopping else self._on_signal())
+        self._check_descriptors()
         rundir = RunDir(self._options.address)
         if self._store_url(rundir, 0) != MEMORY_URL:
             on_ram = f"{rundir.state}, on RAM, until this machine ends"
@@ -208,7 +214,7 @@ class Supervisor:
                 self._workers.append(_Worker(shard, *self._mappings(rundir, shard)))
             self._router = listener.bind(self._options.address.control, self._on_frame)
             self._fold_timer = asyncio.get_running_loop().call_later(_FOLD_S, self._fold_evidence)
-            self._forks.watch(self._changed.set)
+            self._forks.watch(self._on_forks_up, self._on_forks_end)
             await self._until(lambda: self._stopping or not self._forks.is_starting)
             for worker in self._workers if not self._stopping else ():
                 self._start(worker, rundir)
@@ -288,6 +294,19 @@ class Supervisor:
             self._answer(peer, request, {"left": lines, "stores": self.told_left()})
         if self._drain_asked:
             await asyncio.sleep(0.1)  # the last frames leave with the socket's own thread
+
+    def _check_descriptors(self) -> None:
+        """Say so where there are fewer descriptors than all publishers take that a worker serves. How many connect cannot be
+        bounded: libzmq accepts them by itself, and ends a process that has no descriptor left for the next one."""
+        needed = DEFAULT_LIMITS.sessions_max + _DESCRIPTORS_OWN + _DESCRIPTORS_EACH * self._options.workers
+        if (most := descriptors_max()) < needed:
+            log.warning(
+                "a process may have %d open files here, and one of this bus takes up to %d for %d clients; more clients "
+                "than there is room for end it: raise the limit with `ulimit -n 65536`, or LimitNOFILE= in a systemd unit",
+                most,
+                needed,
+                DEFAULT_LIMITS.sessions_max,
+            )
 
     def _drop_spare(self) -> None:
         if self._spare is not None and self._spare.child is not None:
@@ -444,6 +463,48 @@ class Supervisor:
         except OSError as error:
             log.warning("no spare worker can be started (%s); trying again in %g s", error, _SPARE_RETRY_S)
             asyncio.get_running_loop().call_later(_SPARE_RETRY_S, self._start_spare, rundir)
+
+    # -- the fork server
+
+    def _on_forks_up(self) -> None:
+        if self._forks_fruitless:
+            log.info("the fork server is back")
+        self._forks_up_at = time.monotonic()
+        self._changed.set()
+
+    def _on_forks_end(self, code: int | None) -> None:
+        self._changed.set()
+        self._replace_forks("did not answer" if code is None else f"ended ({signal_name(code)})")
+
+    def _replace_forks(self, what: str) -> None:
+        """The fork server is gone. No worker depends on it, and those that are started meanwhile are interpreters of their
+        own. It runs nothing of the application, so its end is the machine's fault, and is taken as patiently."""
+        if self._stopping or self._failure:
+            return
+        settled = self._forks_up_at and time.monotonic() - self._forks_up_at >= _SETTLED_S
+        self._forks_fruitless = 1 if settled else self._forks_fruitless + 1
+        self._forks_up_at = 0.0
+        match self._starts.decide(self._forks_fruitless):
+            case RestartIn(delay_s=delay_s):
+                log.warning("the fork server %s; starting another in %g s", what, delay_s)
+                asyncio.get_running_loop().call_later(delay_s, self._restart_forks)
+            case GiveUp(deaths=deaths):
+                log.error(
+                    "the fork server %s, the last of %d in a row; there is none until `shardbus serve` is started again, "
+                    "so a worker takes longer to start",
+                    what,
+                    deaths,
+                )
+
+    def _restart_forks(self) -> None:
+        if self._stopping or self._failure:
+            return
+        try:
+            self._forks.restart()
+        except OSError as error:
+            self._replace_forks(f"cannot be started: {error}")
+
+    # -- workers that die
 
     def _on_no_process(self, worker: _Worker, rundir: RunDir, error: OSError) -> None:
         """The system has no process for a worker: as a death before any progress, but the machine's fault and no worker's,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from shardbus import *  # noqa: F403 - all that an application may ask for is there before a fork server copies itself
 from shardbus.handler_client import HandlerClient
 from shardbus.outgoing import worker_publisher
 from shardbus.reports import Assignment

@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("shardbus", "loadgen", "benchmarks")
 
 FACE = "shardbus"
-"""The public face (`shardbus/__init__.py`): imports anything, and is imported only by code that could be a user's."""
+"""The public face (`shardbus/__init__.py`): names anything, and is imported only by code that could be a user's."""
 
 # Lowest first. A module imports modules of earlier lines only; those on one line do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("interrupts",),
     ("wording",),
     ("errors",),
     ("config", "arguments"),
@@ -98,11 +99,18 @@ NEVER: dict[tuple[str, str], str] = {
 }
 
 # Modules of shardbus that import the face, as a user's code would.
-FACE_USERS = ("demo",)
+FACE_USERS = ("demo", "worker_process")
 
 # What the other packages may import of ours; "x.*" is x and everything below it.
 FOREIGN: dict[str, tuple[str, ...]] = {
-    "loadgen": ("loadgen.*", "shardbus", "shardbus.demo", "shardbus.metrics", "shardbus.errors"),
+    "loadgen": (
+        "loadgen.*",
+        "shardbus",
+        "shardbus.demo",
+        "shardbus.metrics",
+        "shardbus.errors",
+        "shardbus.interrupts",
+    ),
     "benchmarks": (
         "benchmarks.*",
         "loadgen.*",
@@ -142,7 +150,7 @@ OWNERS: tuple[Owner, ...] = (
     Owner(
         "processes",
         ("signal", "subprocess", "multiprocessing"),
-        ("shardbus/processes.py", "shardbus/fork_server.py", "loadgen/processes.py"),
+        ("shardbus/processes.py", "shardbus/fork_server.py", "shardbus/interrupts.py", "loadgen/processes.py"),
     ),
     Owner("other processes' use", ("psutil",), ("shardbus/processes.py", "loadgen/resources.py")),
     Owner("shared memory", ("mmap",), ("shardbus/evidence.py",)),
@@ -410,7 +418,7 @@ BROKEN = {
         {"loadgen/driver.py": "def f():\n    from subprocess import run\n"},
         (
             "loadgen/driver.py:2: imports subprocess, but processes belong to shardbus/processes.py and "
-            "shardbus/fork_server.py and loadgen/processes.py"
+            "shardbus/fork_server.py and shardbus/interrupts.py and loadgen/processes.py"
         ),
     ),
     "pickle": (

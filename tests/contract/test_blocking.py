@@ -271,7 +271,7 @@ def test_an_event_is_published_as_it_was_when_publish_returned():
         (Step(key=1.5), None, InvalidKey, "1.5 is a float"),
         (Step(key="k" * 1025), None, InvalidKey, "more than 1,024 bytes"),
         (Step(key="a", payload=bytes(1024 * 1024)), None, MessageTooLarge, "the limit is 1,048,576"),
-        (Step(key="a", n=object()), None, UsageError, "cannot be encoded, so nothing was published"),
+        (Step(key="a", n=object()), None, UsageError, "cannot be encoded, so it was not sent"),
         (Step(key="a"), {"a": 1}, UsageError, "names and values are text"),
         (Step, None, UsageError, "got the class Step"),
         (Count(key="a"), None, UsageError, "publish takes events, and Count is none; use execute"),

@@ -64,6 +64,27 @@ async def until(condition: Any) -> None:
 # -- events
 
 
+async def test_one_of_many_that_a_handler_publishes_and_that_is_not_sound_is_named():
+    bus = Bus("parents")
+    told: list[str] = []
+
+    @bus.on(Order)
+    async def order(event: Order, context: Context) -> None:
+        with pytest.raises(UsageError) as raised:
+            await context.publish_many([Loose(n=1), Loose(n=2), Loose(n=object())])
+        told.append(str(raised.value))
+
+    @bus.on(Loose)
+    async def loose(event: Loose) -> None: ...
+
+    async with bus.local() as client:
+        await client.publish(Order(order="o"))
+        assert (await client.flush(10)).handled == 1
+    (line,) = told
+    assert line.startswith("event 3 of 3 (Loose): Loose cannot be encoded, so it was not sent: ")
+    assert line.endswith("; the 2 events before it went out, none after it")
+
+
 async def test_what_a_handler_publishes_is_handled_and_known_as_its_child():
     bus = Bus("parents")
     contexts: dict[str, Context] = {}

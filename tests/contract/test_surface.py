@@ -57,6 +57,7 @@ from shardbus import (
     DeadLetterFilter,
     InvalidKey,
     InvalidMessage,
+    MessageTooLarge,
     Missed,
     NotDelivered,
     Traceparent,
@@ -161,6 +162,58 @@ async def test_events_without_a_key_are_handled(engine: Engine):
         assert (await client.flush(30.0)).handled == 300
 
 
+CALLS_ELSEWHERE: dict[str, Callable[[Client, str], Any]] = {
+    "publish": lambda client, key: client.publish(Noted(key=key)),
+    "publish_many": lambda client, key: client.publish_many([Noted(key=key), Noted(key=key)]),
+    "publish_many with headers": lambda client, key: client.publish_many([Noted(key=key)], headers={"a": "b"}),
+    "schedule": lambda client, key: client.schedule(Noted(key=key), delay=0.0),
+    "flush": lambda client, key: client.flush(),
+    "execute": lambda client, key: client.execute(Seen(key=key)),
+    "status": lambda client, key: client.status(),
+    "dead_letters": lambda client, key: client.dead_letters(),
+    "subscribe": lambda client, key: one_of(client.subscribe(Noted, key=key)),
+    "session": lambda client, key: entered(client.session(key)),
+}
+
+
+async def one_of(items: Any) -> Any:
+    return await anext(items)
+
+
+async def entered(block: Any) -> None:
+    async with block:
+        pass
+
+
+@pytest.mark.parametrize("call", CALLS_ELSEWHERE.values(), ids=CALLS_ELSEWHERE)
+async def test_a_client_in_another_event_loop_is_refused_and_nothing_is_published(
+    engine: Engine, key: str, call: Callable[[Client, str], Any]
+):
+    async def elsewhere(client: Client) -> None:
+        await call(client, key)
+
+    async with engine.open() as client:
+        await client.publish(Noted(key=key))
+        await client.flush(30.0)
+        with pytest.raises(UsageError, match="belongs to the event loop that opened it, and this is another one"):
+            await asyncio.to_thread(asyncio.run, elsewhere(client))
+        await client.publish(Noted(key=key, n=1))
+        ledger = await client.flush(30.0)
+        assert (ledger.published, ledger.handled) == (2, 2)
+        assert [n for n, *_ in await read(client, key)] == [0, 1]
+
+
+def test_a_client_in_a_later_event_loop_is_refused_too(engine: Engine, key: str):
+    block = engine.open()
+    with asyncio.Runner() as first:
+        client = first.run(block.__aenter__())
+        with pytest.raises(UsageError, match=r"use shardbus\.blocking"):
+            asyncio.run(client.publish(Noted(key=key)))
+        first.run(block.__aexit__(None, None, None))
+        with pytest.raises(ClientClosed):
+            asyncio.run(client.publish(Noted(key=key)))
+
+
 async def test_stamps_are_evidence(engine: Engine, key: str):
     async with engine.open() as client:
         await client.publish(Noted(key=key), ordinal=1, intended_ns=1)
@@ -178,7 +231,7 @@ async def test_the_middleware_of_a_client_sees_each_message_and_may_refuse_it(en
 
     async with engine.open(middleware=[Validation(), stamp]) as client:
         await client.publish(Noted(key=key))
-        with pytest.raises(InvalidMessage, match="Noted is not as it is declared, so nothing was published: "):
+        with pytest.raises(InvalidMessage, match="Noted is not as it is declared, so it was not published: "):
             await client.publish(Noted(key=key, n="x"))  # type: ignore[arg-type]
         assert (await client.execute(Facts(key=key), timeout=7.0))["headers"] == {"tenant": "acme"}
         assert await read(client, key) == [[0, 1, False, {"tenant": "acme"}]]
@@ -530,15 +583,15 @@ MISUSES: dict[str, tuple[Callable[[Client], Any], type[Exception], str]] = {
     "a long key": (lambda c: c.publish(Noted(key="k" * 2000)), InvalidKey, "use a digest of it as the key"),
     "a long key of bytes": (lambda c: c.publish(Noted(key=b"k" * 2000)), InvalidKey, "a key of 2,000 bytes; the limit"),
     "a large key": (lambda c: c.subscribe(Noted, key=2**70), InvalidKey, "does not fit into 64 bits; use a str"),
-    "no text": (lambda c: c.execute(Seen(key="\udc00")), UsageError, "Seen cannot be encoded, so nothing was"),
-    "a value": (lambda c: c.publish(Noted(key="a", n=object())), UsageError, "Noted cannot be encoded, so nothing was"),
-    "a value among many": (lambda c: c.publish_many([Noted(key="a", n=object())]), UsageError, "Noted cannot be"),
+    "no text": (lambda c: c.execute(Seen(key="\udc00")), UsageError, "Seen cannot be encoded, so it was not sent"),
+    "a value": (lambda c: c.publish(Noted(key="a", n=object())), UsageError, "Noted cannot be encoded, so it was not sent"),
+    "a value among many": (lambda c: c.publish_many([Noted(key="a", n=object())]), UsageError, "1 of 1 (Noted): Noted"),
     "a large event": (lambda c: c.publish(Noted(key="a", n="x" * 2_000_000)), UsageError, "send a reference to"),
     "a large command": (lambda c: c.execute(Fail(key="a" * 2_000_000)), InvalidKey, "a key of more than 1,024 bytes"),
     "one of many": (lambda c: c.publish_many(EVENT), UsageError, "takes a list of events, and got one Noted; use"),
     "a generator": (lambda c: c.publish_many(one for one in [EVENT]), UsageError, "write publish_many(list(…))"),
     "a number of many": (lambda c: c.publish_many(5), UsageError, "takes a list of events, and got one int"),
-    "nothing among many": (lambda c: c.publish_many([None, EVENT]), UsageError, "publish takes events, and"),
+    "nothing among many": (lambda c: c.publish_many([None, EVENT]), UsageError, "event 1 of 2 (NoneType): "),
     "stamps of many": (lambda c: c.publish_many([EVENT], ordinals=[]), UsageError, "1 events and 0 stamps; give"),
     "a stamp of many": (lambda c: c.publish_many([EVENT], ordinals=["a"]), UsageError, "stamps are whole numbers"),
     "flush": (lambda c: c.flush(-1), UsageError, "timeout=-1: give seconds from 0 on, up to 10,000,000"),
@@ -589,6 +642,43 @@ async def test_a_call_that_makes_no_sense_is_told_with_its_value_and_what_to_do(
             await call(client)
         assert told in str(raised.value)
         assert client.ledger().published == 0
+
+
+@pytest.mark.parametrize("how", ["plain", "headers", "middleware", "keyless", "blocking"])
+@pytest.mark.parametrize(
+    ("bad", "kind", "told"),
+    [
+        (lambda key: Noted(key=key, n=object()), UsageError, "(Noted): Noted cannot be encoded, so it was not sent: "),
+        (lambda key: None, UsageError, "(NoneType): publish takes events, and NoneType is none"),
+        (lambda key: Seen(key=key), UsageError, "(Seen): publish takes events, and Seen is none; use execute"),
+        (lambda key: Noted(key="k" * 2000), InvalidKey, "(Noted): a key of more than 1,024 bytes"),
+        (lambda key: Noted(key=key, n="x" * 2_000_000), MessageTooLarge, "(Noted): Noted: the encoded message has 2,0"),
+    ],
+    ids=["value", "nothing", "command", "key", "large"],
+)
+async def test_one_of_many_that_is_not_sound_is_named_and_those_before_it_went_out(
+    engine: Engine, key: str, how: str, bad: Callable[[str], Any], kind: type[UsageError], told: str
+):
+    key = f"{key[-40:]}"
+    events = [Unkeyed(n=n) if how == "keyless" else Noted(key=key, n=n) for n in range(800)]
+    events[616] = bad(key)
+    middleware = [lambda message, headers: None] if how == "middleware" else []
+    async with engine.open(middleware=middleware) as client:
+        headers = {"a": "b"} if how == "headers" else None
+        with pytest.raises(kind) as raised:
+            await (in_a_thread(engine, events) if how == "blocking" else client.publish_many(events, headers=headers))
+        assert str(raised.value).startswith(f"event 617 of 800 {told}")
+        assert str(raised.value).endswith("; the 616 events before it went out, none after it")
+        if how != "blocking":
+            assert (await client.flush(30.0)).handled == client.ledger().published == 616
+
+
+async def in_a_thread(engine: Engine, events: list[Any]) -> None:
+    def publish() -> None:
+        with engine.open_blocking() as client:
+            client.publish_many(events)
+
+    await asyncio.to_thread(publish)
 
 
 async def test_many_events_that_are_none_are_told_also_where_a_middleware_sees_each(engine: Engine):

@@ -7,14 +7,22 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from buses import APPLICATION, RunningBus, wait_until
 
-from shardbus.fork_server import Forked, ForkServer
+import shardbus
+import shardbus.fork_server
+from shardbus.fork_server import FORK, Forked, ForkServer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is none elsewhere")
+
+_space: dict[str, object] = {}
+exec(compile(APPLICATION, "accounts.py", "exec"), _space)  # noqa: S102 - the same message types as the served application
+Added = _space["Added"]
 
 SERVED = """
 import os, sys
@@ -38,11 +46,30 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServ
     server.close()
 
 
+class Watched:
+    """What a server tells who watches it."""
+
+    def __init__(self, server: ForkServer) -> None:
+        self.changed = asyncio.Event()
+        self.ends: list[int | None] = []
+        server.watch(self.changed.set, self._on_end)
+
+    def _on_end(self, code: int | None) -> None:
+        self.ends.append(code)
+        self.changed.set()
+
+    async def wait(self) -> None:
+        await self.changed.wait()
+        self.changed.clear()
+
+
 async def started(server: ForkServer) -> bool:
-    changed = asyncio.Event()
-    server.watch(changed.set)
     assert server.is_starting
-    await changed.wait()
+    await Watched(server).wait()
+    return forks(server)
+
+
+def forks(server: ForkServer) -> bool:
     assert not server.is_starting
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -74,17 +101,83 @@ async def test_a_copys_exit_code_is_its_own(served: ForkServer):
         assert [Forked(pid).wait() for pid in pids if pid is not None] == [3, 70]
 
 
-async def test_a_server_that_does_not_start_or_has_died_forks_nothing(served: ForkServer, tmp_path: Path):
-    (tmp_path / "broken.py").write_text("raise SystemExit(1)")
+async def test_a_server_that_does_not_start_forks_nothing(served: ForkServer, tmp_path: Path):
+    (tmp_path / "broken.py").write_text("raise SystemExit(3)")
     broken = ForkServer("broken")
-    assert not await started(broken)
+    watched = Watched(broken)
+    await watched.wait()
+    assert (watched.ends, broken.is_starting, forks(broken)) == ([3], False, False)
     broken.close()
-    assert await started(served)
-    assert served._process is not None
-    os.kill(served._process.pid, signal.SIGKILL)
-    served._process.wait()
-    with socket.socket() as given:
-        assert served.fork("0", given.fileno()) is None
+
+
+async def test_a_server_that_dies_is_noticed_at_once_and_another_takes_its_place(served: ForkServer):
+    watched = Watched(served)
+    await watched.wait()
+    kill(served)
+    await watched.wait()
+    assert (watched.ends, forks(served)) == ([-signal.SIGKILL], False)
+    served.restart()
+    assert served.is_starting
+    await watched.wait()
+    assert forks(served)
+
+
+async def test_a_server_that_is_found_dead_or_does_not_answer_forks_nothing_and_that_is_told(
+    served: ForkServer, monkeypatch: pytest.MonkeyPatch
+):
+    watched = Watched(served)
+    await watched.wait()
+    kill(served)
+    assert not forks(served)  # before the event loop has looked
+    await watched.wait()
+    served.restart()
+    await watched.wait()
+    monkeypatch.setattr(shardbus.fork_server, "_ANSWER_S_MAX", 0.05)
+    kill(served, signal.SIGSTOP)
+    assert not forks(served)
+    await watched.wait()
+    assert watched.ends == [-signal.SIGKILL, None]
+
+
+async def test_the_end_of_a_server_that_is_closed_is_told_to_nobody(served: ForkServer):
+    watched = Watched(served)
+    await watched.wait()
+    served.close()
+    await asyncio.sleep(0)
+    assert watched.ends == []
+
+
+def kill(server: ForkServer, number: signal.Signals = signal.SIGKILL) -> None:
+    assert server._process is not None
+    server._process.send_signal(number)
+
+
+async def test_a_bus_whose_fork_server_was_killed_has_another_and_its_workers_come_back(make_bus: Callable[..., RunningBus]):
+    bus = make_bus("--workers", "1")
+    bus.wait_ready()
+    first = min(psutil.Process(bus.process.pid).children(), key=psutil.Process.create_time)
+    assert FORK in first.cmdline()
+    first.kill()
+    assert bus.process.stderr is not None
+    told = ""
+    while "back" not in told:
+        told += bus.process.stderr.readline()
+    assert "the fork server ended (SIGKILL); starting another in 0.1 s" in told
+    assert bus.status()["healthy"]
+    async with shardbus.connect(bus.address) as client:
+        for restarts in (1, 2):  # the second one's was made by the new server
+            (worker,) = bus.worker_pids()
+            for number in range(200):
+                await client.publish(Added(account=str(number % 7)))
+            os.kill(worker, signal.SIGKILL)
+            await client.flush()
+            wait_until(lambda: bus.status()["healthy"])
+            assert bus.status()["workers"][0]["restarts"] == restarts
+        ledger = await client.flush()
+        assert (ledger.handled, ledger.dead, ledger.in_flight) == (400, 0, 0)
+    (worker,) = bus.worker_pids()
+    assert FORK in psutil.Process(worker).cmdline()
+    assert bus.end()[0] == 0
 
 
 def test_nothing_is_forked_before_the_server_has_imported_everything(served: ForkServer):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import pytest
@@ -250,3 +252,16 @@ def test_the_time_series_and_the_distribution_are_written_to_files(command, tmp_
 def test_the_help_lists_what_can_be_expected() -> None:
     told = CliRunner().invoke(loadgen.cli.cli, ["--help"]).output
     assert [figure for figure in loadgen.cli.expect.FIGURES if figure not in told] == []
+
+
+@pytest.mark.parametrize("option", ["--json", "--csv", "--hgrm"])
+def test_a_disk_that_is_full_is_a_line_and_the_report_is_shown_all_the_same(command, monkeypatch, option: str):
+    def full(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shown: list[Report] = []
+    monkeypatch.setattr(loadgen.cli, "show", shown.append)
+    monkeypatch.setattr(loadgen.cli, "open", full, raising=False)
+    result = command("--rate", "5", option, "report")
+    assert (result.exit_code, shown) == (2, [REPORT])
+    assert result.stderr == "loadgen: the run was made, but report cannot be written: No space left on device\n"

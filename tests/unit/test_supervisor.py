@@ -221,3 +221,38 @@ async def test_a_bus_whose_first_worker_cannot_be_started_says_so_and_ends(addre
     machine.fails = 1
     with pytest.raises(BootError, match=r"shard 0 cannot be started: .*resource temporarily unavailable"):
         await supervisor_at(address).run(lambda line: None)
+
+
+async def test_a_fork_server_that_cannot_be_replaced_is_given_up_after_a_few_tries_and_the_bus_goes_on(
+    machine: Machine, address: Address, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(_forks: ForkServer) -> None:
+        raise BlockingIOError(errno.EAGAIN, "no process")
+
+    monkeypatch.setattr(ForkServer, "restart", refuse)
+    async with running(address) as supervisor:
+        await until(lambda: machine.children)
+        machine.children[0].says(Ready(), BEAT)
+        await until(lambda: supervisor.status()["healthy"])
+        supervisor._on_forks_end(-9)
+        given_up = "the fork server cannot be started: [Errno 11] no process, the last of 4 in a row"
+        await until(lambda: given_up in caplog.text)
+        assert caplog.text.count("starting another in") == 3
+        assert "the fork server ended (SIGKILL); starting another in 0.001 s" in caplog.text
+        assert supervisor.status()["healthy"]
+
+
+@pytest.mark.parametrize(("most", "told"), [(327, True), (328, False)])
+async def test_too_few_descriptors_for_all_clients_are_told_with_their_number_and_what_to_do(
+    address: Address,
+    machine: Machine,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    told: bool,
+):
+    monkeypatch.setattr(shardbus.supervisor, "descriptors_max", lambda: most)
+    async with running(address):
+        await until(lambda: machine.children)
+    line = "a process may have 327 open files here, and one of this bus takes up to 328 for 256 clients"
+    assert ("ulimit -n 65536" in caplog.text and line in caplog.text) is told

@@ -1,0 +1,42 @@
+"""An interrupt while a command starts: one line, and the exit code that says so. Owns SIGINT until then.
+
+What a command needs takes half a second to import, and a `KeyboardInterrupt` then is a traceback, or nothing at all where it
+meets code that cannot raise. Imports next to nothing itself: until it is there, the interpreter answers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+EXIT_INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C has ended."""
+
+
+class EndedByInterrupts:
+    """A block in which SIGINT ends this process at once, with one line: nothing in it is to be undone.
+
+    For the main thread. A process that ignores the signal, or handles it otherwise, is left as it is.
+
+    Args:
+        command: what the line begins with.
+    """
+
+    def __init__(self, command: str) -> None:
+        self._told = f"{command}: interrupted\n".encode()
+        self._is_ours = False
+
+    def __enter__(self) -> None:
+        self._is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._is_ours:
+            signal.signal(signal.SIGINT, self._end)
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _end(self, *_: object) -> None:
+        try:
+            os.write(2, self._told)
+        finally:
+            os._exit(EXIT_INTERRUPTED)
