@@ -23,11 +23,12 @@ from shardbus.config import PROTOCOL, Limits
 from shardbus.dead_letters import Request, decode_request, encode_answer, page_of
 from shardbus.deferral import Deferrals, Deferred
 from shardbus.errors import RemoteProtocolError
+from shardbus.failures import CRASHED
 from shardbus.feeds import Feeds
 from shardbus.inbound import UNKNOWN, Delivery, Inbound
 from shardbus.journal import Journal
 from shardbus.lane_reads import LaneRead
-from shardbus.lanes import CRASHED, Lanes
+from shardbus.lanes import Lanes
 from shardbus.messages import WireKey, wire_name
 from shardbus.metrics import Recorder
 from shardbus.outgoing import Outgoing, is_worker

@@ -50,7 +50,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("scheduled_events",),
     ("metrics", "feeds"),
     ("inbound",),
+    ("lane_host", "failures"),
+    ("handler_calls",),
+    ("event_handlers", "command_handlers"),
     ("batch_handlers",),
+    ("lane_book",),
+    ("trials", "open_batches"),
+    ("outcomes",),
     ("lanes", "deferral"),
     # adapters: one effect each
     ("fork_server",),
