@@ -97,7 +97,6 @@ class Lanes:
         failures = Failures(_OUR_FILES)
         self.plans = plans
         self._host = host
-        self._limits = limits
         self._now = now
         self._journal = journal
         self._quarantine = quarantine
