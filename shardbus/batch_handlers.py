@@ -10,31 +10,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
 from shardbus.batching import Gathering, KeyOrder, outcomes_of
 from shardbus.breaker import Admitted, Blocked, Circuit
 from shardbus.context import Context
+from shardbus.event_handlers import EventHandlers
+from shardbus.failures import parks_its_key
+from shardbus.handler_calls import call_handler
 from shardbus.inbound import Delivery, Inbound, Later
-from shardbus.messages import WireKey
 from shardbus.registry import Plan, Registered
 from shardbus.store import Failure
-
-EXPIRED: Final = "expired"  # the reason of a dead letter whose deadline was over
-
-
-def parks_its_key(delivery: Delivery, failure: Failure) -> bool:
-    """Whether what an event died of parks its key.
-
-    Where its deadline was over, only a handler that had given it up before does: nothing else has failed, and what is too
-    late was of no use any more by its publisher's own word.
-    """
-    if failure.reason != EXPIRED:
-        return delivery.plan.parks(failure.handlers)
-    gave_up = tuple(name for one in delivery.gave_up for name in one.handlers)
-    return bool(gave_up) and delivery.plan.parks(gave_up)
 
 
 class HeldBack(msgspec.Struct, frozen=True):
@@ -94,33 +82,6 @@ def slot_of(plan: Plan, delivery: Delivery) -> tuple[str, Any]:
     return plan.name, (delivery.key,) if policy is not None and policy.by_key else None
 
 
-class Caller(Protocol):
-    """What a batch asks of the lanes."""
-
-    def now_ns(self) -> int:
-        """The worker's clock."""
-
-    def unfit(self, delivery: Delivery) -> Failure | None:
-        """Why no handler can be called with it; None: its message is decoded."""
-
-    def context_of(self, delivery: Delivery, beside: frozenset[WireKey]) -> Context:
-        """Its context; `beside`: the keys of the batch."""
-
-    async def call(self, handler: Registered, message: Any, context: Any) -> Any:
-        """Call the handler, and return what it returns."""
-
-    def reason_of(self, error: BaseException) -> str | None:
-        """Why a dead letter is one that is dead of this; None: the worker ends, and it is no failure."""
-
-    def failed(
-        self, delivery: Delivery, handler: Registered, error: BaseException, reason: str, *, with_others: bool = False
-    ) -> Failure | Later:
-        """The handler has failed with it, or with it and others at once: what follows."""
-
-    def blocked(self, delivery: Delivery, handler: Registered, circuit: Circuit, delay_s: float) -> Failure | Later:
-        """The handler's circuit is open: what follows."""
-
-
 class Fault(msgspec.Struct, frozen=True):
     """What an event, or the whole call, failed with."""
 
@@ -128,7 +89,7 @@ class Fault(msgspec.Struct, frozen=True):
     reason: str
 
 
-async def run_batch(batch: Batch, caller: Caller) -> list[Outcome]:
+async def run_batch(batch: Batch, handlers: EventHandlers) -> list[Outcome]:
     """Call the handler with those members that it may be called with, and return each member's outcome."""
     members, plan = batch.members, batch.plan
     handler = plan.handlers[0]
@@ -143,14 +104,14 @@ async def run_batch(batch: Batch, caller: Caller) -> list[Outcome]:
         if order.holds(member.key):
             found[at] = _NOT_RUN
             continue
-        failure = caller.unfit(member)
+        failure = handlers.unfit(member)
         if failure is not None:
             found[at] = failure
             if parks_its_key(member, failure):
                 order.wait(member.key)
             continue
         if with_context:
-            context = caller.context_of(member, beside)
+            context = handlers.context_in_batch(member, beside)
             if handler.where is not None:
                 try:
                     if not handler.where(member.message, context):
@@ -168,11 +129,11 @@ async def run_batch(batch: Batch, caller: Caller) -> list[Outcome]:
             member.runs = handler.name
         try:
             events = [member.message for member in running]
-            whole = await call_together(handler, circuit, events, contexts, called, found, caller)
+            whole = await call_together(handler, circuit, events, contexts, called, found, handlers)
         finally:
             for member in running:
                 member.runs = ""
-    return list(settled(batch, handler, circuit, found, set(called), whole, caller))
+    return list(settled(batch, handler, circuit, found, set(called), whole, handlers))
 
 
 async def call_together(
@@ -182,27 +143,27 @@ async def call_together(
     contexts: list[Context],
     called: Sequence[int],
     found: list[Failure | HeldBack | Fault | None],
-    caller: Caller,
+    handlers: EventHandlers,
 ) -> Fault | Blocked | None:
     """Call it, and write into `found` what it says of each; or return why that is the same for all."""
     term = 0
     if circuit is not None:
-        match circuit.admit(caller.now_ns()):
+        match circuit.admit(handlers.now()):
             case Admitted(term=term):
                 pass
             case Blocked() as blocked:
                 return blocked
     try:
-        returned = await caller.call(handler, events, contexts)
+        returned = await call_handler(handler, events, contexts)
         outcomes = outcomes_of(returned, len(called), handler.name)
     except BaseException as error:  # the handler's
-        reason = caller.reason_of(error)
+        reason = handlers.reason_of(error)
         if reason is None:
             if circuit is not None:
                 circuit.abandoned(term)
             raise
         if circuit is not None:
-            circuit.failed(term, caller.now_ns())
+            circuit.failed(term, handlers.now())
         return Fault(error, reason)
     some = False
     for at, outcome in zip(called, outcomes, strict=True):
@@ -214,7 +175,7 @@ async def call_together(
         if some:
             circuit.succeeded(term)
         else:  # a handler that handles nothing has failed, though it says so politely
-            circuit.failed(term, caller.now_ns())
+            circuit.failed(term, handlers.now())
     return None
 
 
@@ -225,7 +186,7 @@ def settled(
     found: list[Failure | HeldBack | Fault | None],
     called: set[int],
     whole: Fault | Blocked | None,
-    caller: Caller,
+    handlers: EventHandlers,
 ) -> Iterator[Outcome]:
     """Each member's outcome, in their order."""
     order = KeyOrder()
@@ -238,11 +199,11 @@ def settled(
             outcome = held if at in called else _NOT_RUN
         elif at in called and isinstance(whole, Blocked):
             assert circuit is not None
-            outcome = caller.blocked(member, handler, circuit, whole.delay_s)
+            outcome = handlers.blocked(member, handler, circuit, whole.delay_s)
         elif at in called and isinstance(whole, Fault):
-            outcome = caller.failed(member, handler, whole.error, whole.reason, with_others=len(called) > 1)
+            outcome = handlers.failed(member, handler, whole.error, whole.reason, with_others=len(called) > 1)
         elif isinstance(one, Fault):
-            outcome = caller.failed(member, handler, one.error, one.reason)
+            outcome = handlers.failed(member, handler, one.error, one.reason)
         else:
             outcome = one
         if outcome is not None and not (isinstance(outcome, Failure) and not parks_its_key(member, outcome)):

@@ -12,9 +12,9 @@ from functools import partial
 
 from shardbus.clock import NowNs
 from shardbus.envelopes import Envelopes, envelope_of, scheduled_event
+from shardbus.failures import CRASHED
 from shardbus.inbound import Delivery
 from shardbus.lane_reads import LaneRead
-from shardbus.lanes import CRASHED
 from shardbus.log_throttle import LogThrottle, and_more
 from shardbus.messages import WireKey
 from shardbus.metrics import Recorder

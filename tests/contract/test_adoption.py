@@ -219,7 +219,7 @@ async def test_whether_all_that_waits_is_in_the_store_is_known_without_a_look_at
         lanes = client._connector._bus.shards[0].lanes  # type: ignore[attr-defined]
         await client.flush()
         with monkeypatch.context() as patch:
-            patch.setattr("shardbus.lanes._Lane.asleep", property(looked))
+            patch.setattr("shardbus.lane_book.Lane.is_asleep", property(looked))
             assert lanes.idle()
         assert lanes.busy_keys == 4
         application.gate.clear()

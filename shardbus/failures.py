@@ -1,0 +1,181 @@
+"""What is written of a message that failed: the outcome that a dead letter holds, or the reply that a command's caller gets.
+
+Decides what is told and how long it may be, and remembers the places where handlers raise. Knows nothing of lanes, retries
+or the store; nothing here has an effect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from types import CodeType, TracebackType
+from typing import Any, Final
+
+import msgspec
+import xxhash
+
+from shardbus.errors import text_of
+from shardbus.inbound import Delivery
+from shardbus.pipeline import OUR_FILES
+from shardbus.store import Failure
+
+CRASHED: Final = "crashed"  # the reason of a dead letter whose handling ends its worker
+EXPIRED: Final = "expired"  # of one whose deadline was over
+
+_ERROR_CHARS_MAX: Final = 2000
+_TRACEBACK_CHARS_MAX: Final = 32_000
+_REPLY_TRACEBACK_CHARS_MAX: Final = 16_000
+_PLACES_MAX: Final = 1024
+
+
+class HandlerTimeout(TimeoutError):
+    """A handler ran longer than its `timeout_s`."""
+
+
+class Failures:
+    """What is told of handlers that raise, and where they did.
+
+    Args:
+        our_files: whose frames stand between the loop and a handler, besides those of middleware; a traceback begins behind.
+    """
+
+    def __init__(self, our_files: tuple[str, ...]) -> None:
+        self._our_files = frozenset((*our_files, asyncio.timeouts.__file__, *OUR_FILES))
+        self._places: dict[tuple[Any, ...], tuple[str, str, list[CodeType]]] = {}
+
+    def of_handler(self, name: str, error: BaseException, reason: str) -> Failure:
+        """The outcome of an event that a handler gave up."""
+        place, text = self.place_of(error)
+        return Failure(
+            handlers=(name,),
+            reason=reason,
+            error_type=_type_name(error),
+            error=_text_of(error),
+            place=place,
+            traceback=text,
+        )
+
+    def reply_to(self, error: BaseException) -> bytes:
+        """The reply of a command whose handler raised."""
+        text = "".join(self._told_from_the_handler(error).format())[-_REPLY_TRACEBACK_CHARS_MAX:]
+        return failed_reply(_type_name(error), _text_of(error), _sound(text))
+
+    def place_of(self, error: BaseException) -> tuple[str, str]:
+        """The identity of where an error was raised, and its stack as text, formatted once for each distinct place.
+
+        So it ends with the error's type: with its text, which the dead letter has, each would be a place of its own.
+        Formatting takes 37 µs, finding the place 1: with it, a shard writes 50,000 dead letters a second. Code is known by
+        its id, because its hash is that of all its constants; what is remembered holds the code, so that no other gets it.
+        """
+        own = _type_name(error)
+        identity: list[Any] = [own]
+        code: list[CodeType] = []
+        step: TracebackType | None = error.__traceback__
+        while step is not None:
+            code.append(step.tb_frame.f_code)
+            identity += (id(code[-1]), step.tb_lineno)
+            step = step.tb_next
+        cause = error.__cause__ or error.__context__
+        if cause is not None and cause.__traceback__ is not None:
+            code.append(cause.__traceback__.tb_frame.f_code)
+            identity += (type(cause).__name__, id(code[-1]), cause.__traceback__.tb_lineno)
+        known = self._places.get(tuple(identity))
+        if known is None:
+            if len(self._places) >= _PLACES_MAX:
+                self._places.clear()
+            told = self._told_from_the_handler(error)
+            if cause is None:
+                text = "".join(["Traceback (most recent call last):\n", *told.stack.format(), own])
+            else:
+                text = "".join(told.format())
+            if len(text) > _TRACEBACK_CHARS_MAX:  # with a cause, it has whole error texts in it
+                half = _TRACEBACK_CHARS_MAX // 2
+                text = f"{text[:half]}\n… {len(text) - 2 * half:,} characters …\n{text[-half:]}"
+            place = xxhash.xxh3_128_hexdigest(text.encode("utf-8", "replace"))
+            known = self._places[tuple(identity)] = (place, text, code)
+        return known[:2]
+
+    def _told_from_the_handler(self, error: BaseException) -> traceback.TracebackException:
+        """An error and what caused it, without the frames of ours that led to the handler."""
+        ours = self._our_files
+        told = traceback.TracebackException.from_exception(error)
+        chain: list[traceback.TracebackException | None] = [told]
+        while chain:
+            one = chain.pop()
+            if one is not None:
+                first = next((at for at, frame in enumerate(one.stack) if frame.filename not in ours), len(one.stack))
+                del one.stack[:first]
+                chain += (one.__cause__, one.__context__)
+        return told
+
+
+def failed_reply(kind: str, told: str, stack: str = "") -> bytes:
+    """The body of a reply that says why a command failed."""
+    return msgspec.msgpack.encode((kind, told, stack))
+
+
+def unknown_type(delivery: Delivery) -> Failure:
+    """The outcome of an event that nothing here takes."""
+    told = f"no handler of this application takes the event {delivery.name!r}"
+    return Failure(handlers=(), reason="unknown-type", error_type="", error=told)
+
+
+def undecodable(error: BaseException) -> Failure:
+    """The outcome of an event that is not what its handlers take."""
+    return Failure(handlers=(), reason="undecodable", error_type=type(error).__name__, error=_text_of(error))
+
+
+def circuit_open(name: str, state: str) -> Failure:
+    """The outcome of an event whose handler is not called, and is not to wait for that."""
+    told = f"the circuit of {name} is {state}"
+    return Failure(handlers=(name,), reason="circuit-open", error_type="", error=told)
+
+
+def crashed(delivery: Delivery, verdict: str, deaths: int) -> Failure:
+    """The outcome of an event that is not run any more; a redrive runs the handlers that it had left, or gave up."""
+    left = [one.name for one in delivery.plan.handlers if delivery.todo is None or one.name in delivery.todo]
+    return Failure(
+        handlers=tuple(dict.fromkeys([*_given_up(delivery), *left])),
+        reason=CRASHED,
+        error_type="",
+        error=f"its handling ended the worker with {verdict}; {deaths} workers have died while it was under way",
+    )
+
+
+def expired(delivery: Delivery) -> Failure:
+    """The outcome of an event whose deadline is over; a redrive runs the handlers that it had left, or gave up."""
+    return Failure(
+        handlers=tuple(dict.fromkeys([*_given_up(delivery), *(delivery.todo or ())])),
+        reason=EXPIRED,
+        error_type="",
+        error="its deadline was over before its handlers could begin",
+    )
+
+
+def parks_its_key(delivery: Delivery, failure: Failure) -> bool:
+    """Whether what an event died of parks its key.
+
+    Where its deadline was over, only a handler that had given it up before does: nothing else has failed, and what is too
+    late was of no use any more by its publisher's own word.
+    """
+    if failure.reason != EXPIRED:
+        return delivery.plan.parks(failure.handlers)
+    gave_up = _given_up(delivery)
+    return bool(gave_up) and delivery.plan.parks(gave_up)
+
+
+def _given_up(delivery: Delivery) -> tuple[str, ...]:
+    return tuple(name for one in delivery.gave_up for name in one.handlers)
+
+
+def _type_name(error: BaseException) -> str:
+    return TimeoutError.__name__ if isinstance(error, HandlerTimeout) else type(error).__name__
+
+
+def _text_of(error: BaseException) -> str:
+    return _sound(text_of(error)[:_ERROR_CHARS_MAX])
+
+
+def _sound(text: str) -> str:
+    """Text that can be encoded: half of a surrogate pair cannot."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()

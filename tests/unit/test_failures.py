@@ -1,0 +1,185 @@
+"""What is told of a message that failed: where its handler raised, which handlers a redrive runs, and what parks a key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+
+import msgspec
+import pytest
+
+from shardbus import Bus, Event
+from shardbus.failures import (
+    Failures,
+    HandlerTimeout,
+    crashed,
+    expired,
+    failed_reply,
+    parks_its_key,
+    undecodable,
+    unknown_type,
+)
+from shardbus.inbound import UNKNOWN, Delivery
+from shardbus.registry import Plan
+from shardbus.store import Failure
+
+
+class Step(Event, key="key"):
+    key: str
+
+
+def from_file(handler: Callable[[str], None], name: str) -> Callable[[str], None]:
+    """A handler as if it were in another file."""
+    return FunctionType(handler.__code__.replace(co_filename=name), globals())
+
+
+def _one(text: str) -> None:
+    raise ValueError(text)
+
+
+def _other(text: str) -> None:
+    raise ValueError(text)
+
+
+def _caused(text: str) -> None:
+    try:
+        raise KeyError(text)
+    except KeyError as error:
+        raise ValueError(text) from error
+
+
+one, other, caused = (from_file(handler, "app.py") for handler in (_one, _other, _caused))
+
+
+@pytest.fixture
+def failures() -> Failures:
+    """Where this file is what stands between the loop and a handler."""
+    return Failures((__file__,))
+
+
+def raised(handler: Callable[[str], None], text: str = "no") -> Exception:
+    try:
+        handler(text)
+    except Exception as error:
+        return error
+    raise AssertionError("it has not raised")
+
+
+def gave_up(*names: str, reason: str = "failed") -> Failure:
+    return Failure(handlers=names, reason=reason, error_type="E", error="")
+
+
+def first(event: Step) -> None:
+    """A handler."""
+
+
+def second(event: Step) -> None:
+    """Another one."""
+
+
+def plan(*, parks: bool = False) -> Plan:
+    bus = Bus("failures")
+    bus.on(Step, on_dead_letter="park" if parks else "continue")(first)
+    bus.on(Step)(second)
+    return bus.plans()["Step"]
+
+
+def delivery(of: Plan, todo: dict[str, int] | None = None, *given_up: Failure) -> Delivery:
+    found = Delivery(None, b"p" * 16, 0, "Step", of, "k", b"", 0, 0, 1)
+    found.todo, found.gave_up = todo, given_up
+    return found
+
+
+# -- places
+
+
+def test_errors_of_one_line_have_one_place_whatever_their_texts(failures: Failures):
+    first, second = (failures.of_handler("h", raised(one, text), "failed") for text in ("a", "b"))
+    assert (first.place, first.traceback) == (second.place, second.traceback)
+    assert [first.error, second.error] == ["a", "b"]
+    assert failures.of_handler("h", raised(other), "failed").place != first.place
+
+
+def test_the_cause_of_an_error_is_part_of_its_place(failures: Failures):
+    error = raised(one)
+    alone = failures.place_of(error)
+    error.__cause__ = raised(other)
+    assert failures.place_of(error)[0] != alone[0]
+
+
+def test_a_traceback_begins_behind_our_frames_and_ends_with_the_type(failures: Failures):
+    _, text = failures.place_of(raised(one, "secret"))
+    head, first, *_, last = text.splitlines()
+    assert head.startswith("Traceback")
+    assert 'File "app.py"' in first
+    assert last == "ValueError"
+    assert __file__ not in text
+    assert __file__ in Failures(()).place_of(raised(one))[1]
+
+
+def test_a_traceback_is_bounded_whatever_texts_its_causes_have(failures: Failures):
+    _, text = failures.place_of(raised(caused, "x" * 1_000_000))
+    assert len(text) < 33_000
+    assert "characters …" in text
+    assert text.startswith("Traceback")
+
+
+def test_places_are_found_again_when_more_were_seen_than_are_remembered(failures: Failures):
+    before = failures.place_of(raised(one))
+    for at in range(1100):
+        failures.place_of(raised(from_file(_one, f"app{at}.py")))
+    assert len(failures._places) <= 1024
+    assert failures.place_of(raised(one)) == before
+
+
+# -- texts
+
+
+def test_a_time_out_is_told_as_what_a_handler_could_have_raised(failures: Failures):
+    assert failures.of_handler("h", HandlerTimeout("not finished"), "timeout").error_type == "TimeoutError"
+
+
+def test_a_long_text_is_cut_and_one_that_cannot_be_encoded_is_mended(failures: Failures):
+    assert len(failures.of_handler("h", ValueError("x" * 5000), "failed").error) == 2000
+    assert undecodable(ValueError("half \ud800 of a pair")).error == "half ? of a pair"
+
+
+def test_a_reply_says_kind_text_and_traceback(failures: Failures):
+    kind, told, stack = msgspec.msgpack.decode(failures.reply_to(raised(one, "half \ud800")))
+    assert (kind, told) == ("ValueError", "half ?")
+    assert 'File "app.py"' in stack
+    assert msgspec.msgpack.decode(failed_reply("KeyParked", "why")) == ["KeyParked", "why", ""]
+
+
+def test_an_event_that_nobody_takes_is_told_by_its_type():
+    assert "'Step'" in unknown_type(delivery(UNKNOWN)).error
+
+
+# -- handlers
+
+
+def test_what_crashed_is_redriven_for_whom_it_had_left_and_who_gave_it_up():
+    steps = plan()
+    early, late = (handler.name for handler in steps.handlers)
+    assert crashed(delivery(steps), "SIGSEGV", 3).handlers == (early, late)
+    assert crashed(delivery(steps, {late: 1}), "SIGSEGV", 3).handlers == (late,)
+    assert crashed(delivery(steps, {late: 1}, gave_up(early)), "SIGSEGV", 3).handlers == (early, late)
+    assert "SIGSEGV; 3 workers" in crashed(delivery(steps), "SIGSEGV", 3).error
+
+
+def test_what_expired_is_redriven_for_all_unless_some_had_ended():
+    steps = plan()
+    early, late = (handler.name for handler in steps.handlers)
+    assert expired(delivery(steps)).handlers == ()
+    assert expired(delivery(steps, {late: 1}, gave_up(early))).handlers == (early, late)
+
+
+def test_what_is_too_late_parks_its_key_only_where_a_handler_that_parks_had_given_it_up():
+    steps = plan(parks=True)
+    early, late = (handler.name for handler in steps.handlers)
+    assert parks_its_key(delivery(steps), gave_up(early))
+    assert not parks_its_key(delivery(steps), gave_up(late))
+    event = delivery(steps, {early: 1})
+    assert not parks_its_key(event, expired(event))
+    event = delivery(steps, {late: 1}, gave_up(early))
+    assert parks_its_key(event, expired(event))
