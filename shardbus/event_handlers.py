@@ -58,6 +58,8 @@ class EventHandlers:
         if delivery.intended_ns:
             delivery.began_ns = self.now()
         for handler in plan.handlers:
+            if self._tasks.disowned:
+                return None  # to whoever ends this copy
             if todo is None or handler.name in todo:
                 delivery.runs = handler.name
                 await self._run_handler(handler, plan.circuits.get(handler.name), round_, message, context)

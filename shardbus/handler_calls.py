@@ -29,6 +29,8 @@ class HandlerTasks:
         self.leading: asyncio.Task[None] | None = None
         """In which the next handler runs; while there is no leader, the last one's."""
         self.closing = False
+        self.disowned = False
+        """This process is a copy, which a handler has made: nothing runs in it but that handler."""
 
     def lead(self, task: asyncio.Task[None]) -> None:
         """From now on handlers run in this one."""
@@ -50,8 +52,7 @@ class HandlerTasks:
 
 def absorb(error: BaseException) -> None:
     """Let a cancellation that a handler brought upon itself end with the handler."""
-    task = asyncio.current_task()
-    if isinstance(error, asyncio.CancelledError) and task is not None:
+    if isinstance(error, asyncio.CancelledError) and (task := asyncio.current_task()) is not None:
         while task.cancelling():
             task.uncancel()
 

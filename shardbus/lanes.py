@@ -122,7 +122,6 @@ class Lanes:
         self._leader: object | None = None
         self._armed = False
         self._closing = False
-        self._is_a_copy = False
         self._stride = 1
         # What the leader runs outside the fast path, for whoever overtakes it.
         self._running: Delivery | Batch | Together | None = None
@@ -193,7 +192,7 @@ class Lanes:
 
     def disown(self) -> None:
         """This process is a copy of the one that these lanes are of: when the handler that made it returns, it ends."""
-        self._is_a_copy = True
+        self._tasks.disowned = True
         self._leader = None  # so that whoever leads looks, and nobody else has to
 
     def idle(self) -> bool:
@@ -579,7 +578,7 @@ class Lanes:
 
         A copy of the worker ends here, where its handler comes back.
         """
-        if self._is_a_copy:
+        if self._tasks.disowned:
             os._exit(0)
         return self._keyless.pop(token, None)
 

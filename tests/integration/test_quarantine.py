@@ -36,6 +36,10 @@ class Loose(Event):
     how: str = ""
 
 
+class Split(Event, key="path"):
+    path: str
+
+
 class End(Command[None], key="walk"):
     walk: str
 
@@ -84,13 +88,24 @@ def loose(event: Loose) -> None:
     end(event.how)
 
 
+@bus.on(Split, priority=1)
+def split(event: Split) -> None:
+    os.fork()
+
+
+@bus.on(Split)
+def note(event: Split) -> None:
+    with open(event.path, "a") as notes:
+        notes.write("once\\n")
+
+
 @bus.command(End)
 def end_all(command: End) -> None:
     os.abort()
 """
 _space: dict[str, object] = {}
 exec(compile(CRASHING, "crashing.py", "exec"), _space)  # noqa: S102 - the same message types as the served application
-Step, Loose, End = _space["Step"], _space["Loose"], _space["End"]
+Step, Loose, Split, End = _space["Step"], _space["Loose"], _space["Split"], _space["End"]
 
 
 def crashing(make_bus: MakeBus, *arguments: str) -> RunningBus:
@@ -265,6 +280,17 @@ async def test_a_copy_of_the_worker_that_a_handler_makes_handles_nothing(make_bu
         assert (await client.flush(60)).handled == 500
         await check_evidence(client, 500, 0)
         assert [worker["restarts"] for worker in (await client.status())["workers"]] == [0]
+
+
+async def test_a_copy_that_a_handler_makes_does_not_run_the_next_handler_of_its_event(make_bus: MakeBus) -> None:
+    bus = crashing(make_bus, "--workers", "1")
+    notes = bus.directory / "notes"
+    async with shardbus.connect(bus.address) as client:
+        for _ in range(3):
+            await client.publish(Split(path=str(notes)))
+        assert (await client.flush(60)).handled == 3
+    assert bus.end()[0] == 0
+    assert notes.read_text() == "once\n" * 3
 
 
 async def test_a_task_that_a_handler_leaves_behind_does_not_hold_up_the_end(make_bus: MakeBus) -> None:
