@@ -348,6 +348,7 @@ class Client:
         Raises:
             UsageError: stamps that are not one for each event, or none at all; else as for `publish`.
         """
+        self._gate.check_here()  # else that were the error of an event
         if not isinstance(events, list | tuple):
             events = events_of(events)
         total = len(events)
