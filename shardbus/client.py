@@ -600,7 +600,7 @@ class Client:
                         self._gate.check()
                 return decode_cancelled(await self._questions.ask_worker(outbox, CANCEL, encode_cancel(event), timeout))
         except TimeoutError:
-            raise BusUnreachable(self.address, timeout) from None
+            raise BusUnreachable(self.address, timeout, shard) from None
 
     # -- commands
 

@@ -90,15 +90,19 @@ class RemoteProtocolError(ShardbusError):
 
 
 class BusUnreachable(ShardbusError):
-    """No bus answered at the address in the given time."""
+    """No bus answered at the address in the given time; or of one that was found, the worker of `shard` did not."""
 
-    def __init__(self, address: str, timeout_s: float) -> None:
+    def __init__(self, address: str, timeout_s: float, shard: int | None = None) -> None:
         super().__init__(
             f"no bus answered at {address} within {timeout_s:g} s; start one with `shardbus serve`, or name another "
             "address: connect(ADDRESS) in Python, --connect in a shell, $SHARDBUS_URL in both"
+            if shard is None
+            else f"shard {shard} of the bus at {address} did not answer within {timeout_s:g} s; see `shardbus status` for "
+            "what its worker does"
         )
         self.address = address
         self.timeout_s = timeout_s
+        self.shard = shard
 
 
 class BusRejected(ShardbusError):

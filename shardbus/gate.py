@@ -7,6 +7,24 @@ import asyncio
 from shardbus.errors import BusRejected, ClientClosed, UsageError
 
 
+def check_loop(own: asyncio.AbstractEventLoop) -> None:
+    """Refuse another event loop than the one that a client, or what was made by it, belongs to.
+
+    Raises:
+        UsageError: another one runs here, or none.
+    """
+    # Not `get_running_loop`, which raises where there is none, in a thread for instance.
+    if asyncio._get_running_loop() is not own:
+        raise _foreign_loop()
+
+
+def _foreign_loop() -> UsageError:
+    return UsageError(
+        "a client belongs to the event loop that opened it, and this is another one, or another thread; open a client in "
+        "each loop (async with shardbus.connect() as client), or use shardbus.blocking, whose client is for all threads"
+    )
+
+
 class Gate:
     """Shut until the bus was found, and once the client closes or the bus has refused it.
 
@@ -28,15 +46,10 @@ class Gate:
         Raises:
             UsageError: another one runs here, or none.
         """
-        # Not `get_running_loop`, which raises where there is none, in a thread for instance.
-        running = asyncio._get_running_loop()
+        running = asyncio._get_running_loop()  # as in `check_loop`
         if running is None or running is not self._loop:
             if running is None or self._loop is not None:
-                raise UsageError(
-                    "a client belongs to the event loop that opened it, and this is another one, or another thread; open a "
-                    "client in each loop (async with shardbus.connect() as client), or use shardbus.blocking, whose client "
-                    "is for all threads"
-                )
+                raise _foreign_loop()
             self._loop = running
         return running
 

@@ -14,7 +14,7 @@ import msgspec
 
 from shardbus.arguments import check_headers, check_seconds
 from shardbus.config import Limits
-from shardbus.errors import MessageTooLarge, ShardbusError, UsageError
+from shardbus.errors import ClientClosed, MessageTooLarge, ShardbusError, UsageError
 from shardbus.messages import Command, Event, Message, WireKey, key_getter, reply_type, to_wire_key, wire_name
 from shardbus.wire.codec import encode_bodies, has_negative
 from shardbus.wording import counted
@@ -175,6 +175,8 @@ def cannot_encode(route: Route, error: Exception) -> UsageError:
 
 def tell_which(error: ShardbusError, at: int, total: int, event: object) -> None:
     """Have the error of one of many events say which it is, from 1, and what became of the others."""
+    if isinstance(error, ClientClosed) and not at:
+        return  # that is no event's fault, and nothing was published
     before = "nothing was published" if not at else f"the {counted(at, 'event')} before it went out, none after it"
     error.args = (f"event {at + 1:,} of {total:,} ({type(event).__name__}): {error}; {before}",)
 

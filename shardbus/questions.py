@@ -67,9 +67,11 @@ class Questions:
 
     async def ask_worker(self, outbox: Outbox, what: str, body: bytes, timeout_s: float = _DEAD_LETTERS_S) -> bytes:
         """The answer of a shard's worker. Raises as `ask_supervisor`."""
-        return await self._ask(what, body, lambda frame: self._outboxes.send(outbox, frame), timeout_s)
+        return await self._ask(what, body, lambda frame: self._outboxes.send(outbox, frame), timeout_s, outbox.shard)
 
-    async def _ask(self, what: str, body: bytes, send: Callable[[bytes], object], timeout_s: float) -> bytes:
+    async def _ask(
+        self, what: str, body: bytes, send: Callable[[bytes], object], timeout_s: float, shard: int | None = None
+    ) -> bytes:
         self._gate.check_here()
         check_seconds("timeout", timeout_s)
         self._number += 1
@@ -85,7 +87,7 @@ class Questions:
                     if done:
                         return future.result()
         except TimeoutError:
-            raise BusUnreachable(self._address, timeout_s) from None
+            raise BusUnreachable(self._address, timeout_s, shard) from None
         finally:
             self._asked.pop(number, None)
 

@@ -90,6 +90,8 @@ class StoreWriter:
         self._limits = limits
         self._now = now
         self._told_ns = 0  # when it was last told that dead letters are dropped
+        self._told_failing = False  # it was told that it cannot write, and not yet that it can
+        self._was_full = False  # the last time that it could not, it was for want of room
         self._taken = 0  # waiting rows up to this position are in, or in the transaction that is under way
         self._committed = 0  # waiting rows up to this position are in, or are not wanted any more
         self._dropped: set[int] = set()  # waiting rows that were handled before they were written
@@ -281,8 +283,10 @@ class StoreWriter:
             await self._wanted.wait()
             self._wanted.clear()
             error = ""
+            is_full = False
             try:
                 if not await self._write() and self._writes_left():
+                    is_full = True
                     error = f"it is full ({self.counts.dead + self.counts.waiting:,} rows, {self.counts.bytes:,} bytes)"
             except StoreError as failed:
                 error = str(failed)
@@ -291,9 +295,9 @@ class StoreWriter:
             except StoreError as failed:
                 error = error or str(failed)
             if error:
-                self._fails(error)
+                self._fails(error, is_full=is_full)
                 await self._pause()
-            elif not self._writes_left():
+            elif not (self._was_full and self._writes_left()):
                 self._works()
             if error or self._writes_left() or self._reads_left():
                 self._wanted.set()
@@ -308,13 +312,17 @@ class StoreWriter:
         await asyncio.sleep(max(0.0, end - loop.time()))
 
     def _works(self) -> None:
-        if self.failing:
+        """Not for a full store that has found room for a few rows, and will be full again: each time would be a line."""
+        if self._told_failing:
             log.warning("the store writes again")
+        self._told_failing = self._was_full = False
         self.failing = ""
 
-    def _fails(self, why: str) -> None:
-        if not self.failing:
+    def _fails(self, why: str, *, is_full: bool) -> None:
+        if not self._told_failing:
             log.error("the store cannot write: %s; publishers wait until it can", why)
+        self._told_failing = True
+        self._was_full = is_full
         self.failing = why
 
     async def _write(self) -> bool:
@@ -397,7 +405,7 @@ class StoreWriter:
         self.counts = self._store.counts()
         found_room = new or scheduled or any(not keeping.had_row for keeping in kept)
         if found_room or not (self._dead or self._waiting or self._scheduled):
-            self._works()
+            self.failing = ""
         for burial in dead:
             burial.then()
         for keeping in waiting:

@@ -14,6 +14,7 @@ from typing import Final, Generic, Protocol, TypeVar
 
 from shardbus.config import DEFAULT_LIMITS
 from shardbus.errors import CommandFailed, RemoteProtocolError
+from shardbus.gate import check_loop
 
 ReplyT = TypeVar("ReplyT")
 
@@ -149,7 +150,9 @@ class Stream(Generic[ReplyT]):
             CommandFailed: the handler raised, behind the items before; or there is none, or it does not stream.
             CommandLost: the worker died.
             ClientClosed, BusRejected: the client was closed, or refused by the bus.
+            UsageError: it is not the client's event loop that runs.
         """
+        check_loop(self._loop)
         if self._closed:
             raise StopAsyncIteration
         flow = self._flow
@@ -195,7 +198,12 @@ class Stream(Generic[ReplyT]):
             self._flow.close()
 
     async def aclose(self) -> None:
-        """Read no more; the handler is ended."""
+        """Read no more; the handler is ended.
+
+        Raises:
+            UsageError: it is not the client's event loop that runs.
+        """
+        check_loop(self._loop)
         self._close()
 
     async def __aenter__(self) -> Stream[ReplyT]:
@@ -204,7 +212,7 @@ class Stream(Generic[ReplyT]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, stack: TracebackType | None
     ) -> None:
-        self._close()
+        await self.aclose()
 
     def __del__(self) -> None:
         # Of a loop that was left nothing else tells; what collects it may be another thread.

@@ -19,6 +19,7 @@ import msgspec
 
 from shardbus.config import Limits
 from shardbus.errors import ClientClosed, SubscriptionLost, UsageError
+from shardbus.gate import check_loop
 from shardbus.messages import Event, WireKey, from_wire_key, may_have_key, wire_name
 from shardbus.wire.codec import decode_batch, pack_keys
 from shardbus.wire.frames import (
@@ -270,7 +271,9 @@ class Subscription(Generic[EventT]):
         Raises:
             SubscriptionLost: the reader was too slow and asked for this, or a worker does not feed it.
             ClientClosed, BusRejected: the client was closed, or refused by the bus.
+            UsageError: it is not the client's event loop that runs.
         """
+        check_loop(self._loop)
         reader = self._reader
         while True:
             item = None if reader.closed else reader.queue.take()
@@ -299,6 +302,7 @@ class Subscription(Generic[EventT]):
 
     async def __aenter__(self) -> Subscription[EventT]:
         """Wait until every worker that it concerns has confirmed it. Raises as iterating does."""
+        check_loop(self._loop)
         reader = self._reader
         try:
             while not reader.is_confirmed:
@@ -318,7 +322,12 @@ class Subscription(Generic[EventT]):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Unsubscribe. Whoever iterates over it has come to its end."""
+        """Unsubscribe. Whoever iterates over it has come to its end.
+
+        Raises:
+            UsageError: it is not the client's event loop that runs.
+        """
+        check_loop(self._loop)
         self._subscriptions.close(self._reader)
 
     def __del__(self) -> None:

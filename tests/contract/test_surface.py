@@ -203,6 +203,27 @@ async def test_a_client_in_another_event_loop_is_refused_and_nothing_is_publishe
         assert [n for n, *_ in await read(client, key)] == [0, 1]
 
 
+READS: dict[str, Callable[[Client, str], Any]] = {
+    "subscription": lambda client, key: client.subscribe(Noted, key=key),
+    "stream": lambda client, key: client.stream(Count(key=key, upto=3), timeout=30.0),
+}
+
+
+@pytest.mark.parametrize("begin", READS.values(), ids=READS)
+async def test_what_a_client_reads_is_refused_in_another_event_loop_and_goes_on_in_its_own(
+    engine: Engine, key: str, begin: Callable[[Client, str], Any]
+):
+    async def ended(items: Any) -> None:
+        await items.aclose()
+
+    async with engine.open() as client, begin(client, key) as items:
+        for call in (one_of, entered, ended):
+            with pytest.raises(UsageError, match="belongs to the event loop that opened it, and this is another one"):
+                await asyncio.to_thread(asyncio.run, call(items))
+        await client.publish(Noted(key=key))
+        assert await anext(items) in (0, Noted(key=key))
+
+
 def test_a_client_in_a_later_event_loop_is_refused_too(engine: Engine, key: str):
     block = engine.open()
     with asyncio.Runner() as first:

@@ -189,6 +189,35 @@ async def test_a_mark_is_told_once_it_is_committed():
         assert told == [7]
 
 
+async def test_a_full_store_is_told_once_while_it_finds_room_for_a_row_at_a_time(caplog: pytest.LogCaptureFixture):
+    store, dead = MemoryStore(), []
+    async with writing(store, Limits(store_rows_max=2)) as writer, asyncio.timeout(10):
+        for position in (1, 2):
+            writer.add_waiting(row(position), lambda: None)
+        await settled(writer)
+        for seq in (3, 4, 5):
+            writer.add_dead(letter(seq), 0, lambda seq=seq: dead.append(seq))  # type: ignore[misc]
+        for position in (1, 2):
+            while not writer.failing:  # noqa: ASYNC110 - it has no event for that
+                await asyncio.sleep(0.001)
+            writer.add_done(position)
+            while len(dead) < position:  # noqa: ASYNC110 - nor for that
+                await asyncio.sleep(0.001)
+        while not writer.failing:  # noqa: ASYNC110 - nor for that
+            await asyncio.sleep(0.001)
+        assert [record.message for record in caplog.records] == [
+            "the store cannot write: it is full (2 rows, 1,024 bytes); publishers wait until it can"
+        ]
+
+        async def make_room() -> None:
+            await writer.purge([1])
+
+        writer.add_read(make_room)
+        await settled(writer)
+        assert dead == [3, 4, 5]
+        assert [record.message for record in caplog.records[1:]] == ["the store writes again"]
+
+
 @pytest.mark.parametrize("together", [True, False])
 async def test_a_row_that_comes_late_has_its_place_before_those_that_are_written(together: bool):
     store, broken, committed = MemoryStore(), [], []
