@@ -125,8 +125,9 @@ class _Lines:
 class Client:
     """Publishes events and executes commands. Made by `shardbus.connect` and `Bus.local`; use it in their block.
 
-    One client belongs to the event loop that opened it, and its calls raise `UsageError` in another one or another thread;
-    threads share a client of `shardbus.blocking`. Its events of one key are handled in the order of their `publish` calls.
+    One client belongs to the event loop that opened it, and its calls raise `UsageError` in another one or another thread
+    (`publish`, whose price is what is paid for each event, looks once a turn of the loop); threads share a client of
+    `shardbus.blocking`. Its events of one key are handled in the order of their `publish` calls.
     """
 
     def __init__(
