@@ -446,12 +446,11 @@ class StoreWriter:
     def _take_waiting(self, rows: int, size: int) -> tuple[list[Keeping], int]:
         """Waiting events to write for which there is room, and the last position decided with them; forgets what is not
         wanted any more."""
-        if self._dropped:
-            while self._waiting and self._waiting[0].event.position in self._dropped:
-                position = self._next_waiting().position
-                self._dropped.discard(position)
-                self._changed.pop(position, None)
-                self._committed = position
+        while self._waiting and self._is_unwanted(self._waiting[0], rows, size):
+            position = self._next_waiting().position
+            self._dropped.discard(position)
+            self._changed.pop(position, None)
+            self._committed = position
         waiting: list[Keeping] = []
         for keeping in islice(self._waiting, self._limits.store_write_rows_max):
             if not keeping.had_row:  # what was dead or scheduled makes room for itself
@@ -461,6 +460,24 @@ class StoreWriter:
                     break
             waiting.append(keeping)
         return waiting, waiting[-1].event.position if waiting else self._committed
+
+    def _is_unwanted(self, first: Keeping, rows: int, size: int) -> bool:
+        """Whether the first waiting event to come needs no row any more: it was handled, or it is dead and finds no room.
+
+        Then its dead letter waits for room, with others: it must not hold up what comes behind it and may make that room.
+        Where it parks its lane it does, because the lane's other events are not to be in the store without it.
+        """
+        event = first.event
+        if event.position in self._dropped:
+            return True
+        if first.had_row or (rows > 0 and size >= row_bytes(event.envelope)):
+            return False
+        for at, burial in enumerate(self._replacing):
+            if burial.position == event.position and not burial.letter.position:
+                del self._replacing[at]
+                self.add_dead(burial.letter, 0, burial.then)
+                return True
+        return False
 
     def _take_revived(self, last: int) -> tuple[list[Keeping], int]:
         """What takes its old position again, once all rows below that are decided; and the last position with these."""
