@@ -365,8 +365,12 @@ class StoreWriter:
         finally:
             self._writing = False
         self._committed = last
-        for _ in replacing:
-            self._replacing.popleft()
+        if replacing and self._replacing[0] is not replacing[0]:
+            left = set(map(id, replacing))
+            self._replacing = deque(burial for burial in self._replacing if id(burial) not in left)
+        else:
+            for _ in replacing:
+                self._replacing.popleft()
         for _ in new:
             self._dead_bytes -= row_bytes(self._dead.popleft().letter.envelope)
         for _ in kept:
@@ -439,9 +443,14 @@ class StoreWriter:
         return scheduled
 
     def _take_replacing(self) -> list[Burial]:
-        """Dead letters to write whose waiting rows are in."""
-        first = islice(self._replacing, self._limits.store_write_rows_max)
-        return list(takewhile(lambda burial: burial.position <= self._committed, first))
+        """Dead letters to write whose waiting rows are in: the first ones, or, where the row of the first is still to come,
+        those behind it, because it may find no room, and dead letters may be dropped, waiting rows never."""
+        limit = self._limits.store_write_rows_max
+        first = list(takewhile(self._is_in, islice(self._replacing, limit)))
+        return first or list(islice(filter(self._is_in, self._replacing), limit))
+
+    def _is_in(self, burial: Burial) -> bool:
+        return burial.position <= self._committed
 
     def _take_waiting(self, rows: int, size: int) -> tuple[list[Keeping], int]:
         """Waiting events to write for which there is room, and the last position decided with them; forgets what is not

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -169,6 +170,24 @@ async def test_a_dead_event_that_finds_no_room_does_not_hold_up_what_makes_it(fu
         await settled(writer)
     assert told == ["dead"]
     assert (sorted(store.rows.waiting), list(store.rows.dead)) == ([3, 4], [(b"p" * 16, 1)])
+
+
+async def test_a_dead_event_that_parks_its_key_and_finds_no_room_does_not_hold_up_the_dead_letters_behind_it():
+    # Once the others are dead letters they may be dropped, and that is its room.
+    store = MemoryStore()
+    async with writing(store, Limits(store_rows_max=3, store_full="drop_oldest")) as writer:
+        for position in (1, 2, 3):
+            writer.add_waiting(row(position), lambda: None)
+        await settled(writer)
+        told: list[int] = []
+        writer.add_waiting(row(4), lambda: told.append(4))
+        writer.add_dead(replace(letter(4), position=4), 4, lambda: told.append(-4))
+        for position in (1, 2, 3):
+            writer.add_dead(letter(position), position, partial(told.append, position))
+        await settled(writer)
+    assert sorted(told[:3]) == [1, 2, 3]
+    assert told[3:] == [4, -4]
+    assert (b"p" * 16, 4) in store.rows.dead
 
 
 async def test_a_scheduled_row_stands_for_its_event_until_what_it_became_is_written():
