@@ -366,8 +366,8 @@ class StoreWriter:
             self._writing = False
         self._committed = last
         if replacing and self._replacing[0] is not replacing[0]:
-            left = set(map(id, replacing))
-            self._replacing = deque(burial for burial in self._replacing if id(burial) not in left)
+            written = set(map(id, replacing))
+            self._replacing = deque(burial for burial in self._replacing if id(burial) not in written)
         else:
             for _ in replacing:
                 self._replacing.popleft()
