@@ -56,7 +56,7 @@ class InvalidKey(UsageError):
 
 
 class InvalidMessage(UsageError):
-    """A message's fields are not what its type declares; raised by `Validation`. Nothing was published."""
+    """A message's fields are not what its type declares; raised by `Validation`. It was not published."""
 
     def __init__(self, type_name: str, error: str) -> None:
         super().__init__(f"{type_name} is not as it is declared, so it was not published: {error}")
@@ -65,7 +65,7 @@ class InvalidMessage(UsageError):
 
 
 class MessageTooLarge(UsageError):
-    """One encoded message is larger than the limit. Nothing was published."""
+    """One encoded message is larger than the limit. It was not published."""
 
     def __init__(self, type_name: str, size_bytes: int, limit_bytes: int) -> None:
         super().__init__(
@@ -110,7 +110,7 @@ class BusRejected(ShardbusError):
 
 
 class OutboxFull(ShardbusError):
-    """The outbox of a shard is full, and the client was told to reject instead of waiting. Nothing was published."""
+    """The outbox of a shard is full, and the client was told to reject instead of waiting. The event was not published."""
 
     def __init__(self, shard: int, held_events: int) -> None:
         super().__init__(

@@ -70,6 +70,8 @@ class EventHandlers:
 
     async def conclude(self, delivery: Delivery) -> None:
         """All handlers of an event have ended, for good: tell the host, whose own part may run code of the application."""
+        if self._tasks.disowned:
+            return
         delivery.runs = ""
         try:
             await self._host.concluded(delivery)

@@ -130,7 +130,7 @@ class Lane:
     def unload(self, first: int) -> list[Delivery]:
         """Let the store alone hold it from its `first` message on, and return those that were in memory.
 
-        None, and nothing was done: there are none, or a command is among them, which the store never holds.
+        Where one of them is not in the store, as a command never is, or is to stay in memory, nothing is done.
         """
         rest = list(islice(self.queue, first, None))
         loaded = [one for one in rest if isinstance(one, Delivery)]

@@ -373,8 +373,12 @@ class StoreWriter:
         finally:
             self._writing = False
         self._committed = last
-        for _ in replacing:
-            self._replacing.popleft()
+        if replacing and self._replacing[0] is not replacing[0]:
+            written = set(map(id, replacing))
+            self._replacing = deque(burial for burial in self._replacing if id(burial) not in written)
+        else:
+            for _ in replacing:
+                self._replacing.popleft()
         for _ in new:
             self._dead_bytes -= row_bytes(self._dead.popleft().letter.envelope)
         for _ in kept:
@@ -447,19 +451,23 @@ class StoreWriter:
         return scheduled
 
     def _take_replacing(self) -> list[Burial]:
-        """Dead letters to write whose waiting rows are in."""
-        first = islice(self._replacing, self._limits.store_write_rows_max)
-        return list(takewhile(lambda burial: burial.position <= self._committed, first))
+        """Dead letters to write whose waiting rows are in: the first ones, or, where the row of the first is still to come,
+        those behind it, because it may find no room, and dead letters may be dropped, waiting rows never."""
+        limit = self._limits.store_write_rows_max
+        first = list(takewhile(self._is_in, islice(self._replacing, limit)))
+        return first or list(islice(filter(self._is_in, self._replacing), limit))
+
+    def _is_in(self, burial: Burial) -> bool:
+        return burial.position <= self._committed
 
     def _take_waiting(self, rows: int, size: int) -> tuple[list[Keeping], int]:
         """Waiting events to write for which there is room, and the last position decided with them; forgets what is not
         wanted any more."""
-        if self._dropped:
-            while self._waiting and self._waiting[0].event.position in self._dropped:
-                position = self._next_waiting().position
-                self._dropped.discard(position)
-                self._changed.pop(position, None)
-                self._committed = position
+        while self._waiting and self._is_unwanted(self._waiting[0], rows, size):
+            position = self._next_waiting().position
+            self._dropped.discard(position)
+            self._changed.pop(position, None)
+            self._committed = position
         waiting: list[Keeping] = []
         for keeping in islice(self._waiting, self._limits.store_write_rows_max):
             if not keeping.had_row:  # what was dead or scheduled makes room for itself
@@ -469,6 +477,24 @@ class StoreWriter:
                     break
             waiting.append(keeping)
         return waiting, waiting[-1].event.position if waiting else self._committed
+
+    def _is_unwanted(self, first: Keeping, rows: int, size: int) -> bool:
+        """Whether the first waiting event to come needs no row any more: it was handled, or it is dead and finds no room.
+
+        Then its dead letter waits for room, with others: it must not hold up what comes behind it and may make that room.
+        Where it parks its lane it does, because the lane's other events are not to be in the store without it.
+        """
+        event = first.event
+        if event.position in self._dropped:
+            return True
+        if first.had_row or (rows > 0 and size >= row_bytes(event.envelope)):
+            return False
+        for at, burial in enumerate(self._replacing):
+            if burial.position == event.position and not burial.letter.position:
+                del self._replacing[at]
+                self.add_dead(burial.letter, 0, burial.then)
+                return True
+        return False
 
     def _take_revived(self, last: int) -> tuple[list[Keeping], int]:
         """What takes its old position again, once all rows below that are decided; and the last position with these."""

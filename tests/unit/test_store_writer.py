@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -146,6 +147,47 @@ async def test_an_event_that_dies_before_it_is_kept_stays_in_the_store_once_it_i
     assert seen[-1] == (False, True)
     assert all(map(any, seen))
     assert told == ["kept", "dead"]
+
+
+@pytest.mark.parametrize("full", ["stop", "drop_oldest"])
+async def test_a_dead_event_that_finds_no_room_does_not_hold_up_what_makes_it(full: Any):
+    # Its room was that of dead letters, which are on their way back into their lanes now, behind it.
+    store = MemoryStore()
+    async with writing(store, Limits(store_rows_max=3, store_full=full)) as writer:
+        for other in (11, 12, 13):
+            writer.add_dead(letter(other), 0, lambda: None)
+        await settled(writer)
+        told: list[str] = []
+        back = asyncio.Event()
+        writer.add_waiting(row(1), lambda: told.append("kept"))
+        writer.add_dead(letter(1), 1, lambda: told.append("dead"))
+        for position, dead in enumerate(sorted(store.rows.rows.values()), 2):
+            writer.add_waiting(row(position), back.set, redriven=dead)
+        async with asyncio.timeout(10):
+            await back.wait()
+        assert not told  # it is in the store in no way, and its publisher holds it
+        writer.add_done(2)
+        await settled(writer)
+    assert told == ["dead"]
+    assert (sorted(store.rows.waiting), list(store.rows.dead)) == ([3, 4], [(b"p" * 16, 1)])
+
+
+async def test_a_dead_event_that_parks_its_key_and_finds_no_room_does_not_hold_up_the_dead_letters_behind_it():
+    # Once the others are dead letters they may be dropped, and that is its room.
+    store = MemoryStore()
+    async with writing(store, Limits(store_rows_max=3, store_full="drop_oldest")) as writer:
+        for position in (1, 2, 3):
+            writer.add_waiting(row(position), lambda: None)
+        await settled(writer)
+        told: list[int] = []
+        writer.add_waiting(row(4), lambda: told.append(4))
+        writer.add_dead(replace(letter(4), position=4), 4, lambda: told.append(-4))
+        for position in (1, 2, 3):
+            writer.add_dead(letter(position), position, partial(told.append, position))
+        await settled(writer)
+    assert sorted(told[:3]) == [1, 2, 3]
+    assert told[3:] == [4, -4]
+    assert (b"p" * 16, 4) in store.rows.dead
 
 
 async def test_a_scheduled_row_stands_for_its_event_until_what_it_became_is_written():
