@@ -111,6 +111,19 @@ class Lanes:
         self._events = EventHandlers(host, tasks, failures, now, chance)
         self._commands = CommandHandlers(host, tasks, failures, limits, now)
         self._outcomes = Outcomes(host, self._book, self._trials, quarantine, feeds)
+        # What the shard asks of one part alone: it calls that without a step between.
+        self.adopt = self._book.adopt
+        self.can_rejoin = self._book.can_rejoin
+        self.rejoin = self._book.rejoin
+        self.parked = self._book.parked
+        self.unpark = self._book.unpark
+        self.cancel = self._commands.cancel
+        self.cancel_all = self._commands.cancel_all
+        self.cancel_streams = self._commands.cancel_streams
+        self.cancel_overdue = self._commands.cancel_overdue
+        self.allow = self._commands.allow
+        self.release = self._trials.release
+        self.hurry = self._batches.hurry
         self._inbox = Inbox()  # bounded by credit
         self._cursor: Inbound | None = None
         self._served: WorkerSession | None = None  # whose turn it is, and until when
@@ -139,56 +152,6 @@ class Lanes:
         """Take scheduled events from the host, in turn with batches, until it has none."""
         self._due = True
         self._arm()
-
-    def adopt(
-        self, key: WireKey, count: int, due_ns: int = 0, *, after: int = 0, last: int = 0, parked: bool = False
-    ) -> None:
-        """See `LaneBook.adopt`."""
-        self._book.adopt(key, count, due_ns, after=after, last=last, parked=parked)
-
-    def can_rejoin(self, key: WireKey) -> bool:
-        """See `LaneBook.can_rejoin`."""
-        return self._book.can_rejoin(key)
-
-    def rejoin(self, key: WireKey, position: int) -> bool:
-        """See `LaneBook.rejoin`."""
-        return self._book.rejoin(key, position)
-
-    def parked(self, key: WireKey) -> None:
-        """See `LaneBook.parked`."""
-        self._book.parked(key)
-
-    def unpark(self, key: WireKey, position: int = 0) -> None:
-        """See `LaneBook.unpark`."""
-        self._book.unpark(key, position)
-
-    def cancel(self, session: WorkerSession, seq: int) -> None:
-        """See `CommandHandlers.cancel`."""
-        self._commands.cancel(session, seq)
-
-    def cancel_all(self, publisher: bytes) -> None:
-        """See `CommandHandlers.cancel_all`."""
-        self._commands.cancel_all(publisher)
-
-    def cancel_streams(self, publisher: bytes) -> None:
-        """See `CommandHandlers.cancel_streams`."""
-        self._commands.cancel_streams(publisher)
-
-    def cancel_overdue(self) -> None:
-        """See `CommandHandlers.cancel_overdue`."""
-        self._commands.cancel_overdue()
-
-    def allow(self, session: WorkerSession, seq: int, allowed: int) -> None:
-        """See `CommandHandlers.allow`."""
-        self._commands.allow(session, seq, allowed)
-
-    def release(self) -> None:
-        """See `Trials.release`."""
-        self._trials.release()
-
-    def hurry(self) -> None:
-        """See `OpenBatches.hurry`."""
-        self._batches.hurry()
 
     def disown(self) -> None:
         """This process is a copy of the one that these lanes are of: when the handler that made it returns, it ends."""
