@@ -366,6 +366,8 @@ def cli(
         _write(csv_of(report.intervals), csv_path)
     if hgrm_path is not None and histogram.total:
         _write(histogram.hgrm(), hgrm_path)
+    elif hgrm_path is not None:
+        click.echo(f"loadgen: {hgrm_path} was not written: the run quotes no latency", err=True)
     sys.exit(report.exit_code)
 
 

@@ -385,12 +385,13 @@ COUNTED: Final = (
 
 
 def held_against(report: Report, expectations: Sequence[Expectation]) -> Report:
-    """A report with its expectations checked. One that is not met makes an ok run a failed one."""
+    """A report with its expectations checked. One that is not met makes an ok run a failed one, and any run where no load is
+    an excuse."""
     figures = figures_of(report)
     outcomes = tuple(check(expectation, figures) for expectation in expectations)
     missed = tuple(f"expected {shown(outcome)}" for outcome in outcomes if not outcome.met)
     verdict = report.verdict
-    if missed and verdict == "ok":
+    if (missed and verdict == "ok") or not all(outcome.met or outcome.is_excused for outcome in outcomes):
         verdict = "failed"
     return msgspec.structs.replace(
         report, expectations=outcomes, verdict=verdict, reasons=(*report.reasons, *missed)

@@ -792,6 +792,7 @@ def export(
     """
     where = _filter_of(type_, key, reason, handler, since)
     found = _run(_with_client(address, lambda client: client.dead_letters(where, limit=sys.maxsize)))
+    os.umask(0o077)  # a file that is made now holds what events hold, so it is its owner's alone
     for letter in found:
         file.write(json.dumps(_as_json(letter)) + "\n")
     click.echo(f"{len(found):,} exported", err=True)

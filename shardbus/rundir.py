@@ -39,6 +39,8 @@ class RunDir:
             _check_ours(address.directory)
             _make_private(address.directory)
         self._lock = self._take_lock()
+        if isinstance(address, IpcAddress):
+            _make_private(address.directory)  # a bus that ended just now may have removed it
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
@@ -111,8 +113,12 @@ class RunDir:
                 os.unlink(address.removeprefix("ipc://"))
 
     def close(self, *, forget: bool) -> None:
-        """Remove the sockets and give the lock back. State stays for the next, unless it is to be forgotten."""
+        """Remove the sockets with their directory, and give the lock back. State stays for the next, unless it is to be
+        forgotten."""
         self.remove_sockets()
+        if isinstance(self._address, IpcAddress):
+            with contextlib.suppress(OSError):  # it is not empty, or is in a place of somebody else's
+                os.rmdir(self._address.directory)
         if forget:
             # The lock goes last, and with it the directory: whoever waits for it makes a new one.
             for name in sorted(os.listdir(self.state), key=lambda name: name == "lock"):

@@ -58,6 +58,7 @@ async def test_dead_letters_are_listed_shown_exported_redriven_and_purged(make_b
 
     out = tmp_path / "dead.jsonl"
     run("export", str(out))
+    assert out.stat().st_mode & 0o777 == 0o600  # it holds what events hold
     assert sorted(json.loads(line)["id"] for line in out.read_text().splitlines()) == sorted(one["id"] for one in letters)
 
     assert "name dead letters by ID" in run("purge", code=2)

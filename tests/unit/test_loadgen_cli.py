@@ -60,13 +60,15 @@ class Command:
         self.spec: LoadSpec | None = None
         self.expectations: tuple[str, ...] = ()
         self.outcome: Report | Exception = REPORT
+        self.is_timed = True
 
     def run(
         self, spec: LoadSpec, watcher: Watcher, *, expectations: tuple[Expectation, ...], histogram: Histogram
     ) -> Report:
         self.spec = spec
         self.expectations = tuple(expectation.text for expectation in expectations)
-        histogram.add([(1500, 3)])
+        if self.is_timed:
+            histogram.add([(1500, 3)])
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
@@ -247,6 +249,14 @@ def test_the_time_series_and_the_distribution_are_written_to_files(command, tmp_
     assert command("--rate", "5", "--csv", str(csv_path), "--hgrm", str(hgrm_path)).exit_code == 0
     assert csv_path.read_text(encoding="utf-8").startswith("at_s,warming_up,offered_rate,achieved_rate,published")
     assert "TotalCount" in hgrm_path.read_text(encoding="utf-8")
+
+
+def test_a_run_without_latencies_says_that_it_writes_no_distribution(command, tmp_path: Path):
+    command.is_timed = False
+    path = tmp_path / "times.hgrm"
+    result = command("--rate", "5", "--hgrm", str(path))
+    assert result.stderr == f"loadgen: {path} was not written: the run quotes no latency\n"
+    assert not path.exists()
 
 
 def test_the_help_lists_what_can_be_expected() -> None:

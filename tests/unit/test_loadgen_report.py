@@ -541,6 +541,25 @@ def test_a_run_that_was_refused_stays_refused_and_its_expectations_are_not_met()
     assert (found.verdict, found.exit_code, found.expectations[0].met) == ("generator-bound", 3, False)
 
 
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("dead_lettered==0", "failed"),
+        ("dead_lettered<=1", "failed"),
+        ("dead_lettered<3", "generator-bound"),  # it is met
+        ("handled>1000", "generator-bound"),
+        ("dead_lettered>=5", "generator-bound"),
+        ("recovery<1s", "generator-bound"),  # not measured
+    ],
+)
+def test_a_late_generator_excuses_what_was_not_reached_and_not_what_went_wrong(text: str, verdict: str) -> None:
+    good, evidence = ALL_WELL
+    final = msgspec.structs.replace(good.final, handled=good.final.handled - 2, dead=2)
+    late = msgspec.structs.replace(good, send_lag_us={9000: 100}, final=final)
+    found = expected([text], report(late, msgspec.structs.replace(evidence, dead=2)))
+    assert (found.verdict, found.dead_lettered) == (verdict, 2)
+
+
 # -- several drivers, intervals, faults
 
 

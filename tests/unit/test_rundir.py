@@ -58,9 +58,21 @@ def test_whoever_holds_a_lock_that_was_removed_meanwhile_takes_the_new_one(
 
     monkeypatch.setattr(os, "open", open_and_lose)
     taken = RunDir(address)
+    assert os.path.isdir(address.directory)  # which the other has removed as well
     with pytest.raises(BootError):
         RunDir(address)
     taken.close(forget=True)
+
+
+def test_the_directory_of_the_sockets_goes_with_them_unless_something_else_is_there(address: Address):
+    RunDir(address).close(forget=False)
+    assert not os.path.exists(address.directory)
+    holder = RunDir(address)
+    note = Path(address.directory, "note")
+    note.touch()
+    holder.close(forget=True)
+    assert note.exists()
+    note.unlink()
 
 
 def test_a_directory_with_other_things_in_it_is_not_taken(tmp_path: Path):
