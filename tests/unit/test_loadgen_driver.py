@@ -171,8 +171,9 @@ async def test_commands_are_replied_to_and_timed_from_their_intended_instants():
     async with bus.local() as client:
         result = await Driver(spec, client, plan_of(spec)).run()
     totals = totals_of_commands(result)
-    assert result.final.published == result.final.handled == totals.distinct == 50 + result.sent
-    assert totals.samples == sum(result.send_lag_us.values()) == result.sent
+    # Where the machine stands still, some of the warm-up's are sent in the window, and are not measured for that.
+    assert result.final.published == result.final.handled == totals.distinct == 50 + 100
+    assert totals.samples == sum(result.send_lag_us.values()) == result.scheduled == 100
     assert totals.latency_us.max >= min(result.send_lag_us)
 
 
