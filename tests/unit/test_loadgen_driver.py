@@ -35,10 +35,11 @@ async def test_a_paced_run_sends_what_was_scheduled_and_measures_all_but_the_war
     spec = LoadSpec(rate=1000.0, warmup_s=0.1, duration_s=0.3, keys=10, call=call)
     result, totals = await drive(spec)
     assert result.scheduled == 300
-    # A machine that stood still for long at the end may have had to break the schedule off.
-    assert 0 < result.sent <= 300
-    assert sum(result.send_lag_us.values()) == totals.samples == result.sent
-    assert result.final.published == totals.distinct == result.final.handled == 100 + result.sent
+    # A machine that stood still at the end of the warm-up sends the rest of it in the window, unmeasured; one that did so
+    # for long at the end may have had to break the schedule off.
+    assert 0 < totals.samples <= min(result.sent, 300)
+    assert sum(result.send_lag_us.values()) == totals.samples
+    assert result.final.published == totals.distinct == result.final.handled == 100 + totals.samples
     assert (totals.repeats, totals.out_of_order, totals.missing) == (0, 0, 0)
 
 
@@ -171,9 +172,9 @@ async def test_commands_are_replied_to_and_timed_from_their_intended_instants():
     async with bus.local() as client:
         result = await Driver(spec, client, plan_of(spec)).run()
     totals = totals_of_commands(result)
-    # Where the machine stands still, some of the warm-up's are sent in the window, and are not measured for that.
-    assert result.final.published == result.final.handled == totals.distinct == 50 + 100
-    assert totals.samples == sum(result.send_lag_us.values()) == result.scheduled == 100
+    assert 0 < totals.samples <= min(result.sent, 100)
+    assert totals.samples == sum(result.send_lag_us.values())
+    assert result.final.published == result.final.handled == totals.distinct == 50 + totals.samples
     assert totals.latency_us.max >= min(result.send_lag_us)
 
 
@@ -226,5 +227,5 @@ async def test_stages_are_sent_as_they_were_asked_for(arrivals):
     result, totals = await drive(spec)
     expected = 50 + 250
     assert abs(result.scheduled - expected) <= (0 if arrivals == "even" else 5 * expected**0.5)
-    assert 0 < result.sent <= result.scheduled
-    assert sum(result.send_lag_us.values()) == totals.samples == result.sent
+    assert 0 < totals.samples <= min(result.sent, result.scheduled)
+    assert sum(result.send_lag_us.values()) == totals.samples
