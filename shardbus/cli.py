@@ -835,4 +835,3 @@ def main() -> None:
     except OSError as error:  # what is written to: a full disk, a pipe that nobody reads
         where = f" ({error.filename})" if isinstance(error.filename, str) else ""
         _fail(f"cannot go on: {error.strerror or error}{where}")
-

@@ -14,7 +14,7 @@ from typing import Any, Final
 from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.failures import Failures, failed_reply
-from shardbus.handler_calls import HandlerTasks, absorb, call_handler, context_of
+from shardbus.handler_calls import HandlerTasks, absorb, call_handler, context_of, uncancel
 from shardbus.inbound import UNKNOWN, Delivery
 from shardbus.lane_host import LaneHost
 from shardbus.outlet import OUTLET, Outlet
@@ -152,5 +152,4 @@ class _Call:
     def end(self) -> None:
         """The handler has ended, perhaps in spite of its cancellation: that must not meet the next one."""
         if self.is_cancelled and self._task is not None:
-            while self._task.cancelling():
-                self._task.uncancel()
+            uncancel(self._task)

@@ -42,14 +42,10 @@ class EventHandlers:
         plan = delivery.plan
         if plan is UNKNOWN or plan.is_command:
             return unknown_type(delivery)
-        if delivery.deadline_ns and self.now() >= delivery.deadline_ns:
-            return expired(delivery)
+        failure = self.unfit(delivery)
+        if failure is not None:
+            return failure
         message = delivery.message
-        if message is None:
-            try:
-                message = plan.decode(delivery.body)
-            except BaseException as error:  # whatever a message's own checks raise
-                return undecodable(error)
         context = context_of(delivery, self._host, self.now)
         round_ = _Round(delivery)
         todo = delivery.todo
@@ -67,6 +63,17 @@ class EventHandlers:
         if plan.concludes and not isinstance(outcome, Later):
             await self.conclude(delivery)
         return outcome
+
+    def unfit(self, delivery: Delivery) -> Failure | None:
+        """Why no handler can be called with an event; None: its message is decoded."""
+        if delivery.deadline_ns and self.now() >= delivery.deadline_ns:
+            return expired(delivery)
+        if delivery.message is None:
+            try:
+                delivery.message = delivery.plan.decode(delivery.body)
+            except BaseException as error:  # whatever a message's own checks raise
+                return undecodable(error)
+        return None
 
     async def conclude(self, delivery: Delivery) -> None:
         """All handlers of an event have ended, for good: tell the host, whose own part may run code of the application."""
@@ -133,17 +140,6 @@ class EventHandlers:
             round_.gave_up.append(circuit_open(handler.name, circuit.state.value))
 
     # What is asked of an event whose one handler is called elsewhere.
-
-    def unfit(self, delivery: Delivery) -> Failure | None:
-        """Why no batch handler can be called with an event; None: its message is decoded."""
-        if delivery.deadline_ns and self.now() >= delivery.deadline_ns:
-            return expired(delivery)
-        if delivery.message is None:
-            try:
-                delivery.message = delivery.plan.decode(delivery.body)
-            except BaseException as error:  # whatever a message's own checks raise
-                return undecodable(error)
-        return None
 
     def context_in_batch(self, delivery: Delivery, beside: frozenset[WireKey]) -> Context:
         """What a batch handler may know of one of its events; `beside`: the keys of the batch."""

@@ -7,22 +7,21 @@ import asyncio
 from shardbus.errors import BusRejected, ClientClosed, UsageError
 
 
-def check_loop(own: asyncio.AbstractEventLoop) -> None:
-    """Refuse another event loop than the one that a client, or what was made by it, belongs to.
+def check_loop(own: asyncio.AbstractEventLoop | None) -> asyncio.AbstractEventLoop:
+    """The event loop that runs, which is the one that a client, or what was made by it, belongs to.
 
     Raises:
         UsageError: another one runs here, or none.
     """
     # Not `get_running_loop`, which raises where there is none, in a thread for instance.
-    if asyncio._get_running_loop() is not own:
-        raise _foreign_loop()
-
-
-def _foreign_loop() -> UsageError:
-    return UsageError(
-        "a client belongs to the event loop that opened it, and this is another one, or another thread; open a client in "
-        "each loop (async with shardbus.connect() as client), or use shardbus.blocking, whose client is for all threads"
-    )
+    running = asyncio._get_running_loop()
+    if running is None or running is not own:
+        raise UsageError(
+            "a client belongs to the event loop that opened it, and this is another one, or another thread; open a client "
+            "in each loop (async with shardbus.connect() as client), or use shardbus.blocking, whose client is for all "
+            "threads"
+        )
+    return running
 
 
 class Gate:
@@ -46,12 +45,9 @@ class Gate:
         Raises:
             UsageError: another one runs here, or none.
         """
-        running = asyncio._get_running_loop()  # as in `check_loop`
-        if running is None or running is not self._loop:
-            if running is None or self._loop is not None:
-                raise _foreign_loop()
-            self._loop = running
-        return running
+        if self._loop is None:
+            self._loop = asyncio._get_running_loop()
+        return check_loop(self._loop)
 
     def open(self) -> None:
         """The bus was found, perhaps again. What has been shut stays so."""

@@ -53,8 +53,13 @@ class HandlerTasks:
 def absorb(error: BaseException) -> None:
     """Let a cancellation that a handler brought upon itself end with the handler."""
     if isinstance(error, asyncio.CancelledError) and (task := asyncio.current_task()) is not None:
-        while task.cancelling():
-            task.uncancel()
+        uncancel(task)
+
+
+def uncancel(task: asyncio.Task[Any]) -> None:
+    """Take back every cancellation that a task has not been ended by."""
+    while task.cancelling():
+        task.uncancel()
 
 
 async def call_handler(handler: Registered, message: Any, context: Any) -> Any:

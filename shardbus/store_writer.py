@@ -463,7 +463,7 @@ class StoreWriter:
     def _take_waiting(self, rows: int, size: int) -> tuple[list[Keeping], int]:
         """Waiting events to write for which there is room, and the last position decided with them; forgets what is not
         wanted any more."""
-        while self._waiting and self._is_unwanted(self._waiting[0], rows, size):
+        while self._waiting and self._gives_up(self._waiting[0], rows, size):
             position = self._next_waiting().position
             self._dropped.discard(position)
             self._changed.pop(position, None)
@@ -478,11 +478,13 @@ class StoreWriter:
             waiting.append(keeping)
         return waiting, waiting[-1].event.position if waiting else self._committed
 
-    def _is_unwanted(self, first: Keeping, rows: int, size: int) -> bool:
-        """Whether the first waiting event to come needs no row any more: it was handled, or it is dead and finds no room.
+    def _gives_up(self, first: Keeping, rows: int, size: int) -> bool:
+        """Give up the row of the first waiting event to come where it needs none any more, and say whether it did: it was
+        handled, or it is dead and finds no room.
 
-        Then its dead letter waits for room, with others: it must not hold up what comes behind it and may make that room.
-        Where it parks its lane it does, because the lane's other events are not to be in the store without it.
+        Then its dead letter waits for room, with others from now on: it must not hold up what comes behind it and may make
+        that room. Where it parks its lane it does, because the lane's other events are not to be in the store without
+        it.
         """
         event = first.event
         if event.position in self._dropped:
