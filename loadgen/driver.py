@@ -23,7 +23,7 @@ from typing import Any, Final
 import msgspec
 
 import shardbus
-from loadgen.meters import LagCounts, WaitMeter
+from loadgen.meters import LagCounts, LagTotals, WaitMeter
 from loadgen.pacer import Arrivals, Evenly, Poisson, Profile, Recorded, Stage
 from loadgen.replay import Replay, scan
 from loadgen.source import Load, Source, made
@@ -160,7 +160,7 @@ class Driver:
         self._source = plan.source
         self._wait = WaitMeter()
         self._lags = LagCounts()
-        self._lags_told = LagCounts()  # those that `progress` has told
+        self._lags_told = LagTotals()  # those that `progress` has told
         self._commands = Commands(client, spec.timeout_s) if spec.commands else None
         self._send: Send = self._send_many if spec.call == "publish_many" else self._send_each
         if self._commands is not None:
@@ -352,7 +352,7 @@ class Commands:
         self._timeout_s = timeout_s
         self._running: set[asyncio.Task[None]] = set()
         self._sent = self._replied = self._failed = self._unanswered = 0
-        self.replies = LagCounts()
+        self.replies = LagTotals()
         """When replies came, from the intended instant."""
 
     async def send(self, load: Load, intended_ns: list[int] | None) -> None:
@@ -382,7 +382,7 @@ class Commands:
         else:
             self._replied += 1
             if intended_ns:
-                self.replies.add((intended_ns,), time.monotonic_ns())
+                self.replies.add((time.monotonic_ns() - intended_ns) // 1000)
 
     def counts(self) -> Counts:
         """A ledger of commands: `dead` failed; what got no reply in time is in none of the columns."""
