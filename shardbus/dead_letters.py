@@ -37,7 +37,8 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
     `id` is the event's `context.message_id`. `handlers` are those that gave up, and that a redrive runs. `body` is the
     event as it travelled; `event` shows it as plain data, where it decodes. `traceback` begins with the handler, and is
-    stored once for each place that raised, so it ends with the error's type; the text is in `error`. Times are UTC.
+    stored once for each place that raised, so it ends with the error's type; the text is in `error`. Times are UTC: it died
+    first at `first_at`, however often it was redriven since, and last at `last_at`.
     `parked`: later events of its key wait until it is redriven or purged.
     """
 

@@ -72,6 +72,7 @@ class Envelopes:
             gave_up=delivery.gave_up,
             due_ns=due_ns - self._now() + self._wall() if due_ns else 0,
             deadline_ns=deadline_ns - self._now() + self._wall() if deadline_ns else 0,
+            first_ns=delivery.first_ns,
         )
 
     def revived(self, dead: StoredDeadLetter, new_position: int) -> WaitingEvent:
@@ -81,6 +82,7 @@ class Envelopes:
             position=letter.position or new_position,
             envelope=self._without_inherited(letter.envelope, letter.envelope.attempt + 1, letter.position),
             todo=dict.fromkeys(letter.handlers, 0),
+            first_ns=letter.first_ns,
         )
 
     # -- out of the store
@@ -93,6 +95,7 @@ class Envelopes:
         delivery.due_ns = self.by_our_clock(row.due_ns)
         delivery.todo = row.todo or None
         delivery.gave_up = row.gave_up
+        delivery.first_ns = row.first_ns
         return delivery
 
     def from_scheduled(self, found: StoredScheduled, *, is_repeat: bool) -> Delivery:

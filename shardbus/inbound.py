@@ -49,6 +49,7 @@ class Delivery:
         "deadline_ns",
         "due_ns",
         "extra",
+        "first_ns",
         "gave_up",
         "intended_ns",
         "journalled",
@@ -102,6 +103,7 @@ class Delivery:
         self.began_ns = 0  # where it has an intended instant: when the handlers of its last attempt began
         self.todo: dict[str, int] | None = None  # handlers still to run → how often each has failed; None: all, never
         self.gave_up: tuple[Failure, ...] = ()
+        self.first_ns = 0  # when it died first, since 1970, where it was redriven
         self.journalled = -1  # its row in the journal, while its handler is suspended, or it waits for its next attempt
         self.cursor: Inbound | None = None  # the batch that will finish its row, where that is still in it
         self.runs = ""  # the handler that runs and may publish

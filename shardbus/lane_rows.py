@@ -86,7 +86,7 @@ class LaneRows:
             error=failure.error,
             place=failure.place,
             traceback=failure.traceback,
-            first_ns=now_ns,
+            first_ns=delivery.first_ns or now_ns,
             last_ns=now_ns,
             epoch=self._epoch,
             position=place,

@@ -118,7 +118,7 @@ class WaitingEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     `position` orders the events of a lane, and is given by the store's owner. `todo` names the handlers that are still to
     run, and how often each has failed; none means all. `gave_up` is what others have given up with. `deadline_ns` is when
-    it is too late for them (0: never; since 1970).
+    it is too late for them (0: never; since 1970). `first_ns` is when it died first, where it was redriven (0: it was not).
     """
 
     position: int
@@ -127,6 +127,7 @@ class WaitingEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     gave_up: tuple[Failure, ...] = ()
     due_ns: int = 0
     deadline_ns: int = 0
+    first_ns: int = 0
 
 
 class ScheduledEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):

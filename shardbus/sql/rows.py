@@ -22,6 +22,7 @@ class _Progress(msgspec.Struct, frozen=True, array_like=True, gc=False):
     todo: dict[str, int] = {}
     gave_up: tuple[Failure, ...] = ()
     deadline_ns: int = 0
+    first_ns: int = 0
 
 
 _NO_PROGRESS: Final = _Progress()
@@ -79,9 +80,9 @@ def scheduled_row(event: ScheduledEvent) -> tuple[Any, ...]:
 
 def progress_of(event: WaitingEvent) -> bytes | None:
     """What has become of a waiting event so far; None: nothing."""
-    if not (event.todo or event.gave_up or event.deadline_ns):
+    if not (event.todo or event.gave_up or event.deadline_ns or event.first_ns):
         return None
-    return pack(_Progress(event.todo, event.gave_up, event.deadline_ns))
+    return pack(_Progress(event.todo, event.gave_up, event.deadline_ns, event.first_ns))
 
 
 def _to_envelope(row: Sequence[Any]) -> Envelope:
@@ -129,6 +130,7 @@ def to_waiting(row: Sequence[Any]) -> WaitingEvent:
         gave_up=found.gave_up,
         due_ns=due_ns,
         deadline_ns=found.deadline_ns,
+        first_ns=found.first_ns,
     )
 
 

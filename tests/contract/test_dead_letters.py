@@ -151,10 +151,13 @@ async def test_a_redriven_event_joins_the_end_of_its_lane(application: Applicati
 async def test_what_fails_again_is_dead_again_and_not_redriven_for_ever(application: Application):
     async with application.running() as client:
         await publish(client, 600)
+        died = {letter.id: letter.first_at for letter in await client.dead_letters()}
         assert await client.redrive() == 600
         while len(letters := await client.dead_letters()) < 600:  # noqa: ASYNC110 - the test ends by its time-out
             await asyncio.sleep(0.001)
     assert {letter.attempts for letter in letters} == {2}
+    assert {letter.id: letter.first_at for letter in letters} == died
+    assert all(letter.first_at < letter.last_at for letter in letters)
 
 
 async def test_only_what_is_meant_is_redriven_or_purged(application: Application):

@@ -113,6 +113,7 @@ def waiting_event(
         gave_up=(Failure(handlers=("shop.add",), reason="failed", error_type="KeyError", error="☂", place="p"),),
         due_ns=DUE_NS,
         deadline_ns=DUE_NS + 1,
+        first_ns=100,
     )
 
 

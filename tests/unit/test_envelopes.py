@@ -106,6 +106,12 @@ def test_any_other_dead_letter_comes_back_at_a_new_position():
     assert (event.position, event.envelope.attempt) == (99, 3)
 
 
+def test_when_a_redriven_event_died_first_is_not_forgotten_however_often_it_waits():
+    event = envelopes().revived(dead(position=0), 99)
+    again = envelopes().waiting_event(envelopes().from_waiting(event))
+    assert envelopes().from_waiting(again).first_ns == event.first_ns == 1
+
+
 def test_an_event_that_is_due_later_is_scheduled_and_nothing_else_is():
     later = delivery(extra=Extra(0, {"h": "v"}, 0, False, due_ns=WALL_NS + 1))
     event = scheduled_event(later, WALL_NS)
