@@ -687,7 +687,8 @@ class Client:
 
         Each joins the end of its key's lane, with its attempts counted on; one that parked its key (see
         `Bus.on(on_dead_letter="park")`) runs before all that wait behind it. It leaves the dead letters in the same
-        transaction that makes it a waiting event, so a crash in the middle loses none.
+        transaction that makes it a waiting event, so a crash in the middle loses none. One that finds no room
+        to wait stays dead, and is not counted.
 
         Args:
             where: which ones; default: all that are dead now.

@@ -144,8 +144,8 @@ class Inquiries:
 
         for one in found:
             key, parks = one.letter.envelope.key, one.letter.position > 0
-            if not parks and not self._lanes.can_rejoin(key):
-                continue  # its lane cannot go to the store now; it stays dead
+            if not parks and not (self._lanes.can_rejoin(key) and self._writer.may_redrive(one.letter)):
+                continue  # its lane cannot go to the store now, or finds no room there; it stays dead
             event = self._envelopes.revived(one, 0 if parks else self._rows.new_position())
             self._quarantine.clear((event.envelope.publisher, event.envelope.seq))
             self._leaving.add(one.row)

@@ -100,8 +100,12 @@ class StoreWriter:
         self._waiting: deque[Keeping] = deque()  # by position
         self._revived: deque[Keeping] = deque()  # at the position that it had: what parked its key, or what comes late
         self._dead_bytes = 0  # of rows in these queues
+        self._parking_rows = 0  # of `_dead`: those that are never dropped
+        self._parking_bytes = 0
         self._waiting_bytes = 0
         self._waiting_rows = 0  # without what is redriven or was scheduled: that was a row before
+        self._redriven_rows = 0  # dead letters that `_waiting` takes back: they are not to be dropped any more
+        self._redriven_bytes = 0
         self._scheduled: deque[Scheduling] = deque()
         self._scheduled_bytes = 0
         self._leaving: deque[int] = deque()  # rows of scheduled events that have ended
@@ -169,13 +173,23 @@ class StoreWriter:
 
     def has_room(self, rows: int, size: int) -> bool:
         """Whether so many more waiting rows fit; then they are written before any dead letter that takes a new row."""
+        return not self.failing and self._fit(rows + len(self._dead), size + self._dead_bytes)
+
+    def may_redrive(self, letter: DeadLetter) -> bool:
+        """Whether a dead letter may become a waiting event: not where room was promised that only its end can make."""
+        if letter.position or self._limits.store_full != "drop_oldest":
+            return True  # it is never dropped
+        return self._fit(1 + self._parking_rows, row_bytes(letter.envelope) + self._parking_bytes)
+
+    def _fit(self, rows: int, size: int) -> bool:
+        """Whether so many rows fit beside those that are in, and not to be dropped, and the waiting rows to come."""
         counts, limits = self.counts, self._limits
-        rows += counts.dead + counts.waiting + len(self._dead) + self._waiting_rows
-        size += counts.bytes + self._dead_bytes + self._waiting_bytes
+        rows += counts.dead + counts.waiting + self._waiting_rows
+        size += counts.bytes + self._waiting_bytes
         if limits.store_full == "drop_oldest":
-            rows -= counts.dead - counts.parked
-            size -= counts.droppable_bytes
-        return rows <= limits.store_rows_max and size <= limits.store_bytes_max and not self.failing
+            rows -= counts.dead - counts.parked - self._redriven_rows
+            size -= counts.droppable_bytes - self._redriven_bytes
+        return rows <= limits.store_rows_max and size <= limits.store_bytes_max
 
     def add_dead(self, letter: DeadLetter, position: int, then: Callable[[], None], begun: int = 0) -> None:
         """Write a dead letter, in the place of the waiting row at `position` (0: none), or of the scheduled event of the row
@@ -185,9 +199,22 @@ class StoreWriter:
         if position or begun:
             self._replacing.append(Burial(letter, position, then, begun))
         else:
+            size = row_bytes(letter.envelope)
             self._dead.append(Burial(letter, 0, then))
-            self._dead_bytes += row_bytes(letter.envelope)
+            self._dead_bytes += size
+            if letter.position:
+                self._parking_rows += 1
+                self._parking_bytes += size
         self._wanted.set()
+
+    def _next_dead(self) -> None:
+        """Take the next one that needs a row out of the queue."""
+        letter = self._dead.popleft().letter
+        size = row_bytes(letter.envelope)
+        self._dead_bytes -= size
+        if letter.position:
+            self._parking_rows -= 1
+            self._parking_bytes -= size
 
     def add_waiting(self, row: WaitingEvent, then: Callable[[], None], redriven: int = 0, begun: int = 0) -> None:
         """Write a waiting event; call `then` once it is committed.
@@ -196,19 +223,27 @@ class StoreWriter:
         transaction.
         """
         self._waiting.append(Keeping(row, redriven, then, begun))
+        size = row_bytes(row.envelope)
         if begun:
             self._standing.add(row.position)
-        if not (redriven or begun):
+        elif redriven:
+            self._redriven_rows += 1
+            self._redriven_bytes += size
+        else:
             self._waiting_rows += 1
-            self._waiting_bytes += row_bytes(row.envelope)
+            self._waiting_bytes += size
         self._wanted.set()
 
     def _next_waiting(self) -> WaitingEvent:
         """Take the next one out of the queue."""
         keeping = self._waiting.popleft()
-        if not keeping.had_row:
+        size = row_bytes(keeping.event.envelope)
+        if keeping.redriven:
+            self._redriven_rows -= 1
+            self._redriven_bytes -= size
+        elif not keeping.begun:
             self._waiting_rows -= 1
-            self._waiting_bytes -= row_bytes(keeping.event.envelope)
+            self._waiting_bytes -= size
         return keeping.event
 
     def add_scheduled(self, event: ScheduledEvent, then: Callable[[], None]) -> None:
@@ -380,7 +415,7 @@ class StoreWriter:
             for _ in replacing:
                 self._replacing.popleft()
         for _ in new:
-            self._dead_bytes -= row_bytes(self._dead.popleft().letter.envelope)
+            self._next_dead()
         for _ in kept:
             self._next_waiting()
         for _ in revived:

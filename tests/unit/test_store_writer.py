@@ -190,6 +190,31 @@ async def test_a_dead_event_that_parks_its_key_and_finds_no_room_does_not_hold_u
     assert (b"p" * 16, 4) in store.rows.dead
 
 
+async def test_dead_letters_whose_room_was_promised_are_not_redriven_and_so_make_it():
+    # What parks a key and what waits behind it is never dropped, so nothing else would ever make that room.
+    store = MemoryStore()
+    async with writing(store, Limits(store_rows_max=3, store_full="drop_oldest")) as writer:
+        for other in (11, 12, 13):
+            writer.add_dead(letter(other), 0, lambda: None)
+        await settled(writer)
+        assert writer.may_redrive(letter(11))
+        writer.add_waiting(row(1), lambda: None, redriven=min(store.rows.rows.values()))
+        assert writer.has_room(2, 0)
+        assert not writer.has_room(3, 0)
+        told: list[str] = []
+        writer.add_dead(replace(letter(2), position=2), 0, partial(told.append, "parked"))
+        writer.add_waiting(row(3), partial(told.append, "kept"))
+        assert not writer.may_redrive(letter(12))
+        assert writer.may_redrive(replace(letter(12), position=9))  # that one is never dropped anyway
+        await settled(writer)
+        assert sorted(told) == ["kept", "parked"]
+        assert sorted(store.rows.waiting) == [1, 3]
+        assert not writer.may_redrive(letter(12))
+        writer.add_done(1)
+        await settled(writer)
+        assert writer.may_redrive(letter(12))
+
+
 async def test_a_scheduled_row_stands_for_its_event_until_what_it_became_is_written():
     # Its lane goes to the store, and it fails before that is written, where there is room for nothing more.
     store = MemoryStore()
