@@ -17,7 +17,16 @@ from typing import Final, NamedTuple
 from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.lane_reads import LaneRead, LaneReads
-from shardbus.store import DeadLetter, ScheduledEvent, Store, StoreCounts, StoreError, WaitingEvent, row_bytes
+from shardbus.store import (
+    DeadLetter,
+    Envelope,
+    ScheduledEvent,
+    Store,
+    StoreCounts,
+    StoreError,
+    WaitingEvent,
+    row_bytes,
+)
 
 log = logging.getLogger("shardbus.store")
 
@@ -65,6 +74,24 @@ class Scheduling(NamedTuple):
     then: Callable[[], None]
 
 
+class Tally:
+    """How many rows, and bytes, some of what is to be written comes to."""
+
+    __slots__ = ("bytes", "rows")
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.bytes = 0
+
+    def add(self, envelope: Envelope) -> None:
+        self.rows += 1
+        self.bytes += row_bytes(envelope)
+
+    def remove(self, envelope: Envelope) -> None:
+        self.rows -= 1
+        self.bytes -= row_bytes(envelope)
+
+
 class StoreWriter:
     """The one task that touches the store: a transaction of some rows, then the reads that can be answered, and again.
 
@@ -99,15 +126,12 @@ class StoreWriter:
         self._replacing: deque[Burial] = deque()  # take the place of their waiting row, and so need no room
         self._waiting: deque[Keeping] = deque()  # by position
         self._revived: deque[Keeping] = deque()  # at the position that it had: what parked its key, or what comes late
-        self._dead_bytes = 0  # of rows in these queues
-        self._parking_rows = 0  # of `_dead`: those that are never dropped
-        self._parking_bytes = 0
-        self._waiting_bytes = 0
-        self._waiting_rows = 0  # without what is redriven or was scheduled: that was a row before
-        self._redriven_rows = 0  # dead letters that `_waiting` takes back: they are not to be dropped any more
-        self._redriven_bytes = 0
         self._scheduled: deque[Scheduling] = deque()
-        self._scheduled_bytes = 0
+        self._to_die = Tally()  # of `_dead`
+        self._to_park = Tally()  # of these: they are never dropped
+        self._to_wait = Tally()  # of `_waiting` and `_revived`: what was no row before
+        self._to_return = Tally()  # of `_waiting`: dead letters that are redriven, and not to be dropped any more
+        self._to_schedule = Tally()
         self._leaving: deque[int] = deque()  # rows of scheduled events that have ended
         self._left: Callable[[Sequence[int]], None] = lambda _rows: None
         self._leaving_now = 0  # of them, how many are not to wait for more
@@ -173,22 +197,22 @@ class StoreWriter:
 
     def has_room(self, rows: int, size: int) -> bool:
         """Whether so many more waiting rows fit; then they are written before any dead letter that takes a new row."""
-        return not self.failing and self._fit(rows + len(self._dead), size + self._dead_bytes)
+        return not self.failing and self._fit(rows + self._to_die.rows, size + self._to_die.bytes)
 
     def may_redrive(self, letter: DeadLetter) -> bool:
         """Whether a dead letter may become a waiting event: not where room was promised that only its end can make."""
         if letter.position or self._limits.store_full != "drop_oldest":
             return True  # it is never dropped
-        return self._fit(1 + self._parking_rows, row_bytes(letter.envelope) + self._parking_bytes)
+        return self._fit(1 + self._to_park.rows, row_bytes(letter.envelope) + self._to_park.bytes)
 
     def _fit(self, rows: int, size: int) -> bool:
         """Whether so many rows fit beside those that are in, and not to be dropped, and the waiting rows to come."""
         counts, limits = self.counts, self._limits
-        rows += counts.dead + counts.waiting + self._waiting_rows
-        size += counts.bytes + self._waiting_bytes
+        rows += counts.dead + counts.waiting + self._to_wait.rows
+        size += counts.bytes + self._to_wait.bytes
         if limits.store_full == "drop_oldest":
-            rows -= counts.dead - counts.parked - self._redriven_rows
-            size -= counts.droppable_bytes - self._redriven_bytes
+            rows -= counts.dead - counts.parked - self._to_return.rows
+            size -= counts.droppable_bytes - self._to_return.bytes
         return rows <= limits.store_rows_max and size <= limits.store_bytes_max
 
     def add_dead(self, letter: DeadLetter, position: int, then: Callable[[], None], begun: int = 0) -> None:
@@ -199,22 +223,18 @@ class StoreWriter:
         if position or begun:
             self._replacing.append(Burial(letter, position, then, begun))
         else:
-            size = row_bytes(letter.envelope)
             self._dead.append(Burial(letter, 0, then))
-            self._dead_bytes += size
+            self._to_die.add(letter.envelope)
             if letter.position:
-                self._parking_rows += 1
-                self._parking_bytes += size
+                self._to_park.add(letter.envelope)
         self._wanted.set()
 
     def _next_dead(self) -> None:
         """Take the next one that needs a row out of the queue."""
         letter = self._dead.popleft().letter
-        size = row_bytes(letter.envelope)
-        self._dead_bytes -= size
+        self._to_die.remove(letter.envelope)
         if letter.position:
-            self._parking_rows -= 1
-            self._parking_bytes -= size
+            self._to_park.remove(letter.envelope)
 
     def add_waiting(self, row: WaitingEvent, then: Callable[[], None], redriven: int = 0, begun: int = 0) -> None:
         """Write a waiting event; call `then` once it is committed.
@@ -223,33 +243,27 @@ class StoreWriter:
         transaction.
         """
         self._waiting.append(Keeping(row, redriven, then, begun))
-        size = row_bytes(row.envelope)
         if begun:
             self._standing.add(row.position)
         elif redriven:
-            self._redriven_rows += 1
-            self._redriven_bytes += size
+            self._to_return.add(row.envelope)
         else:
-            self._waiting_rows += 1
-            self._waiting_bytes += size
+            self._to_wait.add(row.envelope)
         self._wanted.set()
 
     def _next_waiting(self) -> WaitingEvent:
         """Take the next one out of the queue."""
         keeping = self._waiting.popleft()
-        size = row_bytes(keeping.event.envelope)
         if keeping.redriven:
-            self._redriven_rows -= 1
-            self._redriven_bytes -= size
+            self._to_return.remove(keeping.event.envelope)
         elif not keeping.begun:
-            self._waiting_rows -= 1
-            self._waiting_bytes -= size
+            self._to_wait.remove(keeping.event.envelope)
         return keeping.event
 
     def add_scheduled(self, event: ScheduledEvent, then: Callable[[], None]) -> None:
         """Write a scheduled event; call `then` once it is committed. While there is no room for it, it waits, in memory."""
         self._scheduled.append(Scheduling(event, then))
-        self._scheduled_bytes += row_bytes(event.envelope)
+        self._to_schedule.add(event.envelope)
         self._wanted.set()
 
     def add_revived(self, row: WaitingEvent, then: Callable[[], None], redriven: int) -> None:
@@ -264,8 +278,7 @@ class StoreWriter:
         """
         self._revived.append(Keeping(row, 0, then, begun))
         if not begun:
-            self._waiting_rows += 1
-            self._waiting_bytes += row_bytes(row.envelope)
+            self._to_wait.add(row.envelope)
         self._wanted.set()
 
     def add_changed(self, row: WaitingEvent) -> None:
@@ -373,8 +386,8 @@ class StoreWriter:
         revived, last = self._take_revived(last)
         waiting = [*revived, *kept]
         # Waiting events that come later were promised their room.
-        rows -= self._waiting_rows
-        size -= self._waiting_bytes
+        rows -= self._to_wait.rows
+        size -= self._to_wait.bytes
         new = self._take_dead(rows, size)
         new_bytes = sum(row_bytes(burial.letter.envelope) for burial in new)
         scheduled = self._take_scheduled(rows - len(new), size - new_bytes)
@@ -421,10 +434,9 @@ class StoreWriter:
         for _ in revived:
             keeping = self._revived.popleft()
             if not keeping.had_row:
-                self._waiting_rows -= 1
-                self._waiting_bytes -= row_bytes(keeping.event.envelope)
+                self._to_wait.remove(keeping.event.envelope)
         for _ in scheduled:
-            self._scheduled_bytes -= row_bytes(self._scheduled.popleft().event.envelope)
+            self._to_schedule.remove(self._scheduled.popleft().event.envelope)
         for _ in leaving:
             self._leaving.popleft()
         left = len(self._leaving)
@@ -546,10 +558,10 @@ class StoreWriter:
     async def _make_room(self) -> None:
         """Drop as many of the oldest dead letters as there is no room for what is to be written."""
         counts = self.counts
-        rows = counts.dead + counts.waiting - self._limits.store_rows_max + self._waiting_rows
-        size = counts.bytes - self._limits.store_bytes_max + self._waiting_bytes
+        rows = counts.dead + counts.waiting - self._limits.store_rows_max + self._to_wait.rows
+        size = counts.bytes - self._limits.store_bytes_max + self._to_wait.bytes
         rows_to_come = rows + len(self._dead) + len(self._scheduled)
-        bytes_to_come = size + self._dead_bytes + self._scheduled_bytes
+        bytes_to_come = size + self._to_die.bytes + self._to_schedule.bytes
         if (rows_to_come <= 0 and bytes_to_come <= 0) or counts.dead == counts.parked:
             return
         for burial in islice(self._dead, self._limits.store_write_rows_max):
@@ -584,7 +596,7 @@ class StoreWriter:
         for at, (event, then) in enumerate(self._scheduled):
             if (event.envelope.publisher, event.envelope.seq) == (publisher, seq):
                 del self._scheduled[at]
-                self._scheduled_bytes -= row_bytes(event.envelope)
+                self._to_schedule.remove(event.envelope)
                 then()
                 return found
         return found or None
