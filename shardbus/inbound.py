@@ -6,9 +6,8 @@ what is finished.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain, compress, islice, repeat
+from itertools import compress, islice, repeat
 from operator import length_hint
 from typing import Any, Final
 
@@ -372,54 +371,6 @@ class Inbound:
         )
         delivery.began_ns = self.began_ns  # the rows before it are noted: it began when they had ended
         return delivery
-
-
-class Inbox:
-    """Batches whose turn has not come: each session's in their order, and one session after another.
-
-    `pop` takes from the first session, again and again, until `rotate` or `give_back` make another one the first.
-    """
-
-    def __init__(self) -> None:
-        self._queues: dict[WorkerSession, deque[Inbound]] = {}  # the session whose turn it is first
-
-    def __bool__(self) -> bool:
-        return bool(self._queues)
-
-    def __iter__(self) -> Iterator[Inbound]:
-        return chain.from_iterable(self._queues.values())
-
-    def push(self, inbound: Inbound) -> None:
-        """Put a batch behind those of its session."""
-        queue = self._queues.get(inbound.session)
-        if queue is None:
-            queue = self._queues[inbound.session] = deque()
-        queue.append(inbound)
-
-    def pop(self) -> Inbound:
-        """Take the next batch; there is one."""
-        session = next(iter(self._queues))
-        queue = self._queues[session]
-        inbound = queue.popleft()
-        if not queue:
-            del self._queues[session]
-        return inbound
-
-    def give_back(self, begun: Inbound) -> None:
-        """Take back a batch of which some has run: it is the first of its session, which now is the last."""
-        queue = self._queues.pop(begun.session, None) or deque()
-        queue.appendleft(begun)
-        self._queues[begun.session] = queue
-
-    def rotate(self, session: WorkerSession) -> None:
-        """Let this session be the last, if it has batches left."""
-        queue = self._queues.pop(session, None)
-        if queue is not None:
-            self._queues[session] = queue
-
-    def clear(self) -> None:
-        """Forget them all."""
-        self._queues.clear()
 
 
 def _all_decoded(decode: Callable[[Any], list[Any]], bodies: Any) -> list[Any] | None:

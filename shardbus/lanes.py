@@ -44,7 +44,8 @@ from shardbus.event_handlers import EventHandlers
 from shardbus.failures import Failures, crashed, failed_reply
 from shardbus.feeds import Feeds
 from shardbus.handler_calls import HandlerTasks, absorb
-from shardbus.inbound import Delivery, Inbound, Inbox, Later
+from shardbus.inbound import Delivery, Inbound, Later
+from shardbus.inbox import Inbox
 from shardbus.journal import ALIVE, END, FIRST, Journal
 from shardbus.lane_book import Lane, LaneBook
 from shardbus.lane_host import LaneHost
@@ -56,13 +57,10 @@ from shardbus.registry import Plan
 from shardbus.store import Failure
 from shardbus.trials import Trials
 from shardbus.wire.frames import REPLY_FAILED
-from shardbus.wire.session import WorkerSession
 from shardbus.wording import counted
 
 _SLICE_NS: Final = 2_000_000  # a leader gives the event loop a turn about every two milliseconds
-# A publisher has the leader for so long (and a stride) before the next one that waits: by time, because one may send batches
-# of three events and another batches of 512, of handlers that fail.
-_SHARE_NS: Final = 1_000_000
+_SHARE_NS: Final = 1_000_000  # so long by turns what has just come, or is due, and the heads of lanes
 _NOTE_NS: Final = _SLICE_NS // 2  # evidence is at most so much, and a stride, behind what has run
 _STRIDE_MAX: Final = 32  # messages between two looks at the clock, which cost 60 ns; fewer where handlers are slow
 # What stands between a worker's loop and a handler.
@@ -126,8 +124,6 @@ class Lanes:
         self.hurry = self._batches.hurry
         self._inbox = Inbox()  # bounded by credit
         self._cursor: Inbound | None = None
-        self._served: WorkerSession | None = None  # whose turn it is, and until when
-        self._share_ends_ns = 0
         self._new_turn = False  # of what has just come; or that of lanes; and until when
         self._side_ends_ns = 0
         self._due = False  # the host may have scheduled events that are due
@@ -256,6 +252,7 @@ class Lanes:
     def _overtake(self) -> None:
         """The leader is suspended in a handler: its key is busy from now on, and the task is no longer leader."""
         token, self._leader = self._leader, None
+        self._inbox.rest(self._now())
         running = self._running
         cursor = self._cursor
         if running is None:
@@ -282,31 +279,35 @@ class Lanes:
     async def _lead(self, token: object, context: contextvars.Context) -> None:
         """Run messages until there are none, a slice is used up, or this task is overtaken inside a handler."""
         end_ns = self._now() + _SLICE_NS
-        ready, departing, trials = self._ready, self._batches.departing, self._trials
+        ready, departing, trials, inbox = self._ready, self._batches.departing, self._trials, self._inbox
         overdue = len(departing)  # batches of an earlier turn: first
         if trials.solo is not None:
             await self._run_taken(*trials.begin_solo(), token)
             if _differ(context, self._clean):
                 end_ns = 0
         while self._leader is token and not self._closing and trials.hush is None and end_ns:
-            if departing and (overdue > 0 or not (ready or self._due or self._inbox or self._cursor is not None)):
+            if departing and (overdue > 0 or not (ready or self._due or inbox or self._cursor is not None)):
                 overdue -= 1
                 await self._run_gathered(next(iter(departing)), token)
             elif ready and not self._is_turn_of_new():
                 await self._run_head(ready.popleft(), token)
-            elif self._due and (self._due_next or not (self._cursor is not None or self._inbox)):
+            elif self._due and (self._due_next or not (self._cursor is not None or inbox)):
                 self._due_next = False
                 await self._run_due(token, context, min(end_ns, self._now() + _SHARE_NS))
-            elif self._cursor is not None or self._inbox:
+            elif self._cursor is not None or inbox:
                 self._due_next = True
                 cursor = self._next_batch()
                 if cursor is not None and cursor.together is not None and self._may_go_together(cursor):
                     await self._run_together(cursor, token)
                 elif cursor is not None:
-                    await self._run_batch(cursor, token, context, min(end_ns, self._share_ends_ns))
+                    await self._run_batch(cursor, token, context, min(end_ns, inbox.share_ends_ns))
             else:
                 break
-            if _differ(context, self._clean) or self._now() >= end_ns:
+            if self._leader is not token:
+                return
+            now_ns = self._now()
+            inbox.rest(now_ns)
+            if _differ(context, self._clean) or now_ns >= end_ns:
                 break
         if self._leader is token:
             self._leader = None
@@ -384,26 +385,13 @@ class Lanes:
             self._host.forget(delivery)
 
     def _next_batch(self) -> Inbound | None:
-        """The batch to go on with: of the publisher whose turn it is, as long as that is, and then of the next."""
-        now_ns = self._now()
-        cursor, inbox = self._cursor, self._inbox
-        if now_ns >= self._share_ends_ns:
-            self._share_ends_ns = now_ns + _SHARE_NS
-            if cursor is not None and inbox:
-                inbox.give_back(cursor)
-                cursor = self._cursor = None
-            elif self._served is not None:
-                inbox.rotate(self._served)
-        if cursor is not None:
-            return cursor
-        cursor = inbox.pop()
-        if cursor.session is not self._served:
-            self._served = cursor.session
-            self._share_ends_ns = now_ns + _SHARE_NS
-        if cursor.is_open:
-            self._cursor = cursor
-            return cursor
-        return self._open(cursor)
+        """The batch to go on with, unless it is not sound."""
+        begun, self._cursor = self._cursor, None
+        cursor = self._inbox.take(begun, self._now())
+        if not cursor.is_open:
+            return self._open(cursor)
+        self._cursor = cursor
+        return cursor
 
     def _open(self, inbound: Inbound) -> Inbound | None:
         """Make a batch the cursor, unless it is not sound."""

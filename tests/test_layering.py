@@ -51,7 +51,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("scheduled_events",),
     ("metrics", "feeds"),
     ("inbound",),
-    ("lane_host", "failures"),
+    ("inbox", "lane_host", "failures"),
     ("handler_calls",),
     ("event_handlers", "command_handlers"),
     ("batch_handlers",),

@@ -586,7 +586,7 @@ async def test_a_command_of_a_key_in_the_batch_is_refused_at_once_and_of_another
     told: list[str] = []
     replies: list[int] = []
 
-    @bus.on(Step, batch=8)
+    @bus.on(Step, batch=3, linger_s=60.0)
     async def step(events: list[Step], contexts: list[Context]) -> None:
         for context in (contexts[0], contexts[0].with_headers({"a": "b"})):
             for event in events:
@@ -619,7 +619,7 @@ class Through(Command[int], key="key"):
 async def test_a_ring_through_another_key_of_the_batch_is_refused_where_it_would_close(bus: Bus, run: Run):
     told: list[str] = []
 
-    @bus.on(Step, batch=8)
+    @bus.on(Step, batch=3, linger_s=60.0)
     async def step(events: list[Step], contexts: list[Context]) -> None:
         with pytest.raises(CommandFailed) as raised:
             await contexts[0].execute(Through(key="elsewhere", to=events[-1].key), timeout=3600)

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 
-from shardbus.config import DEFAULT_LIMITS
 from shardbus.errors import RemoteProtocolError
-from shardbus.inbound import Inbound, Inbox
+from shardbus.inbound import Inbound
 from shardbus.metrics import Book, Evidence, Recorder, book_bytes
 from shardbus.wire.codec import Batch, encode_bodies
 from shardbus.wire.frames import Data
-from shardbus.wire.session import WorkerSession
 
 PUBLISHER = b"p" * 16
 SIZES = {"keys": 8, "publishers": 2, "log_bytes": 1024}
@@ -102,32 +100,3 @@ def test_a_batch_that_is_not_sound_is_found_when_its_turn_comes(blob: bytes):
     assert inbound.next_seq == 6
     with pytest.raises(RemoteProtocolError):
         inbound.open({}, careful=False)
-
-
-def test_batches_are_taken_from_one_session_until_its_turn_is_over_and_from_each_in_order():
-    recorder = Cursor().recorder
-    sessions: list[Any] = [WorkerSession(bytes([at] * 16), b"", 1, DEFAULT_LIMITS) for at in range(3)]
-    inbox = Inbox()
-    for at, first in [(0, 1), (0, 2), (0, 3), (1, 1), (2, 1), (0, 4), (2, 2)]:
-        inbox.push(Inbound(sessions[at], recorder, data(first, 1, b""), (), 0))
-    assert max((sessions.index(one.session), one.first) for one in inbox) == (2, 2)
-
-    def pop() -> Inbound:
-        one = inbox.pop()
-        taken.append((sessions.index(one.session), one.first))
-        return one
-
-    taken: list[tuple[int, int]] = []
-    pop()
-    begun = pop()
-    inbox.give_back(begun)  # its turn is over in the middle of that
-    pop()  # all that the second one has
-    inbox.rotate(sessions[1])
-    pop()
-    inbox.rotate(sessions[2])
-    while inbox:
-        pop()
-    assert taken == [(0, 1), (0, 2), (1, 1), (2, 1), (0, 2), (0, 3), (0, 4), (2, 2)]
-    inbox.give_back(begun)
-    assert inbox.pop() is begun
-    assert not inbox
