@@ -205,7 +205,7 @@ class Driver:
         final = await self._flush()
         flush_s = (time.monotonic_ns() - after.at_ns) / _NS
         window_s = (after.at_ns - before.at_ns) / _NS
-        self._lags_told.merge(self._lags)
+        self._lags_told.merge(self._lags.counts())
         return DriverResult(
             scheduled=None if self._arrivals is None else self._scheduled_in_window(self._arrivals),
             sent=after.sent - before.sent,
@@ -224,8 +224,8 @@ class Driver:
     def progress(self) -> Progress:
         """Where the run stands now; the send lags are those since the last call."""
         now_ns = time.monotonic_ns()
-        lags, self._lags = self._lags, LagCounts()
-        self._lags_told.merge(lags)
+        lags_us, self._lags = self._lags.counts(), LagCounts()
+        self._lags_told.merge(lags_us)
         scheduled = None
         if self._arrivals is not None and not isinstance(self._arrivals, Poisson):
             scheduled = self._arrivals.scheduled(min(now_ns, self._end_ns - 1) - self._start_ns)
@@ -234,7 +234,7 @@ class Driver:
             warming_up=self._before is None,
             counts=self._counts(),
             scheduled=scheduled,
-            send_lag_us=lags.counts(),
+            send_lag_us=lags_us,
         )
 
     def _scheduled_in_window(self, arrivals: Arrivals) -> int:

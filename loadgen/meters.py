@@ -7,7 +7,7 @@ import time
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Final
 
 from shardbus.metrics import BUCKETS, bucket_bounds_us, bucket_index
@@ -44,15 +44,11 @@ class LagCounts:
     def counts(self) -> dict[int, int]:
         """Microseconds → how many; a bucket counts as its highest value, what was early as 0. At most 27,648 entries."""
         found: Counter[int] = Counter()
-        for bucket, count in self.by_bucket():
+        for late_us, count in self._exact.items():
+            found[bucket_bounds_us(bucket_index(late_us))[1]] += count
+        for bucket, count in self._late.items():
             found[bucket_bounds_us(bucket)[1]] += count
         return dict(found)
-
-    def by_bucket(self) -> Iterator[tuple[int, int]]:
-        """Buckets, some of them several times, each with how many are to be added to it."""
-        for late_us, count in self._exact.items():
-            yield bucket_index(late_us), count
-        yield from self._late.items()
 
 
 class LagTotals:
@@ -66,11 +62,11 @@ class LagTotals:
         """Count one."""
         self._counts[bucket_index(late_us)] += 1
 
-    def merge(self, lags: LagCounts) -> None:
-        """Add what was counted there."""
-        counts = self._counts
-        for bucket, count in lags.by_bucket():
-            counts[bucket] += count
+    def merge(self, counts: Mapping[int, int]) -> None:
+        """Add what `LagCounts.counts` says."""
+        totals = self._counts
+        for late_us, count in counts.items():
+            totals[bucket_index(late_us)] += count
 
     def counts(self) -> dict[int, int]:
         """As `LagCounts.counts`."""

@@ -18,10 +18,11 @@ from shardbus.envelopes import Envelopes
 from shardbus.errors import RemoteProtocolError
 from shardbus.lane_rows import LaneRows
 from shardbus.lanes import Lanes
+from shardbus.messages import WireKey
 from shardbus.quarantine import Quarantine
 from shardbus.schedule import Schedule
 from shardbus.scheduled_events import CANCEL, decode_cancel
-from shardbus.store import Store, StoredDeadLetter, StoreError
+from shardbus.store import DeadLetter, Store, StoredDeadLetter, StoreError
 from shardbus.store_writer import StoreWriter
 from shardbus.wire.frames import Answer, Ask, encode_frame
 
@@ -144,8 +145,8 @@ class Inquiries:
 
         for one in found:
             key, parks = one.letter.envelope.key, one.letter.position > 0
-            if not parks and not (self._lanes.can_rejoin(key) and self._writer.may_redrive(one.letter)):
-                continue  # its lane cannot go to the store now, or finds no room there; it stays dead
+            if not parks and not self._may_rejoin(key, one.letter):
+                continue  # it stays dead
             event = self._envelopes.revived(one, 0 if parks else self._rows.new_position())
             self._quarantine.clear((event.envelope.publisher, event.envelope.seq))
             self._leaving.add(one.row)
@@ -158,6 +159,12 @@ class Inquiries:
                 self._lanes.rejoin(key, event.position)
         if not redriven:
             answer(0)
+
+    def _may_rejoin(self, key: WireKey, letter: DeadLetter) -> bool:
+        """Whether a dead letter may wait at the end of its lane: that can go to the store now, and there is room."""
+        may_redrive = self._writer.may_redrive
+        # Asked again, because the lane may go to the store for it, and need room there.
+        return may_redrive(letter) and self._lanes.can_rejoin(key) and may_redrive(letter)
 
     # -- answers
 

@@ -60,9 +60,10 @@ from shardbus.wire.frames import REPLY_FAILED
 from shardbus.wording import counted
 
 _SLICE_NS: Final = 2_000_000  # a leader gives the event loop a turn about every two milliseconds
-_SHARE_NS: Final = 1_000_000  # so long by turns what has just come, or is due, and the heads of lanes
+_SIDE_NS: Final = 1_000_000  # what has just come, or is due, and the heads of lanes take turns of this length
 _NOTE_NS: Final = _SLICE_NS // 2  # evidence is at most so much, and a stride, behind what has run
 _STRIDE_MAX: Final = 32  # messages between two looks at the clock, which cost 60 ns; fewer where handlers are slow
+_STRIDE_FIRST: Final = 4  # of a publisher whose turn begins
 # What stands between a worker's loop and a handler.
 _OUR_FILES: Final = (
     __file__,
@@ -252,7 +253,6 @@ class Lanes:
     def _overtake(self) -> None:
         """The leader is suspended in a handler: its key is busy from now on, and the task is no longer leader."""
         token, self._leader = self._leader, None
-        self._inbox.rest(self._now())
         running = self._running
         cursor = self._cursor
         if running is None:
@@ -293,7 +293,7 @@ class Lanes:
                 await self._run_head(ready.popleft(), token)
             elif self._due and (self._due_next or not (self._cursor is not None or inbox)):
                 self._due_next = False
-                await self._run_due(token, context, min(end_ns, self._now() + _SHARE_NS))
+                await self._run_due(token, context, min(end_ns, self._now() + _SIDE_NS))
             elif self._cursor is not None or inbox:
                 self._due_next = True
                 cursor = self._next_batch()
@@ -301,13 +301,11 @@ class Lanes:
                     await self._run_together(cursor, token)
                 elif cursor is not None:
                     await self._run_batch(cursor, token, context, min(end_ns, inbox.share_ends_ns))
+                if self._leader is token:
+                    inbox.rest(self._now())
             else:
                 break
-            if self._leader is not token:
-                return
-            now_ns = self._now()
-            inbox.rest(now_ns)
-            if _differ(context, self._clean) or now_ns >= end_ns:
+            if _differ(context, self._clean) or self._now() >= end_ns:
                 break
         if self._leader is token:
             self._leader = None
@@ -321,7 +319,7 @@ class Lanes:
         now_ns = self._now()
         if now_ns >= self._side_ends_ns:
             self._new_turn = not self._new_turn
-            self._side_ends_ns = now_ns + _SHARE_NS
+            self._side_ends_ns = now_ns + _SIDE_NS
         return self._new_turn
 
     async def _run_due(self, token: object, context: contextvars.Context, end_ns: int) -> None:
@@ -387,7 +385,10 @@ class Lanes:
     def _next_batch(self) -> Inbound | None:
         """The batch to go on with, unless it is not sound."""
         begun, self._cursor = self._cursor, None
+        served = self._inbox.served
         cursor = self._inbox.take(begun, self._now())
+        if cursor.session is not served:
+            self._stride = min(self._stride, _STRIDE_FIRST)  # its handlers may be slower
         if not cursor.is_open:
             return self._open(cursor)
         self._cursor = cursor

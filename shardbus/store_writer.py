@@ -75,7 +75,7 @@ class Scheduling(NamedTuple):
 
 
 class Tally:
-    """How many rows, and bytes, some of what is to be written comes to."""
+    """How many rows, and bytes, some of what is to be written comes to. What is added is removed once."""
 
     __slots__ = ("bytes", "rows")
 
@@ -84,10 +84,12 @@ class Tally:
         self.bytes = 0
 
     def add(self, envelope: Envelope) -> None:
+        """One more."""
         self.rows += 1
         self.bytes += row_bytes(envelope)
 
     def remove(self, envelope: Envelope) -> None:
+        """One less."""
         self.rows -= 1
         self.bytes -= row_bytes(envelope)
 
@@ -243,10 +245,10 @@ class StoreWriter:
         transaction.
         """
         self._waiting.append(Keeping(row, redriven, then, begun))
-        if begun:
-            self._standing.add(row.position)
-        elif redriven:
+        if redriven:
             self._to_return.add(row.envelope)
+        elif begun:
+            self._standing.add(row.position)
         else:
             self._to_wait.add(row.envelope)
         self._wanted.set()
@@ -560,7 +562,7 @@ class StoreWriter:
         counts = self.counts
         rows = counts.dead + counts.waiting - self._limits.store_rows_max + self._to_wait.rows
         size = counts.bytes - self._limits.store_bytes_max + self._to_wait.bytes
-        rows_to_come = rows + len(self._dead) + len(self._scheduled)
+        rows_to_come = rows + self._to_die.rows + self._to_schedule.rows
         bytes_to_come = size + self._to_die.bytes + self._to_schedule.bytes
         if (rows_to_come <= 0 and bytes_to_come <= 0) or counts.dead == counts.parked:
             return

@@ -547,7 +547,7 @@ class WorkerSession:
     """The worker's end towards one publisher.
 
     Takes batches strictly in order; what is finished may come in any order. `unfinished` counts accepted messages that
-    are not finished, and is what credit bounds. `heard_ns`, `used_ns` and `ran_ns` are the owner's business.
+    are not finished, and is what credit bounds. `heard_ns`, `used_ns` and `clock_ns` are the owner's business.
     """
 
     __slots__ = (
@@ -561,13 +561,13 @@ class WorkerSession:
         "_nacked",
         "_told",
         "cancelled",
+        "clock_ns",
         "cumulative",
         "dead",
         "heard_ns",
         "left",
         "number",
         "publisher",
-        "ran_ns",
         "received",
         "unfinished",
         "unopened_bytes",
@@ -586,7 +586,7 @@ class WorkerSession:
         self.unopened_bytes = 0  # of batches that it took and whose turn has not come; the owner takes them off
         self.heard_ns = 0
         self.used_ns = 0  # when it sent data last
-        self.ran_ns = 0  # for how long its messages ran
+        self.clock_ns = 0  # its time in the inbox, which runs while its messages do; 0: it is new there
         self.left = False  # the publisher has said good-bye: nobody waits for its commands
         self.cancelled: dict[int, None] = {}  # commands that nobody waits for, and that have not begun; the first ones first
         self._epoch = epoch

@@ -143,6 +143,38 @@ async def test_a_publisher_whose_events_take_long_leaves_others_their_turn(suspe
     await shard.close()
 
 
+@pytest.mark.parametrize("suspends", [False, True])
+async def test_a_publisher_has_not_had_the_time_in_which_nothing_of_it_ran(suspends: bool):
+    clock, begun, handled = 1, 0, 0
+    gate = asyncio.Event()
+    bus = Bus("turns")
+
+    @bus.on(Step)
+    async def step(event: Step) -> None:
+        nonlocal clock, begun, handled
+        begun += 1
+        clock += 1000
+        if suspends:
+            await gate.wait()
+        handled += 1
+
+    shard, _ = shard_of(bus, lambda: clock)
+    await shard.start()
+    for peer in (b"1", b"2"):
+        shard.receive(peer, encode_frame(Hello(PROTOCOL, peer * 16, 1, EPOCH, 0)))
+    for seq in range(3):
+        shard.receive(b"1", data(seq, 1, blob(1, f"k{seq}")))
+        await until(lambda seq=seq: begun == seq + 1)
+        await asyncio.sleep(0.01)
+        clock += 1_000_000_000
+    gate.set()
+    await until(lambda: handled == 3)
+    shard.receive(b"2", data(0, 1, blob(1)))
+    await until(lambda: handled == 4)
+    assert shard._peers[b"1"].session.clock_ns == 3000
+    await shard.close()
+
+
 async def test_a_key_that_catches_up_leaves_others_their_turn():
     clock, handled, gate = 1, list[str](), asyncio.Event()
     bus = Bus("turns")

@@ -198,6 +198,34 @@ async def test_what_is_redriven_into_a_full_store_dies_again_where_it_was_and_is
         assert store.rows.row_max == 25
 
 
+async def test_dead_letters_whose_room_was_promised_stay_dead_and_make_it():
+    store, gate = Slow(), asyncio.Event()
+    application = Bus("promised")
+    application.on(Bad, retry=Retry(attempts=1))(fail)
+
+    @application.on(Parking)
+    async def hold(event: Parking) -> None:
+        await gate.wait()
+
+    limits = Limits(store_rows_max=10, store_full="drop_oldest", lane_events_max=5)
+    async with run_local(application, stores=[store], limits=limits) as client:
+        await publish(client, *range(10))
+        await client.flush(10)
+        redriving = asyncio.create_task(client.redrive())
+        await store.asked.wait()
+        await client.publish_many([Parking(key="p")] * 7)  # more than a lane has in memory: all of them are to wait
+        await asyncio.sleep(0.05)
+        store.gate.set()
+        assert await redriving == 3
+        await client.flush(10)
+        assert client.ledger().waiting == 7
+        gate.set()
+        while (await client.status())["waiting"]:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.01)
+        dead, redriven, _, dropped = await ledger(client)
+    assert (dead + dropped, redriven) == (10, 3)
+
+
 async def test_the_bound_counts_what_a_predecessor_left(run: Run):
     async with run() as client:
         await publish(client, *range(8), size=4000)
