@@ -152,10 +152,14 @@ def fill(client: BlockingClient) -> int:
 def interrupted_while(condition: Callable[[], object]) -> Iterator[None]:
     """Ctrl-C for what the main thread does in the block, once the condition holds."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupted = threading.Event()
 
     def interrupt() -> None:
         wait_for(condition)
         os.kill(os.getpid(), signal.SIGINT)
+        # Python does not see one that comes in the instant before a lock is waited for; a person presses the keys again.
+        while not interrupted.wait(5.0):
+            os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     try:
@@ -165,6 +169,7 @@ def interrupted_while(condition: Callable[[], object]) -> Iterator[None]:
     except KeyboardInterrupt:
         pass
     finally:
+        interrupted.set()
         thread.join()
         signal.signal(signal.SIGINT, before)
 
