@@ -91,11 +91,17 @@ def test_each_sessions_batches_come_in_their_order_also_one_that_was_broken_off(
         assert len(set(firsts)) == 49
 
 
-def test_one_that_asks_for_little_waits_for_no_more_than_a_share(leader: Leader):
+def beside_a_flood(leader: Leader, until_ns: int) -> WorkerSession:
+    """One that has asked for little, while another floods."""
     flood, modest = session(1), session(2)
     leader.push(batch(flood), 2000 * MS)
     leader.push(batch(modest, 0), US)
-    leader.run(20 * MS)
+    leader.run(until_ns)
+    return modest
+
+
+def test_one_that_asks_for_little_waits_for_no_more_than_a_share(leader: Leader):
+    modest = beside_a_flood(leader, 20 * MS)
     for first in range(1, 100):
         due_ns = leader.now_ns
         leader.push(batch(modest, first), 100 * US)
@@ -106,10 +112,7 @@ def test_one_that_asks_for_little_waits_for_no_more_than_a_share(leader: Leader)
 
 
 def test_one_that_asks_for_little_catches_up_at_once_after_everything_stood_still(leader: Leader):
-    flood, modest = session(1), session(2)
-    leader.push(batch(flood), 2000 * MS)
-    leader.push(batch(modest, 0), US)
-    leader.run(100 * MS)
+    modest = beside_a_flood(leader, 100 * MS)
     for first in range(1, 51):
         leader.push(batch(modest, first), 200 * US)  # of ten shares
     since_ns = leader.now_ns
