@@ -13,6 +13,7 @@ import msgspec
 from loadgen.pacer import Stage
 
 Call = Literal["publish_many", "publish"]
+Arrivals = Literal["even", "poisson"]
 """Which call of the client sends the events."""
 
 RATE_MAX: Final = 10_000_000.0  # events per second; above what any process here can offer
@@ -140,7 +141,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     rate: float | None
     stages: tuple[Stage, ...] = ()
-    arrivals: Literal["even", "poisson"] = "even"
+    arrivals: Arrivals = "even"
     duration_s: float | None = 10.0
     warmup_s: float = 2.0
     keys: int | None = 1000
