@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -20,6 +20,7 @@ from shardbus.messages import Command, WireKey
 from shardbus.outboxes import Call, Outbox, Outboxes
 from shardbus.packing import Packing, Route
 from shardbus.streams import Flow, Stream
+from shardbus.timeouts import Timeouts
 from shardbus.wire.codec import Extra
 from shardbus.wire.frames import REPLY_EXPIRED, REPLY_OK, Items, More, encode_frame
 from shardbus.wire.session import State
@@ -27,6 +28,7 @@ from shardbus.wire.session import State
 ReplyT = TypeVar("ReplyT")
 
 _NS: Final = 1_000_000_000
+_NO_HEADERS: Final[dict[str, str]] = {}  # of most commands; nobody changes it
 
 _decode_total: Final = msgspec.msgpack.Decoder(int).decode
 _decode_failure: Final = msgspec.msgpack.Decoder(tuple[str, str, str]).decode
@@ -40,20 +42,19 @@ class Calls:
         self._outboxes = outboxes
         self._packing = packing
         self._limits = limits
+        self._timeouts = Timeouts()
         self._more_told_ns = 0
 
     # -- for who calls
 
     async def execute(self, command: Command[ReplyT], timeout_s: float, headers: dict[str, str] | None) -> ReplyT:
         """See `Client.execute`."""
-        self._gate.check_here()
+        loop = self._gate.check_here()
         check_seconds("timeout", timeout_s)
         route, key, body, size = self._packing.pack_command(command, headers)
         outbox = self._outboxes.of(key)
-        loop = asyncio.get_running_loop()
-        call = Call(route.name, self._packing.reply_decoder(command), loop.create_future())
-        # A timer for the reply, and no `asyncio.timeout`: that took a quarter of what a command costs here.
-        timer = loop.call_later(timeout_s, _time_out, call.reply)
+        reply: asyncio.Future[ReplyT] = loop.create_future()
+        self._timeouts.add(reply, timeout_s, loop)
         left_ns = max(1, int(timeout_s * _NS))
         seq = -1
         try:
@@ -64,14 +65,13 @@ class Calls:
                 async with asyncio.timeout_at(end):
                     outbox = await self.wait_for_room(key, size)
                 left_ns = max(1, int((end - loop.time()) * _NS))
-            extra = Extra(len(outbox.batch), dict(headers or {}), left_ns, route.idempotent)
-            seq = self.append(outbox, route, key, body, extra, call)
-            reply: ReplyT = await call.reply
-            return reply
+            extra = Extra(len(outbox.batch), headers.copy() if headers else _NO_HEADERS, left_ns, route.idempotent)
+            seq = self.append(outbox, route, key, body, extra, Call(route.name, route.decode_reply, reply))
+            return await reply
         except TimeoutError:
             raise TimeoutError(_unanswered(route, outbox, seq, timeout_s)) from None
         finally:
-            timer.cancel()
+            self._timeouts.remove(reply, timeout_s)
             self.leave(outbox, seq)
 
     def stream(
@@ -88,7 +88,7 @@ class Calls:
         caller = _Caller(
             self, self._outboxes, route, key, body, flow, Extra(0, dict(headers or {}), 0, False, window=window), end
         )
-        return Stream(flow, caller, self._packing.reply_decoder(command), timeout_s)
+        return Stream(flow, caller, route.decode_reply, timeout_s)
 
     def _may_append(self, outbox: Outbox) -> bool:
         return not outbox.paused and len(outbox.commands) < self._limits.commands_in_flight_max
@@ -238,12 +238,6 @@ def _settle(call: Call, status: str, body: bytes) -> None:
     except Exception as error:  # what a reply type's own checks raise
         told = f"its reply is not as declared: {error}"
         call.reply.set_exception(CommandFailed(call.name, type(error).__name__, told))
-
-
-def _time_out(reply: asyncio.Future[Any]) -> None:
-    if not reply.done():
-        reply.set_exception(TimeoutError())
-        reply.exception()  # nobody may be left to see it
 
 
 def _unanswered(route: Route, outbox: Outbox, seq: int, timeout_s: float) -> str:

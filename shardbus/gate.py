@@ -74,10 +74,11 @@ class Gate:
             self._check_refusal()
             raise ClientClosed("the client is closed; use it inside its `async with` block")
 
-    def check_here(self) -> None:
-        """As `check`, and refuse another event loop than the client's. Not for the hot path: it costs 0.1 µs."""
+    def check_here(self) -> asyncio.AbstractEventLoop:
+        """As `check`, and refuse another event loop than the client's, which is returned. Not for what is published: it
+        costs 0.3 µs, a system call."""
         self.check()
-        self.loop()
+        return self.loop()
 
     def made_progress(self) -> None:
         """Something has changed that somebody may wait for."""

@@ -33,9 +33,11 @@ Packed = tuple[str, WireKey, bytes, dict[str, str] | None, int]
 
 
 class Route:
-    """How one message type is published."""
+    """How one message type is published; `decode_reply`: of a command, its replies, or the items of its stream."""
 
-    __slots__ = ("idempotent", "key_class", "key_of", "name", "type")
+    __slots__ = ("decode_reply", "idempotent", "key_class", "key_of", "name", "type")
+
+    decode_reply: Callable[[bytes], Any]
 
     def __init__(self, message_type: type[Message]) -> None:
         self.type = message_type
@@ -47,6 +49,8 @@ class Route:
         self.key_class: type | None = {"str": str, "int": int, "bytes": bytes, str: str, int: int, bytes: bytes}.get(
             annotation
         )
+        if issubclass(message_type, Command):
+            self.decode_reply = msgspec.msgpack.Decoder(reply_type(message_type)).decode
 
 
 class Part(Generic[TargetT]):
@@ -76,7 +80,6 @@ class Packing:
     def __init__(self, limits: Limits, known: Container[Any], check_open: Callable[[], None]) -> None:
         self.events: dict[type, Route] = {}
         self._commands: dict[type, Route] = {}
-        self._replies: dict[type, Callable[[bytes], Any]] = {}
         self._limits = limits
         self._known = known
         self._check_open = check_open
@@ -114,12 +117,7 @@ class Packing:
         if headers is not None:
             size_bytes += headers_bytes(headers, self._limits)
             headers = headers.copy() or None
-        key: Any = None
-        if route.key_of is not None:
-            key = route.key_of(event)
-            if key.__class__ is not route.key_class or key not in self._known:
-                key = to_wire_key(key)
-        return route.name, key, body, headers, size_bytes
+        return route.name, self._key_of(route, event), body, headers, size_bytes
 
     def pack_command(self, command: Command[Any], headers: dict[str, str] | None) -> tuple[Route, WireKey, bytes, int]:
         """A command, checked: its route, key, body, and the bytes of body and headers. Raises as `Client.execute`."""
@@ -128,18 +126,17 @@ class Packing:
             body = encode(command)
         except UNENCODABLE as error:
             raise cannot_encode(route, error) from error
-        key = None if route.key_of is None else to_wire_key(route.key_of(command))
+        key = self._key_of(route, command)
         size = len(body) + (0 if headers is None else headers_bytes(headers, self._limits))
         if len(body) > self._limits.event_bytes_max:
             raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
         return route, key, body, size
 
-    def reply_decoder(self, command: Command[Any]) -> Callable[[bytes], Any]:
-        """What decodes the replies of a command, or the items of its stream."""
-        decode = self._replies.get(type(command))
-        if decode is None:
-            decode = self._replies[type(command)] = msgspec.msgpack.Decoder(reply_type(type(command))).decode
-        return decode
+    def _key_of(self, route: Route, message: Message) -> WireKey:
+        if route.key_of is None:
+            return None
+        key: WireKey = route.key_of(message)
+        return key if key.__class__ is route.key_class and key in self._known else to_wire_key(key)
 
     def alike(self, events: Sequence[Event]) -> tuple[Route, list[Any]] | None:
         """The route of events of one keyed type, and their keys, in their normal form; None where they are not such."""

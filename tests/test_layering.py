@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("wire.frames",),
     ("wire.codec",),
     ("wire.session",),
-    ("outgoing", "packing", "gate"),
+    ("outgoing", "packing", "gate", "timeouts"),
     ("context",),
     ("signatures", "threads", "outlet"),
     ("filters",),
