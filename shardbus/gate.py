@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from threading import get_ident
 
 from shardbus.errors import BusRejected, ClientClosed, UsageError
 
@@ -38,6 +39,7 @@ class Gate:
         self._progress = asyncio.Event()
         self._waiters = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
 
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop of the client, which runs.
@@ -45,9 +47,15 @@ class Gate:
         Raises:
             UsageError: another one runs here, or none.
         """
-        if self._loop is None:
-            self._loop = asyncio._get_running_loop()
-        return check_loop(self._loop)
+        own = self._loop
+        if own is None:
+            own = self._loop = asyncio._get_running_loop()
+            self._thread = get_ident()
+        # If the client's own loop runs, and in this thread, no other one does. To ask which one runs is a system call in
+        # Python 3.11 (`getpid`), a twentieth of what a command costs.
+        elif self._thread == get_ident() and own.is_running():
+            return own
+        return check_loop(own)
 
     def open(self) -> None:
         """The bus was found, perhaps again. What has been shut stays so."""
@@ -76,7 +84,7 @@ class Gate:
 
     def check_here(self) -> asyncio.AbstractEventLoop:
         """As `check`, and refuse another event loop than the client's, which is returned. Not for what is published: it
-        costs 0.3 µs, a system call."""
+        costs 0.2 µs."""
         self.check()
         return self.loop()
 

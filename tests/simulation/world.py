@@ -86,6 +86,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def time(self) -> float:
         return self.now
 
+    def is_running(self) -> bool:
+        return asyncio._get_running_loop() is self
+
     def call_soon(  # type: ignore[override]  # a handle of its own
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> _Handle:
