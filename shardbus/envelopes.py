@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from msgspec.structs import replace
 
 from shardbus.clock import NowNs
-from shardbus.inbound import UNKNOWN, Delivery
+from shardbus.inbound import UNKNOWN, Delivery, Inbound
 from shardbus.registry import Plan
 from shardbus.routing import slot_of
 from shardbus.store import Envelope, ScheduledEvent, StoredDeadLetter, StoredScheduled, WaitingEvent
@@ -33,6 +33,27 @@ def envelope_of(delivery: Delivery) -> Envelope:
         ordinal=delivery.ordinal,
         intended_ns=delivery.intended_ns,
         attempt=delivery.attempt,
+    )
+
+
+def envelope_of_row(inbound: Inbound) -> Envelope:
+    """That of the present row of a batch, which carries no stamps."""
+    seq = inbound.next_seq - 1
+    at = seq - inbound.first
+    columns = inbound.columns
+    key = columns.keys[at]
+    extra = columns.extras.get(at) if columns.extras else None
+    return Envelope(
+        publisher=inbound.session.publisher,
+        seq=seq,
+        slot=slot_of(key),
+        type=columns.names if isinstance(columns.names, str) else columns.names[at],
+        key=key,
+        body=columns.apart()[at],
+        headers=extra.headers if extra is not None and extra.headers else None,
+        ordinal=0,
+        intended_ns=0,
+        attempt=inbound.attempt,
     )
 
 

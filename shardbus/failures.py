@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from types import CodeType, TracebackType
+from types import CodeType
 from typing import Any, Final
 
 import msgspec
@@ -69,18 +69,17 @@ class Failures:
         """
         own = _type_name(error)
         identity: list[Any] = [own]
-        code: list[CodeType] = []
-        step: TracebackType | None = error.__traceback__
+        step = error.__traceback__
         while step is not None:
-            code.append(step.tb_frame.f_code)
-            identity += (id(code[-1]), step.tb_lineno)
+            identity += (id(step.tb_frame.f_code), step.tb_lasti)  # and not its line: that has to be looked for
             step = step.tb_next
         cause = error.__cause__ or error.__context__
-        if cause is not None and cause.__traceback__ is not None:
-            code.append(cause.__traceback__.tb_frame.f_code)
-            identity += (type(cause).__name__, id(code[-1]), cause.__traceback__.tb_lineno)
+        if cause is not None and (step := cause.__traceback__) is not None:
+            identity += (type(cause).__name__, id(step.tb_frame.f_code), step.tb_lasti)
         known = self._places.get(tuple(identity))
         if known is None:
+            raised = [one.__traceback__ for one in (error, cause) if one is not None]
+            code = [frame.f_code for one in raised for frame, _ in traceback.walk_tb(one)]
             if len(self._places) >= _PLACES_MAX:
                 self._places.clear()
             told = self._told_from_the_handler(error)

@@ -342,6 +342,12 @@ class Inbound:
         """The plan of a row."""
         return self._plans if isinstance(self._plans, Plan) else self._plans[at]
 
+    @property
+    def present_plan(self) -> Plan:
+        """That of the present row."""
+        plans = self._plans
+        return plans if isinstance(plans, Plan) else plans[self.next_seq - 1 - self.first]
+
     def leave(self, first: int, end: int) -> int:
         """As `finish_before` the first of these rows, and leave them to whoever takes them out of the batch."""
         done = self.finish_before(first)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from shardbus.context import States
 from shardbus.errors import RemoteProtocolError
-from shardbus.inbound import Delivery
+from shardbus.inbound import Delivery, Inbound
 from shardbus.messages import WireKey
 from shardbus.outgoing import Outgoing
 from shardbus.store import Failure
@@ -45,6 +45,9 @@ class LaneHost(Protocol):
 
     def bury(self, delivery: Delivery, failure: Failure, *, parks: bool = False) -> None:
         """Make it a dead letter; when that is committed, finish it. Where it parks its key, call `parked` then."""
+
+    def bury_row(self, inbound: Inbound, failure: Failure) -> None:
+        """As `bury`, of the present row of a batch, which has no delivery: it was never apart."""
 
     def can_keep(self, deliveries: Sequence[Delivery]) -> bool:
         """Whether the store has room for them as waiting events."""

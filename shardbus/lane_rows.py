@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from shardbus.clock import NowNs
-from shardbus.envelopes import Envelopes, envelope_of, scheduled_event
+from shardbus.envelopes import Envelopes, envelope_of, envelope_of_row, scheduled_event
 from shardbus.failures import CRASHED
-from shardbus.inbound import Delivery
+from shardbus.inbound import Delivery, Inbound
 from shardbus.lane_reads import LaneRead
 from shardbus.log_throttle import LogThrottle, and_more
 from shardbus.messages import WireKey
 from shardbus.metrics import Recorder
 from shardbus.quarantine import Quarantine
 from shardbus.schedule import Schedule
-from shardbus.store import ROW_OVERHEAD_BYTES, DeadLetter, Failure, LaneHead, WaitingEvent
+from shardbus.store import ROW_OVERHEAD_BYTES, DeadLetter, Envelope, Failure, LaneHead, WaitingEvent
 from shardbus.store_writer import StoreWriter
 from shardbus.wire.session import WorkerSession
 
@@ -73,51 +73,63 @@ class LaneRows:
 
     def bury(self, delivery: Delivery, failure: Failure, *, parks: bool = False) -> None:
         """Write a dead letter; finish its event, and tell its parked lane, once that is committed."""
-        now_ns = self._wall()
         place = 0
         if parks:
             self._position += not delivery.position
             place = delivery.position or self._position
-        letter = DeadLetter(
-            envelope=envelope_of(delivery),
-            handlers=failure.handlers,
-            reason=failure.reason,
-            error_type=failure.error_type,
-            error=failure.error,
-            place=failure.place,
-            traceback=failure.traceback,
-            first_ns=delivery.first_ns or now_ns,
-            last_ns=now_ns,
-            epoch=self._epoch,
-            position=place,
-        )
-        self._recorder.count("dead")
-        self._tell(delivery, failure)
+        letter = self._letter(envelope_of(delivery), failure, delivery.first_ns, place)
 
         def committed() -> None:
             if failure.reason == CRASHED:
                 self._quarantine.clear(delivery.identity)
             if delivery.session is not None:
-                delivery.session.finish_dead(delivery.seq)
-                self._touched(delivery.session)
+                self._finish_dead(delivery.session, delivery.seq)
             if parks:
                 self._parked(delivery.key)
 
         row, then = self._instead(delivery, committed)
         self._writer.add_dead(letter, delivery.position, then, begun=row)
 
-    def _tell(self, delivery: Delivery, failure: Failure) -> None:
+    def bury_row(self, inbound: Inbound, failure: Failure) -> None:
+        """As `bury`, of the present row of a batch."""
+        letter = self._letter(envelope_of_row(inbound), failure, 0, 0)
+        self._writer.add_dead(letter, 0, partial(self._finish_dead, inbound.session, letter.envelope.seq))
+
+    def _letter(self, envelope: Envelope, failure: Failure, first_ns: int, position: int) -> DeadLetter:
+        """The dead letter of an event that has died now; counted, and told."""
+        now_ns = self._wall()
+        self._recorder.count("dead")
+        self._tell(envelope, failure)
+        return DeadLetter(
+            envelope=envelope,
+            handlers=failure.handlers,
+            reason=failure.reason,
+            error_type=failure.error_type,
+            error=failure.error,
+            place=failure.place,
+            traceback=failure.traceback,
+            first_ns=first_ns or now_ns,
+            last_ns=now_ns,
+            epoch=self._epoch,
+            position=position,
+        )
+
+    def _finish_dead(self, session: WorkerSession, seq: int) -> None:
+        session.finish_dead(seq)
+        self._touched(session)
+
+    def _tell(self, envelope: Envelope, failure: Failure) -> None:
         """Log a dead letter: the first of its kind, and after that one a minute, with how many there were.
 
         One whose handling ends workers is always logged: those are few.
         """
-        more = self._throttle.more_of((failure.reason, failure.handlers, failure.place or delivery.name))
+        more = self._throttle.more_of((failure.reason, failure.handlers, failure.place or envelope.type))
         if more is None and failure.reason != CRASHED:
             return
         log.warning(
             "dead letter: %s key=%r (%s%s): %s%s%s",
-            delivery.name,
-            delivery.key,
+            envelope.type,
+            envelope.key,
             failure.reason,
             f" in {', '.join(failure.handlers)}" if failure.handlers else "",
             f"{failure.error_type}: " if failure.error_type else "",

@@ -124,6 +124,7 @@ _KEY_RING_AT: Final = 4
 _HEAD_AT: Final = 5  # bytes that were ever appended to the log; the worker's
 _TAIL_AT: Final = 6  # of them, those that are folded; the supervisor's
 _COUNTERS_AT: Final = 8
+_COUNTER_AT: Final = {name: at for at, name in enumerate(COUNTERS, _COUNTERS_AT)}
 _ROW: Final = 16  # words a publisher
 _ID, _USED, _RETIRED, _REPEATS, _ANNOUNCED, _OUT_OF_ORDER, _MISSING, _UNCHECKED, _DEAD, _SAMPLES, _INCOMPLETE = (
     0,
@@ -224,7 +225,7 @@ class Recorder(_Mapped):
 
     def count(self, counter: str, by: int = 1) -> None:
         """Add to one of `COUNTERS`."""
-        self._words[_COUNTERS_AT + COUNTERS.index(counter)] += by
+        self._words[_COUNTER_AT[counter]] += by
 
     def add_handled(self, by: int) -> None:
         """Add to `handled`: the counter that is written once a slice."""

@@ -94,6 +94,7 @@ class Plan:
 
     `simple` is the handler itself where there is exactly one, for an event, `async def`, without context: the lanes await it
     directly, because that costs 62 ns and the general path three times as much. Otherwise it is None.
+    `dies_at_once` says of such an event that whatever its handler raises makes it a dead letter, which parks nothing.
     `batching` is that of the handler, which then is the only one; `together` says that nothing has to be known of each event
     before it is called, so that a stretch of a publisher's batch may be handed over as it came.
     `concludes` says that something is to be done in the message's place in its lane after its last handler.
@@ -107,6 +108,7 @@ class Plan:
         "concludes",
         "decode",
         "decode_all",
+        "dies_at_once",
         "encode_reply",
         "handlers",
         "is_command",
@@ -144,6 +146,7 @@ class Plan:
             and not (only.batching.by_key or only.batching.linger_s or only.where or only.breaker)
         )
         self.simple: Callable[[Any], Awaitable[None]] | None = only.call if only is not None and is_plain else None
+        self.dies_at_once = only is not None and is_plain and only.retry.attempts == 1 and not self._parking
 
     def parks(self, gave_up: tuple[str, ...]) -> bool:
         """Whether a dead letter parks its key: a handler that gave up asks for it, or any does, where none could run."""

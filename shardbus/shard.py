@@ -130,6 +130,7 @@ class Shard:
         self.malformed = self._publishers.malformed
         self.handled = recorder.add_handled
         self.bury = rows.bury
+        self.bury_row = rows.bury_row
         self.can_keep = rows.can_keep
         self.keep = rows.keep
         self.put_off = rows.put_off

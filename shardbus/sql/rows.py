@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
@@ -52,11 +53,17 @@ def _envelope_row(envelope: Envelope) -> tuple[Any, ...]:
     )
 
 
+@lru_cache(1024)
+def _handlers_text(names: tuple[str, ...]) -> str:
+    """Between lines of their own, so that each can be looked for."""
+    return "".join(f"\n{name}\n" for name in names)
+
+
 def dead_row(letter: DeadLetter) -> tuple[Any, ...]:
     """Values of `DEAD_COLUMNS`, in their order."""
     return (
         *_envelope_row(letter.envelope),
-        "".join(f"\n{name}\n" for name in letter.handlers),
+        _handlers_text(letter.handlers),
         letter.reason,
         storable(letter.error_type),
         storable(letter.error),

@@ -331,6 +331,48 @@ async def test_a_huge_traceback_is_cut_and_can_be_listed():
     assert "KeyError" in letter.traceback
 
 
+@pytest.mark.parametrize("stamped", [False, True])
+async def test_a_dead_letter_is_the_same_however_its_handler_is_called(stamped: bool):
+    """What is called once and dies never leaves its batch; with a context, or stamps, an event has a life of its own."""
+
+    def refuse(event: Step | Other) -> None:
+        if event.key in ("b", 3) or getattr(event, "n", 0) % 3:
+            raise ValueError(f"{event} is refused")
+        handled.append(event)
+
+    async def plain(event: Step | Other) -> None:
+        refuse(event)
+
+    async def knowing(event: Step | Other, _: Context) -> None:
+        refuse(event)
+
+    ends: list[object] = []
+    for handle in (plain, knowing):
+        bus = Bus("once")
+        bus.on(Step, retry=Retry(attempts=1))(handle)
+        bus.on(Other, retry=Retry(attempts=1))(handle)
+        handled: list[Event] = []
+        async with run_local(bus) as client:
+            for n in range(30):
+                event = Other(key=n % 5) if n % 7 == 0 else Step(key="abc"[n % 3], n=n)
+                headers = {"n": str(n)} if n % 2 else None
+                await client.publish(event, headers=headers, ordinal=n + 1 if stamped else 0)
+            ledger = await client.flush(10)
+            letters = await client.dead_letters()
+            evidence = await client.evidence([client.publisher])
+            assert await client.redrive() == len(letters)
+            while len(again := await client.dead_letters()) < len(letters):  # noqa: ASYNC110 - ends by its time-out
+                await asyncio.sleep(0.01)
+        assert (ledger.handled, ledger.dead) == (len(handled), len(letters))
+        assert all("in refuse" in letter.traceback and f"in {handle.__name__}" in letter.traceback for letter in letters)
+        found = [(one.id[32:], one.type, one.key, one.event, one.headers, one.error, one.attempts) for one in letters]
+        redied = [(one.type, one.headers, one.error, one.attempts) for one in again]
+        seen = [(one.distinct, one.dead, one.repeats, one.out_of_order) for one in evidence]
+        ends.append((handled, found, redied, seen))
+    assert ends[0] == ends[1]
+    assert bool(ends[0][3]) == stamped
+
+
 async def test_a_redriven_event_stays_behind_its_lane_when_that_goes_to_the_store(application: Application):
     bus = Bus("order")
     ran: list[int] = []
