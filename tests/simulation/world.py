@@ -186,6 +186,15 @@ class Pile(Event, key="key"):
     kind: str = "quick"
 
 
+class Once(Event, key="key"):
+    """Has one plain handler, which is called once; carries no stamps."""
+
+    key: str
+    n: int
+    sender: int
+    fails: bool
+
+
 class Late(Event, key="key"):
     """It is scheduled."""
 
@@ -315,6 +324,10 @@ class World(Cluster):
         self.leaving = random.Random(f"{seed}/leaving")
         self.later = random.Random(f"{seed}/later")
         self.schedules = self.later.random() < 0.15
+        self.onces = random.Random(f"{seed}/once")
+        self.once_share = self.onces.choice([0.0, 0.0, 0.2, 1.0])
+        self.once_sent: list[Once] = []
+        self.once_calls: dict[tuple[int, int], int] = defaultdict(int)  # by sender and number, in the order of the first
         self.scheduled: dict[tuple[int, int], Late] = {}  # by sender and number
         self.cancelled: set[tuple[int, int]] = set()
         self.asked_to_cancel: set[tuple[int, int]] = set()
@@ -347,6 +360,7 @@ class World(Cluster):
             linger_s=piles.choice([0.0, 0.0, 0.05]),
         )(self._handle_pile)
         self.registry.on(Late)(self._handle_late)
+        self.registry.on(Once, retry=Retry(attempts=1))(self._handle_once)
         self.registry.command(Sum)(self._sum)
         self.successors: set[asyncio.Task[None]] = set()
 
@@ -444,6 +458,13 @@ class World(Cluster):
     async def _handle_late(self, event: Late, context: Context) -> None:
         self.lates.append((event.sender, event.n, self.loop.now, context.attempt))
 
+    async def _handle_once(self, event: Once) -> None:
+        self.once_calls[event.sender, event.n] += 1
+        if event.n % 11 == 0:
+            await asyncio.sleep(0.05)
+        if event.fails and not (self.parks and self.once_calls[event.sender, event.n] > 2):
+            raise LookupError(f"{event.n} fails")
+
     def _sum(self, command: Sum) -> int:
         return self.sums[command.key]
 
@@ -534,6 +555,10 @@ class World(Cluster):
                 assert shard is None or shard.lanes.queued <= bound, "the lanes hold more than their bound"
             if chance.random() < 0.2:
                 await asyncio.sleep(chance.random() * 0.4)
+            while self.onces.random() < self.once_share / 2:
+                once = Once(key=key, n=len(self.once_sent), sender=number, fails=self.onces.random() < 0.7)
+                self.once_sent.append(once)
+                await client.publish(once, headers={"n": str(once.n)} if once.n % 5 == 0 else None)
             if self.schedules and self.later.random() < 0.3:
                 await self.schedule(client, number, key)
         self.ordinals[number] = dict(ordinals)
@@ -625,6 +650,7 @@ class World(Cluster):
         assert not self.broken
         for sender, ledger in enumerate(ledgers):
             published = self.events_each + sum(one == sender for one, _ in self.scheduled)
+            published += sum(one.sender == sender for one in self.once_sent)
             assert ledger.published == published == ledger.handled + ledger.dead + ledger.waiting
             assert ledger.in_flight == 0
         self.check()
@@ -661,6 +687,7 @@ class World(Cluster):
             assert one.failed == (not self.parks and one.kind == "bad" and one.handler == "first"), f"{one} had no outcome"
         bad = {(one.sender, one.key, one.n) for one in self.handlings if one.kind == "bad"}
         self.check_scheduled()
+        self.check_once()
         self.check_evidence()
         for rows in self.rows:
             assert rows.row_max == len(rows.dead) + rows.redriven + rows.purged + rows.dropped, "the store's ledger"
@@ -669,16 +696,18 @@ class World(Cluster):
         crashed = [msgspec.msgpack.decode(one.envelope.body, type=Note) for one in letters if one.reason == "crashed"]
         convicted = {(note.sender, note.key, note.n) for note in crashed}
         # What fails before it kills may have used up its attempts in the incarnations that others have ended.
-        failed = [msgspec.msgpack.decode(one.envelope.body, type=Note) for one in letters if one.reason == "failed"]
+        fallen = [one.envelope for one in letters if one.reason == "failed" and one.envelope.type != "Once"]
+        failed = [msgspec.msgpack.decode(one.body, type=Note) for one in fallen]
         gave_up = {(note.sender, note.key, note.n) for note in failed if note.kind == "flaky poison"}
         assert all("SIGABRT" in one.error for one in letters if one.reason == "crashed")
         # A kill from outside takes back what a crash before it had said.
         most = 4 * len(self.poison) + self.kills
         assert self.crashes <= most, f"{self.crashes} crashes and {self.kills} kills to find {len(self.poison)}"
-        doomed = len(bad) + len(self.poison)
+        once_doomed = sum(one.fails for one in self.once_sent)
+        doomed = len(bad) + len(self.poison) + once_doomed
         if self.parks:
             assert not letters
-            assert not dropped
+            assert not dropped or once_doomed  # only what parks nothing may be dropped
         elif dropped:
             # A dead letter that was dropped before its publisher heard of it is sent and dies again.
             assert len(letters) + dropped >= doomed if self.died else len(letters) + dropped == doomed
@@ -686,7 +715,17 @@ class World(Cluster):
         else:
             assert len(letters) == doomed
             assert convicted | gave_up == self.poison
+            once = [msgspec.msgpack.decode(one.envelope.body, type=Once) for one in letters if one.envelope.type == "Once"]
+            assert sorted(one.n for one in once) == [one.n for one in self.once_sent if one.fails], "dead letters of Once"
 
+    def check_once(self) -> None:
+        """Each was called, in the order of its key, and once where no worker died and nobody redrives."""
+        orders: dict[tuple[int, str], list[int]] = defaultdict(list)
+        for sender, n in self.once_calls:
+            orders[sender, self.once_sent[n].key].append(n)
+        assert all(numbers == sorted(numbers) for numbers in orders.values()), "overtaken"
+        assert len(self.once_calls) == len(self.once_sent), "lost"
+        assert self.died or self.parks or set(self.once_calls.values()) <= {1}, "called again, and no worker died"
 
     def check_scheduled(self) -> None:
         """Each was handled, not before it was due, and not where cancelling it succeeded."""
