@@ -110,7 +110,7 @@ class Calls:
         batch = outbox.batch
         batch.add(route.name, key, body)
         batch.extras.append(extra)
-        seq = outbox.session.next_seq + len(batch) - 1
+        seq = outbox.session.next_seq + extra.at
         outbox.commands[seq] = call
         (outbox.open_idempotent if extra.idempotent else outbox.open_commands).append(seq)
         outbox.command_seqs.add(seq)
