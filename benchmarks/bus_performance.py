@@ -120,7 +120,7 @@ async def sustained(address: str, options: argparse.Namespace) -> tuple[list[Che
 
 async def latency(address: str, options: argparse.Namespace) -> tuple[list[Check], list[Report]]:
     """Response times under load, events arriving at random as independent users come."""
-    reports = await scenarios.paced(address, options.latency, "poisson")
+    reports = await scenarios.paced(address, options.latency, arrivals="poisson")
     times = reports[-1].latency_us
     more = () if times is None else (times.p90, times.p99_9, times.max)
     shown = " ".join(f"{value / 1000:,.3f}" for value in more) or "not measured"

@@ -1,6 +1,7 @@
 """A check in seconds: does the bus run here, how fast, and how late? Ends within 30 seconds.
 
-Two workers: 20,000 events/s for some seconds, then as many as the bus takes, then commands one after another.
+Two workers: 10,000 events/s for some seconds, at which the reference asked for a p99 below 10 ms, then as many as the bus
+takes, then commands one after another.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ _RATE_MIN = 250_000.0  # two workers and a publisher share the cores; 20 times t
 async def benchmark(options: argparse.Namespace) -> int:
     """Measure, and print; the exit code."""
     async with scenarios.private_bus(_WORKERS) as address:
-        paced = await scenarios.paced(address, options.duration)
+        paced = await scenarios.paced(address, options.duration, rate=scenarios.REFERENCE_PACE)
         fast = await scenarios.full_speed(address, options.duration)
         commands = await scenarios.round_trips(address, _COMMANDS)
     checks: list[Check] = [
-        *scenarios.latency_checks(paced[-1], p99_us_max=options.p99_us),
+        *scenarios.latency_checks(paced[-1], p99_us_max=options.p99_us, aims=False),
         scenarios.sound("full speed, workers: 2", fast),
         scenarios.at_least(
             "events finished, full speed",

@@ -26,7 +26,7 @@ def is_count(value: object) -> bool:
 
 def check_seconds(name: str, value: Any, *, zero: bool = False) -> None:
     """Refuse what is no number of seconds above 0 (`zero`: from 0 on), up to `SECONDS_MAX`. Raises `UsageError`."""
-    if value.__class__ is float and 0 < value <= SECONDS_MAX:
+    if (value.__class__ is float or value.__class__ is int) and 0 < value <= SECONDS_MAX:
         return  # nearly always
     if not is_number(value) or not 0 <= value <= SECONDS_MAX or (value == 0 and not zero):
         raise UsageError(f"{name}={value!r}: give seconds {'from 0 on' if zero else 'above 0'}, up to {SECONDS_MAX:,}")

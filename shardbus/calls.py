@@ -55,7 +55,7 @@ class Calls:
         outbox = self._outboxes.of(key)
         reply: asyncio.Future[ReplyT] = loop.create_future()
         self._timeouts.add(reply, timeout_s, loop)
-        left_ns = max(1, int(timeout_s * _NS))
+        left_ns = int(timeout_s * _NS) or 1
         seq = -1
         try:
             if self._may_append(outbox):
