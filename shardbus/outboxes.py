@@ -114,8 +114,8 @@ def publishers_bound(limits: Limits) -> Bound:
     )
 
 
-class Call(msgspec.Struct, gc=False):
-    """A command whose reply is awaited. Whoever waits knows the reply and not this, so it is in no ring."""
+class Call(msgspec.Struct):
+    """A command whose reply is awaited."""
 
     name: str
     decode: Callable[[bytes], Any]

@@ -39,7 +39,7 @@ _READS_MAX: Final = 64  # between two transactions, so that writes and their ack
 _LANES_BYTES_MAX: Final = 4 * 1024 * 1024  # of the bodies that are read back for some lanes at once
 
 
-class Burial(msgspec.Struct, frozen=True, gc=False):
+class Burial(msgspec.Struct, frozen=True):
     """A dead letter to write, and the waiting row that it takes the place of (0: none)."""
 
     letter: DeadLetter
@@ -48,7 +48,7 @@ class Burial(msgspec.Struct, frozen=True, gc=False):
     begun: int = 0  # the row of the scheduled event that it takes the place of
 
 
-class Keeping(msgspec.Struct, frozen=True, gc=False):
+class Keeping(msgspec.Struct, frozen=True):
     """A waiting event to write, and the row of the dead letter or scheduled event that it was (0: none): that makes room."""
 
     event: WaitingEvent
