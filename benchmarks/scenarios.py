@@ -26,7 +26,6 @@ from loadgen import LoadError, LoadSpec, Report, run_async
 from loadgen.histogram import Percentiles, percentiles_us
 from loadgen.machine import Machine, this_machine
 from loadgen.processes import end_as_on_interrupt, own_address, started, started_bus
-from loadgen.report import Verdict
 from loadgen.spec import Arrivals, Call
 from shardbus.demo import GetCount, Tick
 
@@ -60,7 +59,7 @@ SHOWN: Final = "shown"
 """The target of what is only told."""
 
 _KEYS: Final = 1000
-_PACED_RUNS_MAX: Final = 3
+_OFFERED_MIN: Final = 0.99  # of what was to be sent, by a generator that was late and spoils nothing
 _WARM_CALLS: Final = 200
 _SESSIONS_S: Final = 5.0  # workers say once a second how many they remember
 
@@ -118,7 +117,7 @@ def at_most_us(
         name=name,
         measured="not measured" if value_us is None else f"{value_us / 1000:,.3f} ms",
         target=SHOWN if target_us is None else _at_most(target_us),
-        passed=value_us is not None and (target_us is None or value_us <= target_us),
+        passed=target_us is None or (value_us is not None and value_us <= target_us),
         aim="" if aim_us is None else _at_most(aim_us),
         aim_reached=aim_us is None or (value_us is not None and value_us <= aim_us),
         reference=reference,
@@ -138,28 +137,32 @@ def counted(name: str, found: int, wanted: int = 0) -> Check:
 def sound(name: str, report: Report, *, punctual: bool = True) -> Check:
     """Whether a run kept every promise and its own schedule; without that, its figures mean nothing.
 
-    Not `punctual`: its latency is not what it was for, and a generator that was late by some milliseconds spoils nothing.
+    Not `punctual`: its latency is not what it was for, so a generator that was late with events, and has sent them all the
+    same, spoils nothing.
     """
-    good: tuple[Verdict, ...] = ("ok",) if punctual else ("ok", "generator-bound")
+    late = report.verdict == "generator-bound" and report.achieved_rate >= _OFFERED_MIN * (report.offered_rate or 0.0)
     return Check(
         name=name,
         measured=report.verdict,
-        target=" or ".join(good),
-        passed=report.verdict in good,
+        target="ok" if punctual else f"ok, or late with {_OFFERED_MIN:.0%}",
+        passed=report.verdict == "ok" or (late and not punctual),
         why="; ".join(report.reasons),
     )
 
 
-def latency_checks(report: Report, *, p99_us_max: int, what: str = "", aims: bool = True) -> list[Check]:
-    """The targets of a paced run: its verdict, and two percentiles from the intended instant to the handler's end.
+def latency_checks(reports: Sequence[Report], *, p99_us_max: int, what: str = "", aims: bool = True) -> list[Check]:
+    """The targets of the last of these paced runs: its verdict, and two percentiles from the intended instant to the
+    handler's end.
 
     The aims are of 20,000 events/s.
     """
+    report = reports[-1]
     p50_us, p99_us = (report.latency_us.p50, report.latency_us.p99) if report.latency_us else (None, None)
     silence = report.notes[0].removeprefix("no latency: ") if report.latency_us is None and report.notes else ""
     at = f"at {report.offered_rate or 0:,.0f}/s, {what or f'workers: {len(report.workers)}'}"
+    again = "" if len(reports) == 1 else f", run {len(reports)}"
     return [
-        sound(f"paced run {at}", report),
+        sound(f"paced run {at}{again}", report),
         at_most_us(f"latency p50 {at}", p50_us, None, aim_us=P50_US_AIM if aims else None, why=silence),
         at_most_us(
             f"latency p99 {at}",
@@ -218,19 +221,19 @@ async def full_speed(address: str, duration_s: float, call: Call = "publish_many
 
 
 async def paced(
-    address: str, duration_s: float, *, rate: float = PACED_RATE, arrivals: Arrivals = "even"
+    address: str, duration_s: float, *, rate: float = PACED_RATE, arrivals: Arrivals = "even", runs_max: int = 3
 ) -> list[Report]:
     """A constant rate, after a second of warm-up, until a run whose generator kept its schedule; the last one counts.
 
     A run that was generator-bound has measured the machine and not the bus, and quotes no latency: it is told, kept and done
-    again, up to twice.
+    again.
     """
     spec = LoadSpec(
         rate=rate, arrivals=arrivals, address=address, duration_s=duration_s, warmup_s=1.0, keys=_KEYS
     )
     reports = [await run_async(spec)]
-    while reports[-1].verdict == "generator-bound" and len(reports) < _PACED_RUNS_MAX:
-        print(f"paced run {len(reports)} of up to {_PACED_RUNS_MAX}: {'; '.join(reports[-1].reasons)}", flush=True)
+    while reports[-1].verdict == "generator-bound" and len(reports) < runs_max:
+        print(f"paced run {len(reports)} of up to {runs_max}: {'; '.join(reports[-1].reasons)}", flush=True)
         reports.append(await run_async(spec))
     return reports
 

@@ -13,8 +13,10 @@ import msgspec
 from loadgen.pacer import Stage
 
 Call = Literal["publish_many", "publish"]
-Arrivals = Literal["even", "poisson"]
 """Which call of the client sends the events."""
+
+Arrivals = Literal["even", "poisson"]
+"""When they are due: at equal distances, or at random ones."""
 
 RATE_MAX: Final = 10_000_000.0  # events per second; above what any process here can offer
 RATE_MIN: Final = 0.001  # events per second; the pacer's resolution

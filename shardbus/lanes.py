@@ -549,8 +549,8 @@ class Lanes:
             self._settle_failed(self._overtaken(token, key), error)
             return
         plan = cursor.present_plan
-        if plan.dies_at_once and cursor.recorder is None and not self._quarantine.suspects:
-            # It needs no life of its own, because nothing of it can come back: that saves a third.
+        if plan.dies_at_once and cursor.recorder is None:
+            # It needs no life of its own, because it is not called again: that saves a third.
             self._host.handled(cursor.hold() + 1)
             self._host.bury_row(cursor, self._failures.of_handler(plan.handlers[0].name, error, "failed"))
         else:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-_RESOLUTION_S: Final = 0.001  # of the timers of some event loops
+_ROUNDING_S: Final = 1e-6  # of instants that are sums of others
 
 
 class Timeouts:
     """The futures of one event loop that are to end in time. Bounded by what is waited for.
 
     What waits equally long ends in the order in which it began. So each length is a queue, and its head alone needs a timer.
+    Where every length is another, each costs what its timer does, and as much again.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class Timeouts:
 
     def _ring(self, timeout_s: float, loop: asyncio.AbstractEventLoop) -> None:
         queue = self._queues[timeout_s]
-        now_s = loop.time() + _RESOLUTION_S
+        now_s = loop.time() + _ROUNDING_S
         over: list[asyncio.Future[Any]] = []
         for future, due_s in queue.due_s.items():
             if due_s > now_s:

@@ -360,12 +360,18 @@ async def test_a_dead_letter_is_the_same_however_its_handler_is_called(stamped: 
             ledger = await client.flush(10)
             letters = await client.dead_letters()
             evidence = await client.evidence([client.publisher])
+            status = await client.status()
             assert await client.redrive() == len(letters)
             while len(again := await client.dead_letters()) < len(letters):  # noqa: ASYNC110 - ends by its time-out
                 await asyncio.sleep(0.01)
         assert (ledger.handled, ledger.dead) == (len(handled), len(letters))
         assert all("in refuse" in letter.traceback and f"in {handle.__name__}" in letter.traceback for letter in letters)
-        found = [(one.id[32:], one.type, one.key, one.event, one.headers, one.error, one.attempts) for one in letters]
+        found = [
+            (one.id[32:], one.type, one.key, one.event, one.headers, one.reason, one.error_type, one.error, one.attempts)
+            for one in letters
+        ]
+        assert all([name.rpartition(".")[2] for name in one.handlers] == [handle.__name__] for one in letters)
+        assert status["workers"][0]["handled"] == 30
         redied = [(one.type, one.headers, one.error, one.attempts) for one in again]
         seen = [(one.distinct, one.dead, one.repeats, one.out_of_order) for one in evidence]
         ends.append((handled, found, redied, seen))

@@ -186,7 +186,7 @@ class Pile(Event, key="key"):
     kind: str = "quick"
 
 
-class Once(Event, key="key"):
+class Once(Event, key="key", frozen=True):
     """Has one plain handler, which is called once; carries no stamps."""
 
     key: str
@@ -715,8 +715,13 @@ class World(Cluster):
         else:
             assert len(letters) == doomed
             assert convicted | gave_up == self.poison
-            once = [msgspec.msgpack.decode(one.envelope.body, type=Once) for one in letters if one.envelope.type == "Once"]
-            assert sorted(one.n for one in once) == [one.n for one in self.once_sent if one.fails], "dead letters of Once"
+            envelopes = [one.envelope for one in letters if one.envelope.type == "Once"]
+            once = {msgspec.msgpack.decode(one.body, type=Once): one.attempt for one in envelopes}
+            assert len(once) == len(envelopes) == once_doomed, "dead letters of what is called once"
+            assert all(one.fails for one in once)
+            assert all(
+                attempt > 1 or self.once_calls[one.sender, one.n] == 1 for one, attempt in once.items()
+            ), "it was called again, and its dead letter does not say so"
 
     def check_once(self) -> None:
         """Each was called, in the order of its key, and once where no worker died and nobody redrives."""

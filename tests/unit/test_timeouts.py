@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -65,12 +66,36 @@ async def test_what_was_removed_does_not_end_and_holds_up_nobody(timeouts: Timeo
     assert not first.done()
 
 
-async def test_what_is_done_when_it_is_due_stays_as_it_is(timeouts: Timeouts) -> None:
+async def test_what_is_done_when_it_is_due_stays_as_it_is_and_holds_up_nobody(timeouts: Timeouts) -> None:
     with Clock(lambda: None) as clock:
-        future = Waits(timeouts, clock).begin("done", 1.0)
+        waits = Waits(timeouts, clock)
+        future, behind = waits.begin("done", 1.0), waits.begin("behind", 1.0)
         future.set_result("reply")
         await clock.advance(2.0)
     assert future.result() == "reply"
+    assert waits.ended_s == {"done": 0.0, "behind": 1.0}
+    assert isinstance(behind.exception(), TimeoutError)
+
+
+async def test_short_ones_of_one_length_do_not_end_with_the_first_of_them(timeouts: Timeouts) -> None:
+    with Clock(lambda: None) as clock:
+        waits = Waits(timeouts, clock)
+        for n in range(4):
+            waits.begin(str(n), 0.001)
+            await clock.advance(0.0003)
+        await clock.advance(0.1)
+    assert waits.ended_s == {"0": 0.001, "1": 0.0013, "2": 0.0016, "3": 0.0019}
+
+
+async def test_one_that_nobody_sees_is_not_told_of_by_the_loop(timeouts: Timeouts) -> None:
+    told: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: told.append(context))
+    with Clock(lambda: None) as clock:
+        timeouts.add(loop.create_future(), 1.0, loop)
+        await clock.advance(2.0)
+        gc.collect()
+    assert not told
 
 
 async def test_the_last_one_takes_its_timer_along(timeouts: Timeouts) -> None:
