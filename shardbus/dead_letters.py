@@ -37,8 +37,9 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
     `id` is the event's `context.message_id`. `handlers` are those that gave up, and that a redrive runs. `body` is the
     event as it travelled; `event` shows it as plain data, where it decodes. `traceback` begins with the handler, and is
-    stored once for each place that raised, so it ends with the error's type; the text is in `error`. Times are UTC: it died
-    first at `first_at`, however often it was redriven since, and last at `last_at`.
+    stored once for each place that raised, so there are types of errors in it, and no texts: those are in `error`, with
+    notes, and with what caused it, was being handled, or is in its group. Times are UTC: it died first at `first_at`,
+    however often it was redriven since, and last at `last_at`.
     `parked`: later events of its key wait until it is redriven or purged.
     """
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import traceback
+from collections.abc import Iterator
 from types import CodeType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 import xxhash
@@ -26,6 +27,20 @@ _ERROR_CHARS_MAX: Final = 2000
 _TRACEBACK_CHARS_MAX: Final = 32_000
 _REPLY_TRACEBACK_CHARS_MAX: Final = 16_000
 _PLACES_MAX: Final = 1024
+
+
+_LINKS_MAX: Final = 16  # of an error with what led to it: more are not told
+
+_How = Literal["", "caused by", "while handling", "in it"]
+_Link = tuple[_How, BaseException]
+"""An error, and what it was to the one that it led to; empty: that is the one."""
+
+_BETWEEN: Final[dict[_How, str]] = {
+    "": "",
+    "caused by": "\n\nThe above exception was the direct cause of the following exception:\n\n",
+    "while handling": "\n\nDuring handling of the above exception, another exception occurred:\n\n",
+    "in it": "\n\nThe above exception is in the group below:\n\n",
+}
 
 
 class HandlerTimeout(TimeoutError):
@@ -45,12 +60,13 @@ class Failures:
 
     def of_handler(self, name: str, error: BaseException, reason: str) -> Failure:
         """The outcome of an event that a handler gave up."""
-        place, text = self.place_of(error)
+        links = _links_of(error)
+        place, text = self._place_of(links)
         return Failure(
             handlers=(name,),
             reason=reason,
             error_type=_type_name(error),
-            error=_text_of(error),
+            error=_text_of_all(links),
             place=place,
             traceback=text,
         )
@@ -60,39 +76,42 @@ class Failures:
         text = "".join(self._told_from_the_handler(error).format())[-_REPLY_TRACEBACK_CHARS_MAX:]
         return failed_reply(_type_name(error), _text_of(error), _sound(text))
 
-    def place_of(self, error: BaseException) -> tuple[str, str]:
+    def _place_of(self, links: list[_Link]) -> tuple[str, str]:
         """The identity of where an error was raised, and its stack as text, formatted once for each distinct place.
 
-        So it ends with the error's type: with its text, which the dead letter has, each would be a place of its own.
-        Formatting takes 37 µs, finding the place 1. Code is known by its id, because its hash is that of all its constants;
-        what is remembered holds the code, so that no other gets it.
+        So it has types of errors in it, and no texts: all dead letters of a place share it, and with a text each would be a
+        place of its own. Formatting takes 37 µs, finding the place 1. Code is known by its id, because its hash is that of
+        all its constants; what is remembered holds the code, so that no other gets it.
         """
-        own = _type_name(error)
-        identity: list[Any] = [own]
-        step = error.__traceback__
-        while step is not None:
-            identity += (id(step.tb_frame.f_code), step.tb_lasti)  # and not its line: that has to be looked for
-            step = step.tb_next
-        cause = error.__cause__ or error.__context__
-        if cause is not None and (step := cause.__traceback__) is not None:
-            identity += (type(cause).__name__, id(step.tb_frame.f_code), step.tb_lasti)
+        identity: list[Any] = []
+        for how, one in links:
+            identity += (how, _type_name(one))
+            step = one.__traceback__
+            while step is not None:
+                identity += (id(step.tb_frame.f_code), step.tb_lasti)  # and not its line: that has to be looked for
+                step = step.tb_next
         known = self._places.get(tuple(identity))
         if known is None:
-            raised = [one.__traceback__ for one in (error, cause) if one is not None]
-            code = [frame.f_code for one in raised for frame, _ in traceback.walk_tb(one)]
+            code = [frame.f_code for _, one in links for frame, _ in traceback.walk_tb(one.__traceback__)]
             if len(self._places) >= _PLACES_MAX:
                 self._places.clear()
-            told = self._told_from_the_handler(error)
-            if cause is None:
-                text = "".join(["Traceback (most recent call last):\n", *told.stack.format(), own])
-            else:
-                text = "".join(told.format())
-            if len(text) > _TRACEBACK_CHARS_MAX:  # with a cause, it has whole error texts in it
+            text = "".join(self._stacks(links))
+            if len(text) > _TRACEBACK_CHARS_MAX:
                 half = _TRACEBACK_CHARS_MAX // 2
                 text = f"{text[:half]}\n… {len(text) - 2 * half:,} characters …\n{text[-half:]}"
             place = xxhash.xxh3_128_hexdigest(text.encode("utf-8", "replace"))
             known = self._places[tuple(identity)] = (place, text, code)
         return known[:2]
+
+    def _stacks(self, links: list[_Link]) -> Iterator[str]:
+        """The stacks of an error and of what led to it, which comes first; without the frames of ours before a handler's."""
+        for how, one in reversed(links):
+            stack = traceback.extract_tb(one.__traceback__)
+            del stack[: next((at for at, frame in enumerate(stack) if frame.filename not in self._our_files), len(stack))]
+            if stack:
+                yield "Traceback (most recent call last):\n"
+                yield from stack.format()
+            yield _type_name(one) + _BETWEEN[how]
 
     def _told_from_the_handler(self, error: BaseException) -> traceback.TracebackException:
         """An error and what caused it, without the frames of ours that led to the handler."""
@@ -169,6 +188,48 @@ def _given_up(delivery: Delivery) -> tuple[str, ...]:
 
 def _type_name(error: BaseException) -> str:
     return TimeoutError.__name__ if isinstance(error, HandlerTimeout) else type(error).__name__
+
+
+def _links_of(error: BaseException) -> list[_Link]:
+    """An error and, behind it, what led to it and what is in it, as far as that is told."""
+    links: list[_Link] = [("", error)]
+    if error.__cause__ is None and error.__context__ is None and not isinstance(error, BaseExceptionGroup):
+        return links  # nearly always
+    seen = {id(error)}
+    open_links = _led_to(error)
+    while open_links and len(links) < _LINKS_MAX:
+        how, one = open_links.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            links.append((how, one))
+            open_links += _led_to(one)
+    return links
+
+
+def _led_to(error: BaseException) -> list[_Link]:
+    """What led to an error at once, what is told first as the last one."""
+    found: list[_Link] = []
+    if error.__cause__ is not None:
+        found.append(("caused by", error.__cause__))
+    elif error.__context__ is not None and not error.__suppress_context__:
+        found.append(("while handling", error.__context__))
+    if isinstance(error, BaseExceptionGroup):
+        found += [("in it", one) for one in reversed(error.exceptions)]
+    return found
+
+
+def _text_of_all(links: list[_Link]) -> str:
+    """The text of an error, its notes, and the same of what led to it: none of that is in the traceback."""
+    error = links[0][1]
+    if isinstance(error, HandlerTimeout) or (len(links) == 1 and not hasattr(error, "__notes__")):
+        return _text_of(error)  # what led to a time-out is how handlers are ended
+    parts = []
+    for how, one in links:
+        text = text_of(one)
+        parts.append(f"{how} {_type_name(one)}{text and ': '}{text}" if how else text)
+        notes = getattr(one, "__notes__", ())
+        parts += [note for note in notes if isinstance(note, str)] if isinstance(notes, list | tuple) else []
+    return _sound("; ".join(parts)[:_ERROR_CHARS_MAX])
 
 
 def _text_of(error: BaseException) -> str:

@@ -102,34 +102,97 @@ def test_errors_of_one_line_have_one_place_whatever_their_texts(failures: Failur
 
 def test_the_cause_of_an_error_is_part_of_its_place(failures: Failures):
     error = raised(one)
-    alone = failures.place_of(error)
+    alone = failures.of_handler("h", error, "failed")
     error.__cause__ = raised(other)
-    assert failures.place_of(error)[0] != alone[0]
+    assert failures.of_handler("h", error, "failed").place != alone.place
+
+
+def test_what_led_to_an_error_is_told_with_each_and_shared_by_none(failures: Failures):
+    """A traceback is stored once for its place, so no text of an error may stand in it."""
+    alice, bob = (failures.of_handler("h", raised(caused, name), "failed") for name in ("alice", "bob"))
+    assert (alice.place, alice.traceback) == (bob.place, bob.traceback)
+    assert bob.error == "bob; caused by KeyError: 'bob'"
+    assert "alice" not in bob.traceback
+    assert bob.traceback.index("KeyError") < bob.traceback.index("direct cause") < bob.traceback.rindex("ValueError")
+
+
+def test_what_was_being_handled_is_told_unless_it_was_suppressed(failures: Failures):
+    error = raised(one, "outer")
+    error.__context__ = raised(other, "inner")
+    told = failures.of_handler("h", error, "failed")
+    assert told.error == "outer; while handling ValueError: inner"
+    assert "During handling" in told.traceback
+    error.__suppress_context__ = True
+    told = failures.of_handler("h", error, "failed")
+    assert (told.error, told.traceback.count("ValueError")) == ("outer", 1)  # its type
+
+
+def test_what_is_in_a_group_is_told(failures: Failures):
+    inner = raised(caused, "away")
+    told = failures.of_handler("h", ExceptionGroup("of two", [inner, raised(other, "late")]), "failed")
+    assert told.error == (
+        "of two (2 sub-exceptions); in it ValueError: away; caused by KeyError: 'away'; in it ValueError: late"
+    )
+    assert told.traceback.endswith("\n\nThe above exception is in the group below:\n\nExceptionGroup")
+    assert told.traceback.count("in the group below") == 2
+
+
+def test_notes_are_told(failures: Failures):
+    error = raised(one, "no")
+    error.add_note("tenant acme")
+    told = failures.of_handler("h", error, "failed")
+    assert told.error == "no; tenant acme"
+    assert "acme" not in told.traceback
+    error.__notes__ = 5
+    assert failures.of_handler("h", error, "failed").error == "no"
+
+
+def test_a_ring_of_causes_ends(failures: Failures):
+    first, second = raised(one, "first"), raised(other, "second")
+    first.__cause__, second.__cause__ = second, first
+    assert failures.of_handler("h", first, "failed").error == "first; caused by ValueError: second"
+
+
+def test_more_than_a_few_causes_are_not_told(failures: Failures):
+    error = raised(one, "0")
+    innermost: BaseException = error
+    for at in range(1, 100):
+        innermost.__cause__ = raised(other, str(at))
+        innermost = innermost.__cause__
+    told = failures.of_handler("h", error, "failed")
+    assert told.error.count("caused by") == 15
+    assert len(told.traceback) < 33_000
 
 
 def test_a_traceback_begins_behind_our_frames_and_ends_with_the_type(failures: Failures):
-    _, text = failures.place_of(raised(one, "secret"))
+    text = failures.of_handler("h", raised(one, "secret"), "failed").traceback
     head, first, *_, last = text.splitlines()
     assert head.startswith("Traceback")
     assert 'File "app.py"' in first
     assert last == "ValueError"
     assert __file__ not in text
-    assert __file__ in Failures(()).place_of(raised(one))[1]
+    assert __file__ in Failures(()).of_handler("h", raised(one), "failed").traceback
 
 
-def test_a_traceback_is_bounded_whatever_texts_its_causes_have(failures: Failures):
-    _, text = failures.place_of(raised(caused, "x" * 1_000_000))
-    assert len(text) < 33_000
-    assert "characters …" in text
-    assert text.startswith("Traceback")
+def test_a_traceback_is_bounded_however_deep_and_a_text_however_long(failures: Failures):
+    def deep(left: int, text: str) -> None:
+        code = deep.__code__.replace(co_filename=f"{'x' * 500}{left}.py")
+        deeper = FunctionType(code, globals(), closure=deep.__closure__)
+        raise ValueError(text) if not left else deeper(left - 1, text)  # type: ignore[func-returns-value]
+
+    told = failures.of_handler("h", raised(lambda text: deep(100, text), "x" * 1_000_000), "failed")
+    assert len(told.error) == 2000
+    assert len(told.traceback) < 33_000
+    assert "characters …" in told.traceback
+    assert told.traceback.startswith("Traceback")
 
 
 def test_places_are_found_again_when_more_were_seen_than_are_remembered(failures: Failures):
-    before = failures.place_of(raised(one))
+    before = failures.of_handler("h", raised(one), "failed")
     for at in range(1100):
-        failures.place_of(raised(from_file(_one, f"app{at}.py")))
+        failures.of_handler("h", raised(from_file(_one, f"app{at}.py")), "failed")
     assert len(failures._places) <= 1024
-    assert failures.place_of(raised(one)) == before
+    assert failures.of_handler("h", raised(one), "failed") == before
 
 
 # -- texts
