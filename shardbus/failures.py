@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import CodeType
 from typing import Any, Final, Literal
 
@@ -29,7 +29,7 @@ _REPLY_TRACEBACK_CHARS_MAX: Final = 16_000
 _PLACES_MAX: Final = 1024
 
 
-_LINKS_MAX: Final = 16  # of an error with what led to it: more are not told
+_LED_TO_MAX: Final = 15  # errors that led to one, or are in it: more are not told
 
 _How = Literal["", "caused by", "while handling", "in it"]
 _Link = tuple[_How, BaseException]
@@ -60,13 +60,13 @@ class Failures:
 
     def of_handler(self, name: str, error: BaseException, reason: str) -> Failure:
         """The outcome of an event that a handler gave up."""
-        links = _links_of(error)
-        place, text = self._place_of(links)
+        led = _led_to(error)
+        place, text = self._place_of(error, led)
         return Failure(
             handlers=(name,),
             reason=reason,
             error_type=_type_name(error),
-            error=_text_of_all(links),
+            error=_text_of_all(error, led),
             place=place,
             traceback=text,
         )
@@ -76,22 +76,21 @@ class Failures:
         text = "".join(self._told_from_the_handler(error).format())[-_REPLY_TRACEBACK_CHARS_MAX:]
         return failed_reply(_type_name(error), _text_of(error), _sound(text))
 
-    def _place_of(self, links: list[_Link]) -> tuple[str, str]:
+    def _place_of(self, error: BaseException, led: Sequence[_Link]) -> tuple[str, str]:
         """The identity of where an error was raised, and its stack as text, formatted once for each distinct place.
 
         So it has types of errors in it, and no texts: all dead letters of a place share it, and with a text each would be a
         place of its own. Formatting takes 37 µs, finding the place 1. Code is known by its id, because its hash is that of
         all its constants; what is remembered holds the code, so that no other gets it.
         """
-        identity: list[Any] = []
-        for how, one in links:
+        identity: list[Any] = [_type_name(error)]
+        _add_stack(identity, error)
+        for how, one in led:
             identity += (how, _type_name(one))
-            step = one.__traceback__
-            while step is not None:
-                identity += (id(step.tb_frame.f_code), step.tb_lasti)  # and not its line: that has to be looked for
-                step = step.tb_next
+            _add_stack(identity, one)
         known = self._places.get(tuple(identity))
         if known is None:
+            links: list[_Link] = [("", error), *led]
             code = [frame.f_code for _, one in links for frame, _ in traceback.walk_tb(one.__traceback__)]
             if len(self._places) >= _PLACES_MAX:
                 self._places.clear()
@@ -190,23 +189,30 @@ def _type_name(error: BaseException) -> str:
     return TimeoutError.__name__ if isinstance(error, HandlerTimeout) else type(error).__name__
 
 
-def _links_of(error: BaseException) -> list[_Link]:
-    """An error and, behind it, what led to it and what is in it, as far as that is told."""
-    links: list[_Link] = [("", error)]
+def _add_stack(identity: list[Any], error: BaseException) -> None:
+    step = error.__traceback__
+    while step is not None:
+        identity += (id(step.tb_frame.f_code), step.tb_lasti)  # and not its line: that has to be looked for
+        step = step.tb_next
+
+
+def _led_to(error: BaseException) -> Sequence[_Link]:
+    """What led to an error, or is in it, as far as that is told: nothing, for nearly all."""
     if error.__cause__ is None and error.__context__ is None and not isinstance(error, BaseExceptionGroup):
-        return links  # nearly always
+        return ()
+    links: list[_Link] = []
     seen = {id(error)}
-    open_links = _led_to(error)
-    while open_links and len(links) < _LINKS_MAX:
-        how, one = open_links.pop()
+    ahead = _steps_from(error)
+    while ahead and len(links) < _LED_TO_MAX:
+        how, one = ahead.pop()
         if id(one) not in seen:
             seen.add(id(one))
             links.append((how, one))
-            open_links += _led_to(one)
+            ahead += _steps_from(one)
     return links
 
 
-def _led_to(error: BaseException) -> list[_Link]:
+def _steps_from(error: BaseException) -> list[_Link]:
     """What led to an error at once, what is told first as the last one."""
     found: list[_Link] = []
     if error.__cause__ is not None:
@@ -218,18 +224,20 @@ def _led_to(error: BaseException) -> list[_Link]:
     return found
 
 
-def _text_of_all(links: list[_Link]) -> str:
+def _text_of_all(error: BaseException, led: Sequence[_Link]) -> str:
     """The text of an error, its notes, and the same of what led to it: none of that is in the traceback."""
-    error = links[0][1]
-    if isinstance(error, HandlerTimeout) or (len(links) == 1 and not hasattr(error, "__notes__")):
+    if isinstance(error, HandlerTimeout) or not (led or hasattr(error, "__notes__")):
         return _text_of(error)  # what led to a time-out is how handlers are ended
-    parts = []
-    for how, one in links:
+    parts = [text_of(error), *_notes_of(error)]
+    for how, one in led:
         text = text_of(one)
-        parts.append(f"{how} {_type_name(one)}{text and ': '}{text}" if how else text)
-        notes = getattr(one, "__notes__", ())
-        parts += [note for note in notes if isinstance(note, str)] if isinstance(notes, list | tuple) else []
+        parts += [f"{how} {_type_name(one)}{text and ': '}{text}", *_notes_of(one)]
     return _sound("; ".join(parts)[:_ERROR_CHARS_MAX])
+
+
+def _notes_of(error: BaseException) -> list[str]:
+    notes = getattr(error, "__notes__", ())  # whatever somebody has put there
+    return [note for note in notes if isinstance(note, str)] if isinstance(notes, list | tuple) else []
 
 
 def _text_of(error: BaseException) -> str:
