@@ -1,4 +1,4 @@
-"""A check in seconds: does the bus run here, how fast, and how late? Ends within 30 seconds.
+"""A check in seconds: does the bus run here, how fast, and how late? Takes about 20 seconds.
 
 Two workers: 10,000 events/s for some seconds, at which the reference asked for a p99 below 10 ms, then as many as the bus
 takes, then commands one after another.

@@ -354,6 +354,8 @@ def cli(
             flush_s=flush,
             timeout_s=timeout,
         )
+        for expectation in expectations:
+            expect.check_measurable(expectation, spec)
     except LoadError as error:
         _fail(str(error), EXIT_USAGE)
     histogram = Histogram()

@@ -13,7 +13,7 @@ from typing import Final, Literal
 import msgspec
 
 from loadgen import notation
-from loadgen.spec import LoadError
+from loadgen.spec import LoadError, LoadSpec
 
 Unit = Literal["time", "count", "rate", "bytes", "share"]
 
@@ -46,8 +46,8 @@ FIGURES: Final[dict[str, Unit]] = {
 }
 """What can be expected of, and in which unit. Times without a prefix are the response time, from the intended instant."""
 
-NO_LOADS_FAULT: Final = ("dead_lettered", "lost", "duplicates", "redelivered", "out_of_order")
-"""Counts of what handlers or the bus have done wrong: too many are too many, however late the generator was."""
+NO_LOADS_FAULT: Final = ("dead_lettered", "lost", "duplicates", "redelivered", "out_of_order", "worker_rss")
+"""Counts of what handlers or the bus have done wrong, and memory: too much is too much, however late the generator was."""
 
 _OPERATORS: Final[dict[str, Callable[[float, float], bool]]] = {
     "<": operator.lt,
@@ -56,6 +56,10 @@ _OPERATORS: Final[dict[str, Callable[[float, float], bool]]] = {
     "!=": operator.ne,
     ">=": operator.ge,
     ">": operator.gt,
+}
+_UNITS: Final[dict[Unit, str]] = {
+    "time": "us, ms or s, for instance 'p99<10ms'",
+    "bytes": "KB, MB or GB, for instance 'worker_rss<200MB'",
 }
 _TEXT: Final = re.compile(r"\s*([a-z][a-z0-9_.]*)\s*(<=|>=|==|!=|<|>|=)\s*(\S.*?)\s*", re.IGNORECASE)
 
@@ -97,8 +101,8 @@ def parse(text: str) -> Expectation:
 
 
 def _bound(unit: Unit, value: str, text: str) -> float:
-    if unit == "time" and value[-1:].isdigit() and float(notation.number(value)):
-        raise LoadError(f"{text!r} says no unit; give us, ms or s, for instance 'p99<10ms'")
+    if unit in _UNITS and value[-1:].isdigit() and float(notation.number(value)):
+        raise LoadError(f"{text!r} says no unit; give {_UNITS[unit]}")
     if unit == "time":
         return notation.seconds(value)
     if unit == "bytes":
@@ -107,6 +111,20 @@ def _bound(unit: Unit, value: str, text: str) -> float:
         percent = value.endswith("%")
         return notation.rate(value.removesuffix("%")) / (100 if percent else 1)
     return notation.rate(value)
+
+
+def check_measurable(expectation: Expectation, spec: LoadSpec) -> None:
+    """Refuse what this load can never measure, before it runs. Raises `LoadError`."""
+    figure = expectation.figure
+    why = ""
+    if spec.commands and figure.startswith(("service_", "queue_")):
+        why = "of commands, only the response time is known; expect of p50 to max"
+    elif figure == "recovery" and all(fault.kind == "stop" for fault in spec.faults):
+        why = "nothing is to recover from; add a fault that ends a worker, for instance --fault kill:worker@5s"
+    elif spec.rate is None and not (spec.stages or spec.recording) and FIGURES[figure] == "time" and figure != "recovery":
+        why = "at full speed, a latency is the length of the queues, and none is quoted; give a --rate"
+    if why:
+        raise LoadError(f"--expect {expectation.text!r} can never be met: {why}")
 
 
 def check(expectation: Expectation, figures: Mapping[str, float | None]) -> Outcome:

@@ -35,7 +35,7 @@ def _ms(percentiles: Percentiles | None) -> str:
 
 def cells_of(interval: Interval) -> dict[str, str]:
     """An interval for people: caption → figure."""
-    offered = "" if interval.offered_rate is None else f" of {interval.offered_rate:,.0f}"
+    offered = f" of {interval.offered_rate:,.0f}" if interval.offered_rate else ""  # none is when the load has ended
     backlog = " ".join(f"{count:,}" for count in interval.backlog[:_SHARDS_MAX])
     more = len(interval.backlog) - _SHARDS_MAX
     counts = interval.counts

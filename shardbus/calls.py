@@ -28,7 +28,6 @@ from shardbus.wire.session import State
 ReplyT = TypeVar("ReplyT")
 
 _NS: Final = 1_000_000_000
-_NO_HEADERS: Final[dict[str, str]] = {}  # of most commands; nobody changes it
 
 _decode_total: Final = msgspec.msgpack.Decoder(int).decode
 _decode_failure: Final = msgspec.msgpack.Decoder(tuple[str, str, str]).decode
@@ -51,7 +50,7 @@ class Calls:
         """See `Client.execute`."""
         loop = self._gate.check_here()
         check_seconds("timeout", timeout_s)
-        route, key, body, size = self._packing.pack_command(command, headers)
+        route, key, body, own_headers, size = self._packing.pack_command(command, headers)
         outbox = self._outboxes.of(key)
         reply: asyncio.Future[ReplyT] = loop.create_future()
         self._timeouts.add(reply, timeout_s, loop)
@@ -65,7 +64,7 @@ class Calls:
                 async with asyncio.timeout_at(end):
                     outbox = await self.wait_for_room(key, size)
                 left_ns = max(1, int((end - loop.time()) * _NS))
-            extra = Extra(len(outbox.batch), headers.copy() if headers else _NO_HEADERS, left_ns, route.idempotent)
+            extra = Extra(len(outbox.batch), own_headers, left_ns, route.idempotent)
             seq = self.append(outbox, route, key, body, extra, Call(route.name, route.decode_reply, reply))
             return await reply
         except TimeoutError:
@@ -80,13 +79,13 @@ class Calls:
         """See `Client.stream`."""
         self._gate.check_here()
         check_seconds("timeout", timeout_s)
-        route, key, body, _ = self._packing.pack_command(command, headers)
+        route, key, body, own_headers, _ = self._packing.pack_command(command, headers)
         if type(window) is not int or not 1 <= window <= self._limits.stream_items_max:
             raise UsageError(f"window={window!r}: take 1 to {self._limits.stream_items_max:,}")
         flow = Flow(route.name, window)
         end = asyncio.get_running_loop().time() + timeout_s
         caller = _Caller(
-            self, self._outboxes, route, key, body, flow, Extra(0, dict(headers or {}), 0, False, window=window), end
+            self, self._outboxes, route, key, body, flow, Extra(0, own_headers, 0, False, window=window), end
         )
         return Stream(flow, caller, route.decode_reply, timeout_s)
 

@@ -64,9 +64,9 @@ from shardbus.packing import (
     deadline_ns,
     encode,
     events_of,
-    headers_bytes,
     packed_parts,
     packed_stamps,
+    sound_headers,
     tell_which,
 )
 from shardbus.questions import Questions
@@ -305,7 +305,8 @@ class Client:
             outbox = self._outboxes.keyless
         size = len(body)
         if headers is not None:
-            size += SMALL_BYTES + headers_bytes(headers, self._limits)  # what has headers is always counted
+            headers, more_bytes = sound_headers(headers, self._limits)
+            size += SMALL_BYTES + more_bytes  # what has headers is always counted
         end_ns = 0 if deadline is None else self._now() + deadline_ns(deadline)
         if ordinal or intended_ns:
             check_stamp(ordinal)
@@ -325,7 +326,7 @@ class Client:
             batch.stamp(ordinal, intended_ns)
         if headers or end_ns:
             left_ns = max(1, end_ns - self._now()) if end_ns else 0
-            batch.extras.append(Extra(len(batch) - 1, {} if headers is None else headers.copy(), 0, False, left_ns))
+            batch.extras.append(Extra(len(batch) - 1, headers or {}, 0, False, left_ns))
         self._published += 1
         if len(batch) >= self._limits.batch_events_max:
             self._outboxes.seal(outbox)
@@ -449,8 +450,10 @@ class Client:
     async def flush(self, timeout: float | None = None) -> Ledger:
         """Wait until every event published so far is handled, dead or waiting; return the counts.
 
+        Commands whose callers wait for their replies are waited for as well, up to `timeout` seconds.
+
         Raises:
-            NotDelivered: `timeout` seconds were not enough.
+            NotDelivered: `timeout` seconds were not enough for the events.
             BusRejected: the bus has refused this client for good.
         """
         self._gate.check_here()
@@ -474,7 +477,8 @@ class Client:
                         raise NotDelivered(self.ledger().in_flight, 0.0)
                     await self._gate.wait_for_progress()
         except TimeoutError:
-            raise NotDelivered(self.ledger().in_flight, timeout or 0.0) from None
+            if in_flight := self.ledger().in_flight:
+                raise NotDelivered(in_flight, timeout or 0.0) from None
         return self.ledger()
 
     def ledger(self) -> Ledger:

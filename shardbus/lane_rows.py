@@ -16,13 +16,14 @@ from shardbus.failures import CRASHED
 from shardbus.inbound import Delivery, Inbound
 from shardbus.lane_reads import LaneRead
 from shardbus.log_throttle import LogThrottle, and_more
-from shardbus.messages import WireKey
+from shardbus.messages import WireKey, from_wire_key
 from shardbus.metrics import Recorder
 from shardbus.quarantine import Quarantine
 from shardbus.schedule import Schedule
 from shardbus.store import ROW_OVERHEAD_BYTES, DeadLetter, Envelope, Failure, LaneHead, WaitingEvent
 from shardbus.store_writer import StoreWriter
 from shardbus.wire.session import WorkerSession
+from shardbus.wording import one_line
 
 log = logging.getLogger("shardbus.shard")
 
@@ -129,11 +130,11 @@ class LaneRows:
         log.warning(
             "dead letter: %s key=%r (%s%s): %s%s%s",
             envelope.type,
-            envelope.key,
+            from_wire_key(envelope.key),
             failure.reason,
             f" in {', '.join(failure.handlers)}" if failure.handlers else "",
             f"{failure.error_type}: " if failure.error_type else "",
-            failure.error,
+            one_line(failure.error),
             and_more(more or 0),
         )
 

@@ -15,8 +15,8 @@ from shardbus.clock import NowNs
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.errors import OutboxFull, UsageError
 from shardbus.gate import Gate
-from shardbus.messages import WireKey, to_wire_key
-from shardbus.packing import Part, picked, raw_key
+from shardbus.messages import WireKey, from_wire_key, to_wire_key
+from shardbus.packing import Part, picked
 from shardbus.routing import Table
 from shardbus.streams import Flow
 from shardbus.wire.codec import Batch
@@ -279,7 +279,7 @@ class Outboxes:
             ClientClosed, BusRejected: the client takes nothing.
         """
         self._gate.check()
-        return self.remember(to_wire_key(raw_key(key)))
+        return self.remember(to_wire_key(from_wire_key(key)))
 
     def remember(self, key: WireKey) -> Outbox:
         """The outbox of a sound key, also where the client takes nothing."""

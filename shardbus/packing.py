@@ -6,9 +6,9 @@ Owns what a client has learnt of message types. Knows nothing of outboxes: where
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Container, Sequence, Set
+from collections.abc import Callable, Container, Mapping, Sequence, Set
+from contextlib import suppress
 from typing import Any, Final, Generic, TypeVar
-from uuid import UUID
 
 import msgspec
 
@@ -23,6 +23,7 @@ TargetT = TypeVar("TargetT")
 
 _HEADER_BYTES_MAX: Final = 4096
 _NS: Final = 1_000_000_000
+_NO_HEADERS: Final[dict[str, str]] = {}  # of most commands; nobody changes it
 
 encode: Final = msgspec.msgpack.Encoder().encode
 UNENCODABLE: Final = (TypeError, ValueError, OverflowError, msgspec.EncodeError, RecursionError)
@@ -115,22 +116,27 @@ class Packing:
             raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
         size_bytes = len(body)
         if headers is not None:
-            size_bytes += headers_bytes(headers, self._limits)
-            headers = headers.copy() or None
-        return route.name, self._key_of(route, event), body, headers, size_bytes
+            headers, more_bytes = sound_headers(headers, self._limits)
+            size_bytes += more_bytes
+        return route.name, self._key_of(route, event), body, headers or None, size_bytes
 
-    def pack_command(self, command: Command[Any], headers: dict[str, str] | None) -> tuple[Route, WireKey, bytes, int]:
-        """A command, checked: its route, key, body, and the bytes of body and headers. Raises as `Client.execute`."""
+    def pack_command(
+        self, command: Command[Any], headers: Mapping[str, str] | None
+    ) -> tuple[Route, WireKey, bytes, dict[str, str], int]:
+        """A command, checked: its route, key, body, headers, and the bytes of the last two. Raises as `Client.execute`."""
         route = self._commands.get(command.__class__) or self._learn(self._commands, command, Command)
         try:
             body = encode(command)
         except UNENCODABLE as error:
             raise cannot_encode(route, error) from error
         key = self._key_of(route, command)
-        size = len(body) + (0 if headers is None else headers_bytes(headers, self._limits))
-        if len(body) > self._limits.event_bytes_max:
-            raise MessageTooLarge(route.name, len(body), self._limits.event_bytes_max)
-        return route, key, body, size
+        size = len(body)
+        if size > self._limits.event_bytes_max:
+            raise MessageTooLarge(route.name, size, self._limits.event_bytes_max)
+        if headers is None:
+            return route, key, body, _NO_HEADERS, size
+        sound, more_bytes = sound_headers(headers, self._limits)
+        return route, key, body, sound, size + more_bytes
 
     def _key_of(self, route: Route, message: Message) -> WireKey:
         if route.key_of is None:
@@ -178,24 +184,28 @@ def tell_which(error: ShardbusError, at: int, total: int, event: object) -> None
     error.args = (f"event {at + 1:,} of {total:,} ({type(event).__name__}): {error}; {before}",)
 
 
-def raw_key(key: WireKey) -> str | int | bytes | UUID | None:
-    """A key as `to_wire_key` takes it."""
-    return UUID(bytes=key[0]) if isinstance(key, tuple) else key
+def sound_headers(headers: Mapping[str, str], limits: Limits) -> tuple[dict[str, str], int]:
+    """Headers of their caller's kind as what travels, plain text in a plain dict, and how many bytes they take.
 
+    A text of a class of its own has no encoding, and would hold up all that is packed with it.
 
-def headers_bytes(headers: dict[str, str], limits: Limits) -> int:
-    """How many bytes they take. Raises `UsageError`: they are no headers, too many or too long."""
+    Raises:
+        UsageError: they are no headers, too many or too long.
+    """
     check_headers(headers, limits.own_headers_max)
+    sound: dict[str, str] = {}
     total = 0
     for name, value in headers.items():
-        try:
-            size = len(name.encode()) + len(value.encode())
-        except (AttributeError, UnicodeEncodeError):
-            size = _HEADER_BYTES_MAX + 1
+        size = _HEADER_BYTES_MAX + 1
+        if isinstance(name, str) and isinstance(value, str):
+            name, value = str.__str__(name), str.__str__(value)
+            with suppress(UnicodeEncodeError):
+                size = len(name.encode()) + len(value.encode())
         if size > _HEADER_BYTES_MAX:
             raise UsageError(f"the header {name!r}: names and values are text, together up to {_HEADER_BYTES_MAX:,} bytes")
+        sound[name] = value
         total += size
-    return total
+    return sound, total
 
 
 def deadline_ns(deadline_s: float) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections import ChainMap, UserDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -51,6 +53,8 @@ async def handle(event: Step, context: Context) -> None:
     if event.key == "stuck":
         await asyncio.sleep(3600)
     handled.append((event.n, dict(context.headers)))
+    if event.key == "relay":
+        await context.publish(Step(key="relayed", n=10 * event.n), headers=KINDS_OF_HEADERS["text"])
 
 
 @bus.command(Ask)
@@ -393,6 +397,46 @@ async def test_headers_are_taken_as_they_are_when_publish_is_called():
         headers["n"] = "changed"
         await client.flush(5)
     assert handled == [(n, {"n": str(n)}) for n in range(5)]
+
+
+class Text(str):
+    """A text of a class of its own, which has no encoding."""
+
+
+KINDS_OF_HEADERS = {
+    "text": {"n": Text("1"), Text("m"): "2"},
+    "chain": ChainMap({"n": "1"}, {"m": "2"}),
+    "user": UserDict({"n": "1", "m": "2"}),
+    "proxy": MappingProxyType({"n": "1", "m": "2"}),
+}
+
+
+@pytest.mark.parametrize("headers", KINDS_OF_HEADERS.values(), ids=KINDS_OF_HEADERS.keys())
+async def test_headers_of_any_kind_arrive_and_hold_up_nobody(headers: Any):
+    """Whatever a web framework calls its headers: what cannot be encoded would stay at the head of its outbox for ever."""
+    async with running() as client:
+        await client.publish(Step(key="a", n=1), headers=headers)
+        await client.publish_many([Step(key="a", n=2), Step(key="b", n=3)], headers=headers)
+        await client.schedule(Step(key="a", n=4), delay=-1, headers=headers)
+        assert await client.execute(Ask(key="a"), headers=headers) == 1
+        await client.publish(Step(key="relay", n=5), headers=headers)
+        ledger = await client.flush(10)
+        while len(handled) < 6:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.01)
+    assert ledger.in_flight == 0
+    plain = {"n": "1", "m": "2"}
+    assert sorted(n for n, _ in handled) == [1, 2, 3, 4, 5, 50]
+    assert all(seen.items() >= plain.items() for _, seen in handled)
+
+
+async def test_leaving_with_nothing_but_commands_under_way_says_nothing_of_events():
+    async with running(close_timeout_s=0.1) as client:
+        asking = asyncio.create_task(client.execute(Ask(key="stuck"), timeout=30))
+        await client.publish(Step(key="a"))
+        ledger = await client.flush(0.2)
+        assert (ledger.handled, ledger.in_flight, asking.done()) == (1, 0, False)
+    with pytest.raises(ClientClosed):
+        await asking
 
 
 # -- what is refused where it is called

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 import pytest
 
@@ -93,6 +94,27 @@ async def test_a_dead_letter_tells_all_about_its_event(application: Application)
     assert began <= letter.first_at <= letter.last_at <= datetime.now(UTC)
     assert "in fail" in letter.traceback
     assert letter.id == f"{client.publisher.hex()}-0-0"
+
+
+async def test_the_line_that_tells_of_a_dead_letter_is_one_and_has_its_key(caplog: pytest.LogCaptureFixture):
+    class Device(Event, key="serial"):
+        serial: UUID
+
+    bus = Bus("lines")
+
+    @bus.on(Device, retry=Retry(attempts=1))
+    async def handle(event: Device) -> None:
+        raise ValueError("first\nsecond \x1b[2J")
+
+    serial = UUID(int=7)
+    async with run_local(bus) as client:
+        await client.publish(Device(serial=serial))
+        await client.flush(10)
+        (letter,) = await client.dead_letters()
+    assert letter.error == "first\nsecond \x1b[2J"
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "shardbus.shard"]
+    assert line.startswith(f"dead letter: Device key={serial!r} (failed in ")
+    assert line.endswith("ValueError: first\\nsecond \\x1b[2J")
 
 
 async def test_dead_letters_of_all_shards_are_found_by_what_they_are(application: Application):

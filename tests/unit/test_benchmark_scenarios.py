@@ -64,7 +64,7 @@ def test_a_latency_that_was_refused_fails_and_says_why() -> None:
     run, p50, p99 = latency_checks([REPORT, refused], p99_us_max=1000)
     assert run.name.endswith(", run 2")
     assert [check.passed for check in (run, p50, p99)] == [False, True, False]  # of the second, only the aim is missed
-    assert not p50.holds(aims=True)
+    assert not p50.aim_reached
     assert (p50.measured, p50.why) == ("not measured", "the run is generator-bound")
 
 
@@ -76,7 +76,9 @@ def test_a_generator_that_was_late_spoils_a_latency_and_nothing_that_is_counted(
         assert not sound("run", msgspec.structs.replace(REPORT, verdict=verdict), punctual=False).passed
 
 
-@pytest.mark.parametrize(("aims", "exit_code", "last"), [(False, 0, "PASS; 1 of 2 aims reached"), (True, 1, "FAIL: 1 of 3")])
+@pytest.mark.parametrize(
+    ("aims", "exit_code", "last"), [(False, 0, "PASS; 1 of 2 aims reached"), (True, 1, "FAIL; 1 of 2 aims reached")]
+)
 def test_an_aim_that_was_missed_is_told_and_fails_only_where_aims_are_to_decide(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -95,8 +97,22 @@ def test_an_aim_that_was_missed_is_told_and_fails_only_where_aims_are_to_decide(
     said = capsys.readouterr().out
     assert "aim: ≥ 1,000,000, missed" in said
     assert "aim: ≤ 0.250 ms, reached" in said
-    assert ("FAIL: events finished: 700,000 events/s, wanted ≥ 1,000,000" in said) == aims
-    assert said.splitlines()[-1].startswith(last)
+    assert ("MISS: events finished: 700,000 events/s, aimed at ≥ 1,000,000" in said) == aims
+    (row,) = [line for line in said.splitlines() if "  ≥ 125,530  " in line]
+    assert row.startswith("MISS  events finished" if aims else "PASS  events finished")
+    assert said.splitlines()[-1] == last
+
+
+def test_a_target_that_was_missed_fails_whatever_was_aimed_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scenarios, "RESULTS", tmp_path)
+    late = at_most_us("latency p99", None, 10_000, aim_us=1000, why="the run is generator-bound")
+    assert show("a benchmark", [late, counted("lost", 0)], ()) == 1
+    said = capsys.readouterr().out
+    assert "aim: ≤ 1.000 ms, not measured" in said
+    assert "FAIL: latency p99: not measured, wanted ≤ 10.000 ms (the run is generator-bound)" in said
+    assert said.splitlines()[-1] == "FAIL; 1 of 2 targets missed; 0 of 1 aims reached"
 
 
 @pytest.mark.parametrize(("bound", "runs"), [(0, 1), (1, 2), (9, 3)])

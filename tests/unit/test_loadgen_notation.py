@@ -8,7 +8,7 @@ import pytest
 
 from loadgen import expect, notation
 from loadgen.pacer import Stage
-from loadgen.spec import FaultSpec, LoadError, Payload, Skew
+from loadgen.spec import FaultSpec, LoadError, LoadSpec, Payload, Skew
 
 READ: list[tuple[Any, str, Any]] = [
     (notation.rate, "20000", 20_000.0),
@@ -111,6 +111,38 @@ def test_what_was_not_measured_was_not_met_and_says_so() -> None:
     assert (outcome.met, expect.shown(outcome)) == (False, "recovery<2s: NOT MEASURED")
 
 
+def test_memory_is_no_fault_of_a_late_generator_and_a_latency_may_be() -> None:
+    outcomes = [expect.check(expect.parse(text), FIGURES) for text in ("worker_rss<1MB", "p99<1ms", "achieved_rate>20k")]
+    assert [(outcome.met, outcome.is_excused) for outcome in outcomes] == [(False, False), (False, True), (False, True)]
+
+
+KILL = FaultSpec(kind="kill", at_s=1.0)
+STOP = FaultSpec(kind="stop", at_s=1.0, seconds=1.0)
+NEVER = [
+    ("service_p99<5ms", LoadSpec(rate=100.0, commands=True), "only the response time"),
+    ("queue_p50<5ms", LoadSpec(rate=100.0, commands=True), "only the response time"),
+    ("recovery<3s", LoadSpec(rate=100.0), "--fault kill:worker@5s"),
+    ("recovery<3s", LoadSpec(rate=100.0, faults=(STOP,)), "--fault kill:worker@5s"),
+    ("p99<5ms", LoadSpec(rate=None), "give a --rate"),
+]
+
+
+@pytest.mark.parametrize(("text", "spec", "why"), NEVER)
+def test_what_a_load_can_never_measure_is_refused_before_it_runs(text: str, spec: LoadSpec, why: str) -> None:
+    with pytest.raises(LoadError, match=f"can never be met: .*{why}"):
+        expect.check_measurable(expect.parse(text), spec)
+
+
+def test_what_a_load_measures_may_be_expected_of_it() -> None:
+    for text in expect.FIGURES:
+        bound = {"time": "1ms", "bytes": "1MB"}.get(expect.FIGURES[text], "1")
+        expect.check_measurable(expect.parse(f"{text}<{bound}"), LoadSpec(rate=100.0, faults=(STOP, KILL)))
+    for text in ("p99<1ms", "send_lag_p99<1ms", "lost==0"):
+        expect.check_measurable(expect.parse(text), LoadSpec(rate=100.0, commands=True))
+    for text in ("achieved_rate>1", "worker_rss<1GB", "lost==0"):
+        expect.check_measurable(expect.parse(text), LoadSpec(rate=None))
+
+
 def test_an_outcome_shows_what_was_measured_in_its_unit() -> None:
     shown = [expect.shown(expect.check(expect.parse(text), FIGURES)) for text, _ in EXPECTED[:1] + EXPECTED[7:11]]
     assert shown == [
@@ -122,7 +154,9 @@ def test_an_outcome_shows_what_was_measured_in_its_unit() -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["p99", "p98<1ms", "p99<10", "lost==none", "<1ms", "p99<>1ms", "worker_rss<big"])
+@pytest.mark.parametrize(
+    "text", ["p99", "p98<1ms", "p99<10", "lost==none", "<1ms", "p99<>1ms", "worker_rss<big", "worker_rss<100"]
+)
 def test_no_expectation_is_refused(text: str) -> None:
     with pytest.raises(LoadError):
         expect.parse(text)
