@@ -262,7 +262,7 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
             if one["stalled_in"]:
                 click.echo(f"      its event loop stands still in {one['stalled_in']}")
             if one["suspects"] or one["quarantined"]:
-                alone = counted(one["suspects"], "event")
+                alone = counted(one["suspects"], "message")
                 click.echo(f"      after a crash: {alone} to be run alone, {one['quarantined']:,} never again")
         if any(found[name] for name in _LEDGER):
             click.echo("shard" + "".join(f"{name:>13}" for name in _LEDGER.values()))

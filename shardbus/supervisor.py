@@ -290,6 +290,8 @@ class Supervisor:
         while any(one.child is not None for one in self._workers) and time.monotonic() < end and not self._aborting:
             await self._wait(0.1)
         lines = self._not_drained()
+        if not lines:
+            log.info("drained")
         for peer, request in self._drain_asked:
             self._answer(peer, request, {"left": lines, "stores": self.told_left()})
         if self._drain_asked:
@@ -820,7 +822,8 @@ class Supervisor:
                 continue
             if worker.drained is None:
                 if worker.ready_at and (worker.child is not None or not worker.given_up):
-                    lines.append(f"shard {worker.shard}: ended without having drained ({worker.last_exit or 'out of time'})")
+                    why = worker.last_exit or ("by a second signal" if self._aborting else "out of time")
+                    lines.append(f"shard {worker.shard}: ended without having drained ({why})")
                 continue
             more = worker.drained.keys - len(worker.drained.left)
             lines += [f"shard {worker.shard}: not drained: {line}" for line in worker.drained.left]
