@@ -294,7 +294,8 @@ class Supervisor:
             log.info("drained")
         for peer, request in self._drain_asked:
             self._answer(peer, request, {"left": lines, "stores": self.told_left()})
-        if self._drain_asked:
+        self._announce()  # that no worker is up: who does not hear of it goes on sending to those that were
+        if self._drain_asked or self._clients:
             await asyncio.sleep(0.1)  # the last frames leave with the socket's own thread
 
     def _check_descriptors(self) -> None:
