@@ -57,9 +57,8 @@ RESULTS: Final = Path(os.environ.get("SHARDBUS_RESULTS", "results"))
 
 FigureT = TypeVar("FigureT")
 
-SHOWN: Final = "–"
-"""The target of what is only told."""
-_NOT_MEASURED: Final = "not measured"
+NOT_MEASURED: Final = "not measured"
+_NO_TARGET: Final = "–"
 
 _KEYS: Final = 1000
 _OFFERED_MIN: Final = 0.99  # of what was to be sent, by a generator that was late and spoils nothing
@@ -114,8 +113,8 @@ def at_most_us(
     """
     return Check(
         name=name,
-        measured=_NOT_MEASURED if value_us is None else f"{value_us / 1000:,.3f} ms",
-        target=SHOWN if target_us is None else _at_most(target_us),
+        measured=NOT_MEASURED if value_us is None else f"{value_us / 1000:,.3f} ms",
+        target=_NO_TARGET if target_us is None else _at_most(target_us),
         passed=target_us is None or (value_us is not None and value_us <= target_us),
         aim="" if aim_us is None else _at_most(aim_us),
         aim_reached=aim_us is None or (value_us is not None and value_us <= aim_us),
@@ -126,6 +125,11 @@ def at_most_us(
 
 def _at_most(time_us: int) -> str:
     return f"≤ {time_us / 1000:,.3f} ms"
+
+
+def shown(name: str, measured: str, *, aim: str = "", aim_reached: bool = True) -> Check:
+    """What has no target, and is told; perhaps beside an aim."""
+    return Check(name=name, measured=measured, target=_NO_TARGET, passed=True, aim=aim, aim_reached=aim_reached)
 
 
 def counted(name: str, found: int, wanted: int = 0) -> Check:
@@ -403,7 +407,7 @@ def _mark(check: Check, aims: bool) -> str:
 def _beside(check: Check) -> str:
     """What stands behind the row of a check: its aim, and what the reference had."""
     reached = "reached" if check.aim_reached else "missed"
-    aim = f"aim: {check.aim}, {'not measured' if check.measured == _NOT_MEASURED else reached}" if check.aim else ""
+    aim = f"aim: {check.aim}, {'not measured' if check.measured == NOT_MEASURED else reached}" if check.aim else ""
     return "   ".join(filter(None, (aim, check.reference and f"reference: {check.reference}")))
 
 

@@ -121,7 +121,7 @@ def check_measurable(expectation: Expectation, spec: LoadSpec) -> None:
         why = "of commands, only the response time is known; expect of p50 to max"
     elif figure == "recovery" and all(fault.kind == "stop" for fault in spec.faults):
         why = "nothing is to recover from; add a fault that ends a worker, for instance --fault kill:worker@5s"
-    elif spec.rate is None and not (spec.stages or spec.recording) and FIGURES[figure] == "time" and figure != "recovery":
+    elif not spec.is_paced and FIGURES[figure] == "time" and figure != "recovery":
         why = "at full speed, a latency is the length of the queues, and none is quoted; give a --rate"
     if why:
         raise LoadError(f"--expect {expectation.text!r} can never be met: {why}")

@@ -42,12 +42,12 @@ def envelope_of_row(inbound: Inbound) -> Envelope:
     at = seq - inbound.first
     columns = inbound.columns
     key = columns.keys[at]
-    extra = columns.extras.get(at) if columns.extras else None
+    extra = columns.extras.get(at)
     return Envelope(
         publisher=inbound.session.publisher,
         seq=seq,
         slot=slot_of(key),
-        type=columns.names if isinstance(columns.names, str) else columns.names[at],
+        type=columns.name_at(at),
         key=key,
         body=columns.apart()[at],
         headers=extra.headers if extra is not None and extra.headers else None,

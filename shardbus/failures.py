@@ -27,8 +27,6 @@ _ERROR_CHARS_MAX: Final = 2000
 _TRACEBACK_CHARS_MAX: Final = 32_000
 _REPLY_TRACEBACK_CHARS_MAX: Final = 16_000
 _PLACES_MAX: Final = 1024
-
-
 _LED_TO_MAX: Final = 15  # errors that led to one, or are in it: more are not told
 
 _How = Literal["", "caused by", "while handling", "in it"]
@@ -106,7 +104,7 @@ class Failures:
         """The stacks of an error and of what led to it, which comes first; without the frames of ours before a handler's."""
         for how, one in reversed(links):
             stack = traceback.extract_tb(one.__traceback__)
-            del stack[: next((at for at, frame in enumerate(stack) if frame.filename not in self._our_files), len(stack))]
+            self._cut(stack)
             if stack:
                 yield "Traceback (most recent call last):\n"
                 yield from stack.format()
@@ -114,16 +112,19 @@ class Failures:
 
     def _told_from_the_handler(self, error: BaseException) -> traceback.TracebackException:
         """An error and what caused it, without the frames of ours that led to the handler."""
-        ours = self._our_files
         told = traceback.TracebackException.from_exception(error)
         chain: list[traceback.TracebackException | None] = [told]
         while chain:
             one = chain.pop()
             if one is not None:
-                first = next((at for at, frame in enumerate(one.stack) if frame.filename not in ours), len(one.stack))
-                del one.stack[:first]
+                self._cut(one.stack)
                 chain += (one.__cause__, one.__context__)
         return told
+
+    def _cut(self, stack: traceback.StackSummary) -> None:
+        """Remove the frames of ours that led to the handler."""
+        ours = self._our_files
+        del stack[: next((at for at, frame in enumerate(stack) if frame.filename not in ours), len(stack))]
 
 
 def failed_reply(kind: str, told: str, stack: str = "") -> bytes:

@@ -324,12 +324,11 @@ class Inbound:
     def _feed(self, feeds: Feeds, low: int, high: int) -> None:
         """Feed the rows that were handled to those who listen."""
         columns, wanted = self.columns, self.wanted
-        names, keys, bodies, extras = columns.names, columns.keys, columns.apart(), columns.extras
+        name_at, keys, bodies, extras = columns.name_at, columns.keys, columns.apart(), columns.extras
         for at in range(low, high):
             if wanted is None or wanted[at]:
                 extra = extras.get(at)
-                name = names if isinstance(names, str) else names[at]
-                feeds.add(name, keys[at], bodies[at], None if extra is None else extra.headers)
+                feeds.add(name_at(at), keys[at], bodies[at], None if extra is None else extra.headers)
 
     def hold(self) -> int:
         """As `finish_before` the present row, and leave that one to whoever takes it out of the batch."""
@@ -345,8 +344,7 @@ class Inbound:
     @property
     def present_plan(self) -> Plan:
         """That of the present row."""
-        plans = self._plans
-        return plans if isinstance(plans, Plan) else plans[self.next_seq - 1 - self.first]
+        return self.plan_at(self.next_seq - 1 - self.first)
 
     def leave(self, first: int, end: int) -> int:
         """As `finish_before` the first of these rows, and leave them to whoever takes them out of the batch."""
@@ -358,13 +356,13 @@ class Inbound:
         """The row of a sequence, apart; without one, the present row."""
         columns = self.columns
         at = (seq if seq >= 0 else self.next_seq - 1) - self.first
-        extra = columns.extras.get(at) if columns.extras else None
+        extra = columns.extras.get(at)
         left_ns = 0 if extra is None else extra.timeout_ns or extra.left_ns
         delivery = Delivery(
             self.session,
             self.session.publisher,
             self.first + at,
-            columns.names if isinstance(columns.names, str) else columns.names[at],
+            columns.name_at(at),
             self.plan_at(at),
             columns.keys[at],
             columns.apart()[at],

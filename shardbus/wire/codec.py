@@ -187,6 +187,11 @@ class Columns:
         self.extras = extras
         self._apart: list[bytes] | None = None
 
+    def name_at(self, at: int) -> str:
+        """The name of a message's type."""
+        names = self.names
+        return names if isinstance(names, str) else names[at]
+
     def apart(self) -> list[bytes]:
         """Each message's body.
 
