@@ -24,6 +24,7 @@ from shardbus.context import Context
 from shardbus.errors import InvalidMessage, RegistrationError, text_of
 from shardbus.messages import Message, wire_name
 from shardbus.pipeline import CallNext
+from shardbus.wording import one_line
 
 _NS: Final = 1_000_000_000
 _ERROR_CHARS_MAX: Final = 200  # of an error, in one line of the log
@@ -75,7 +76,7 @@ class Logging:
         if not self._logger.isEnabledFor(level):
             return
         took_ms = (monotonic_ns() - began_ns) / 1e6
-        told = "" if error is None else f": {type(error).__name__}: {_text_of(error)}"
+        told = "" if error is None else f": {type(error).__name__}: {one_line(_text_of(error))}"
         name, key, attempt = type(message).__name__, context.key, context.attempt
         self._logger.log(
             level, "%s %s key=%r attempt=%d in %.3f ms by %s%s", name, what, key, attempt, took_ms, call_next.handler, told

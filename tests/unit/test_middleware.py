@@ -240,13 +240,14 @@ async def test_an_error_that_cannot_be_shown_or_is_long_is_one_line_too(caplog: 
         def __str__(self) -> str:
             raise RuntimeError
 
-    for error in (Mute(), ValueError("x" * 1000)):
+    for error in (Mute(), ValueError("x" * 1000), ValueError("a\nb \x1b[2J")):
         with pytest.raises(type(error)):
             await Logging()(Paid(account="a"), CONTEXT, Next(error))
-    mute, long = (record.getMessage() for record in caplog.records)
+    mute, long, forged = (record.getMessage() for record in caplog.records)
     assert mute.endswith("Mute: <its text cannot be shown: RuntimeError>")
     assert long.endswith("x…")
     assert len(long) < 400
+    assert forged.endswith("ValueError: a\\nb \\x1b[2J")
 
 
 async def test_a_level_that_is_off_costs_no_line(caplog: pytest.LogCaptureFixture):
