@@ -419,7 +419,7 @@ def main(benchmark: Coroutine[Any, Any, int]) -> int:
     """Run a benchmark to its exit code; what went wrong is one line for people."""
     end_as_on_interrupt()
     try:
-        return asyncio.run(benchmark)
+        return shardbus.run(benchmark)
     except KeyboardInterrupt:
         print("interrupted; what was started was ended")
         return 130

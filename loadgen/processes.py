@@ -17,6 +17,7 @@ import sys
 import tempfile
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Iterator, Sequence
+from types import FrameType
 from typing import Final
 
 import msgspec
@@ -207,4 +208,10 @@ def inject(pid: int, fault: Fault) -> bool:
 
 def end_as_on_interrupt() -> None:
     """Have SIGTERM end the running asyncio program as Ctrl-C does, so that what was started is ended, too."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    # What handles SIGINT now: an event loop cancels its main task. A program in the background of a script ignores it.
+    handler = signal.getsignal(signal.SIGINT)
+    (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)

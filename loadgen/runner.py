@@ -95,7 +95,7 @@ def run(
         LoadError: the run could not be made or finished.
         ShardbusError: no bus at the address that was named, or it refused.
     """
-    return asyncio.run(run_async(spec, watcher, expectations=expectations, histogram=histogram))
+    return shardbus.run(run_async(spec, watcher, expectations=expectations, histogram=histogram))
 
 
 async def run_async(

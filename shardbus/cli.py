@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import json
@@ -27,6 +26,7 @@ from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
 from shardbus.errors import CommandFailed, ConfigError, NotDelivered, ShardbusError, UsageError
+from shardbus.event_loop import run
 from shardbus.example_application import EXAMPLES, example_of, write_example
 from shardbus.fork_server import ForkServer
 from shardbus.interrupts import EXIT_INTERRUPTED, EndedByInterrupts
@@ -106,7 +106,7 @@ def _telling(whose: str = "") -> Iterator[None]:
 
 def _run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
     with _telling():
-        return asyncio.run(work)
+        return run(work)
 
 
 class _Commands(click.Group):

@@ -19,6 +19,12 @@ ResultT = TypeVar("ResultT")
 
 
 def run(main: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """Run a coroutine as `asyncio.run` does, on the fastest event loop that is installed; return its result."""
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(main)
+    """Run a coroutine as `asyncio.run` does, on the fastest event loop that is installed; return its result.
+
+    One that an interrupt finds before it has begun is closed, so that nothing complains that it never ran.
+    """
+    try:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            return runner.run(main)
+    finally:
+        main.close()
