@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -239,6 +240,11 @@ async def paced(
         print(f"paced run {len(reports)} of up to {runs_max}: {'; '.join(reports[-1].reasons)}", flush=True)
         reports.append(await run_async(spec))
     return reports
+
+
+def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the ratios of what was measured side by side: what drifts over a run falls out of each."""
+    return median(value / other for value, other in zip(values, others, strict=True))
 
 
 async def round_trips(address: str, count: int) -> Percentiles:
