@@ -25,6 +25,7 @@ import msgspec
 from loadgen.spec import DriverFailed, DriverLine, Go, LoadError, Part, decode_line, encode_line
 
 _LINE_BYTES_MAX: Final = 4 * 1024 * 1024  # a result carries up to 27,648 counts of send lags
+_CHUNK_BYTES: Final = 65536
 _READY_S: Final = 60.0
 _DRAIN_S: Final = 5.0
 _END_S: Final = 10.0  # longer than a drain; then it is killed
@@ -93,11 +94,7 @@ async def started_bus(
         assert process.stdout is not None  # it is a pipe
         try:
             async with asyncio.timeout(_READY_S):
-                # An application may print, too: that is not ours to read.
-                while not (line := await process.stdout.readline()).startswith(b"ready:"):
-                    if not line:
-                        raise LoadError("the bus did not start")
-                    _pass_on(line)
+                await _until_ready(process.stdout, process.pid)
         except TimeoutError:
             raise LoadError(f"the bus was not ready after {_READY_S:g} s") from None
         passing = asyncio.get_running_loop().create_task(_pass_on_all(process.stdout))
@@ -108,15 +105,26 @@ async def started_bus(
             await asyncio.wait([passing])
 
 
-def _pass_on(line: bytes) -> None:
-    sys.stderr.buffer.write(line)
+async def _until_ready(stream: asyncio.StreamReader, pid: int) -> None:
+    """Read to the line that says so. What an application prints is passed on; it may print a part of a line before it."""
+    while line := await stream.readline():
+        others, _, ready = line.rpartition(b"ready: ")
+        if ready.endswith(f"(pid {pid})\n".encode()):
+            _pass_on(others)
+            return
+        _pass_on(line)
+    raise LoadError("the bus did not start")
+
+
+def _pass_on(octets: bytes) -> None:
+    sys.stderr.buffer.write(octets)
     sys.stderr.buffer.flush()
 
 
 async def _pass_on_all(stream: asyncio.StreamReader) -> None:
     """Keep a pipe from filling up with what an application prints."""
-    while line := await stream.readline():
-        _pass_on(line)
+    while octets := await stream.read(_CHUNK_BYTES):  # not by lines: it may never end one
+        _pass_on(octets)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What SIGTERM does to a program that starts others."""
+"""What SIGTERM does to a program that starts others, and when a bus that it has started is ready."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 import shardbus
-from loadgen.processes import end_as_on_interrupt
+from loadgen.processes import _until_ready, end_as_on_interrupt
+from loadgen.spec import LoadError
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +44,16 @@ def test_sigterm_ends_a_program_that_ignores_interrupts_too():
     end_as_on_interrupt()
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_bus_is_ready_whatever_its_application_has_printed_before(capfd: pytest.CaptureFixture[str]):
+    async def read(told: bytes) -> None:
+        stream = asyncio.StreamReader()
+        stream.feed_data(told)
+        stream.feed_eof()
+        await _until_ready(stream, 42)
+
+    asyncio.run(read(b"not ready: yet\nloading, 50 % ready: 1 worker of a:bus at ipc:///a (pid 42)\n more\n"))
+    assert capfd.readouterr().err == "not ready: yet\nloading, 50 % "
+    with pytest.raises(LoadError, match="did not start"):
+        asyncio.run(read(b"ready: 1 worker of a:bus at ipc:///a (pid 41)\n"))
