@@ -24,6 +24,7 @@ _SHARE_NS: Final = 1_000_000
 # So long at most may one that asked for less than its part go before the others, to catch up; and so long must one wait in
 # return whose handler has taken more, because it may have been the process that stood still.
 _APART_NS: Final = 20_000_000
+_NO_END: Final = 2**63
 
 
 class Inbox:
@@ -37,7 +38,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self.share_ends_ns = 0
-        """Until when what `take` returned may run."""
+        """Until when what `take` returned may run; a leader's slice ends before that, where nobody waits."""
         self.served: WorkerSession | None = None
         """Whose that was."""
         self._queues: dict[WorkerSession, deque[Inbound]] = {}
@@ -116,5 +117,6 @@ class Inbox:
             self._come_ns = max(self._come_ns, inbound.session.clock_ns)
         self._began_ns = now_ns
         self._used_ns = used_ns
-        self.share_ends_ns = now_ns + _SHARE_NS - used_ns
+        # To end a share within a batch cuts it in two, each with evidence of its own: only for one who waits.
+        self.share_ends_ns = now_ns + _SHARE_NS - used_ns if self._waiting else _NO_END
         return inbound

@@ -263,11 +263,11 @@ class Recorder(_Mapped):
         if keys:
             dead, self._dead = self._dead, 0
             packed = struct.Struct(f"<{len(keys)}q").pack
-            parts, which = [pack_keys(keys), packed(*self._ordinals)], _ORDINALS
+            columns, which = packed(*self._ordinals), _ORDINALS
             if any(self._intended_ns):
-                parts += (packed(*self._intended_ns), packed(*self._began_ns), packed(*self._ended_ns))
+                columns += packed(*self._intended_ns) + packed(*self._began_ns) + packed(*self._ended_ns)
                 which |= _TIMES | _BEGINNINGS
-            self._append(*self._of, len(keys), parts, which, dead)
+            self._append(*self._of, len(keys), pack_keys(keys), columns, which, dead)
             for column in (keys, self._ordinals, self._intended_ns, self._began_ns, self._ended_ns):
                 column.clear()
 
@@ -286,36 +286,37 @@ class Recorder(_Mapped):
 
         The first one's handler began at `began_ns`, and every other when the one before had ended.
         """
-        self.flush()  # what was noted before comes before
-        parts, which = [packed_keys], 0
-        if ordinals is not None:
-            parts.append(ordinals)
-            which |= _ORDINALS
+        if self._noted_keys:
+            self.flush()  # what was noted before comes before
+        columns, which = (b"", 0) if ordinals is None else (ordinals, _ORDINALS)
         if intended_ns is not None:
-            parts += (intended_ns, struct.pack(f"<{len(ended_ns) + 1}q", began_ns, *ended_ns))
+            columns += intended_ns + struct.pack(f"<{len(ended_ns) + 1}q", began_ns, *ended_ns)
             which |= _TIMES
-        self._append(publisher, attempt, events, parts, which, 0)
+        self._append(publisher, attempt, events, packed_keys, columns, which, 0)
 
     def _append(
         self,
         publisher: bytes,
         attempt: int,
         events: int,
-        parts: Sequence[bytes | memoryview],
+        packed_keys: bytes | memoryview,
+        columns: bytes,
         which: int,
         dead: int,
     ) -> None:
         """Write a record of packed keys, and then the columns that `which` says."""
-        size = _RECORD.size + sum(map(len, parts))
+        key_bytes = len(packed_keys)
+        size = _RECORD.size + key_bytes + len(columns)
         size += -size % 8
-        at = self._room_for(size)
+        at = self._head % self._log_bytes
+        if at + size > self._log_bytes or self._head + size - self._tail > self._log_bytes:
+            at = self._room_for(size)
         log = self._log
-        _RECORD.pack_into(log, at, size, publisher, events, len(parts[0]), attempt, dead, which)
+        _RECORD.pack_into(log, at, size, publisher, events, key_bytes, attempt, dead, which)
         at += _RECORD.size
-        for part in parts:
-            end = at + len(part)
-            log[at:end] = part
-            at = end
+        end = at + key_bytes
+        log[at:end] = packed_keys
+        log[end : end + len(columns)] = columns
         self._head += size
         self._words[_HEAD_AT] = self._head  # last: now it is there
 

@@ -30,7 +30,7 @@ def batch(of: WorkerSession, first: int = 1) -> Inbound:
 
 
 class Leader:
-    """Runs batches, each for as long as it takes, in what the inbox lets it have."""
+    """Runs batches, each for as long as it takes, in what the inbox lets it have, and in slices of its own."""
 
     def __init__(self) -> None:
         self.inbox = Inbox()
@@ -48,7 +48,7 @@ class Leader:
     def step(self) -> Inbound:
         one = self.inbox.take(self.begun, self.now_ns)
         assert self.begun in (None, one) or self.begun in list(self.inbox)
-        runs_ns = min(self.left_ns[one], self.inbox.share_ends_ns - self.now_ns)
+        runs_ns = min(self.left_ns[one], self.inbox.share_ends_ns - self.now_ns, 2 * MS)
         self.now_ns += runs_ns
         self.left_ns[one] -= runs_ns
         self.begun = one if self.left_ns[one] else None
@@ -134,7 +134,8 @@ def test_those_that_had_nothing_for_long_go_first_for_no_longer_than_their_credi
     since_ns, before_ns = leader.now_ns, leader.ran_ns[steady]
     while leader.ran_ns[steady] == before_ns:
         leader.step()
-    assert leader.now_ns - since_ns <= count * (20 * MS + 2 * MS)
+    # The one who was alone had a slice instead of a share.
+    assert leader.now_ns - since_ns <= count * (20 * MS + 2 * MS) + 2 * MS
     leader.run(leader.now_ns + 100 * MS)
     assert leader.ran_ns[steady] - before_ns >= 100 * MS // (count + 1) - 2 * MS
 
@@ -180,6 +181,16 @@ def test_time_in_which_nothing_runs_is_nobodys(leader: Leader):
     leader.step()
     leader.step()
     assert light in [whose for whose, _ in leader.log[-2:]]
+
+
+def test_only_for_one_who_waits_does_a_share_end_within_a_batch(leader: Leader):
+    alone, other = batch(session(1)), batch(session(2))
+    leader.push(alone, 10 * MS)
+    leader.step()
+    assert leader.inbox.share_ends_ns > leader.now_ns + 1000 * MS
+    leader.push(other, 10 * MS)
+    assert leader.step() is other
+    assert leader.inbox.share_ends_ns <= leader.now_ns
 
 
 def test_nothing_is_left_of_what_was_forgotten(leader: Leader):
