@@ -22,6 +22,7 @@ import zmq
 from msgspec.structs import replace
 
 from benchmarks import scenarios
+from benchmarks.scenarios import at_least_one, positive
 from loadgen import LoadError
 from loadgen.processes import started
 from loadgen.workload import UniformKeys
@@ -126,8 +127,8 @@ async def benchmark(options: argparse.Namespace) -> int:
 def main() -> int:
     """Parse options and run; the two hidden ones are the bare loop's ends."""
     parser = scenarios.parser("bare_loop", __doc__)
-    parser.add_argument("--duration", type=float, default=4.0, metavar="S", help="seconds for each turn (default 4)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each (default 5)")
+    parser.add_argument("--duration", type=positive, default=4.0, metavar="S", help="seconds for each turn (default 4)")
+    parser.add_argument("--rounds", type=at_least_one, default=5, metavar="N", help="turns of each (default 5)")
     parser.add_argument("--target", type=float, default=scenarios.BARE_RATIO_MIN, metavar="X", help="bus / bare loop")
     parser.add_argument("--send", metavar="ADDRESS", help=argparse.SUPPRESS)
     parser.add_argument("--receive", metavar="ADDRESS", help=argparse.SUPPRESS)

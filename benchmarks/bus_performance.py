@@ -21,7 +21,7 @@ import msgspec
 
 import shardbus
 from benchmarks import scenarios
-from benchmarks.scenarios import Check
+from benchmarks.scenarios import Check, at_least_one, positive
 from loadgen import LoadSpec, Report, run_async
 from loadgen.processes import own_address, started_bus
 from loadgen.report import Interval
@@ -432,12 +432,12 @@ def main() -> int:
     """Parse options and run; the hidden one is the publisher that measures in turns."""
     parser = scenarios.parser("bus_performance", __doc__, aims=True)
     add = parser.add_argument
-    add("--sustained", type=float, default=20.0, metavar="S", help="seconds of sustained load (default 20)")
-    add("--latency", type=float, default=15.0, metavar="S", help="seconds of paced load (default 15)")
-    add("--memory", type=float, default=40.0, metavar="S", help="seconds for each look at memory (default 40)")
-    add("--faults", type=float, default=10.0, metavar="S", help="seconds of load under which workers are killed (10)")
-    add("--turns", type=int, default=20, metavar="N", help="turns with and without measuring (default 20)")
-    add("--turn", type=float, default=1.0, metavar="S", help="seconds of each (default 1)")
+    add("--sustained", type=positive, default=20.0, metavar="S", help="seconds of sustained load (default 20)")
+    add("--latency", type=positive, default=15.0, metavar="S", help="seconds of paced load (default 15)")
+    add("--memory", type=positive, default=40.0, metavar="S", help="seconds for each look at memory (default 40)")
+    add("--faults", type=positive, default=10.0, metavar="S", help="seconds of load under which workers are killed (10)")
+    add("--turns", type=at_least_one, default=20, metavar="N", help="turns with and without measuring (default 20)")
+    add("--turn", type=positive, default=1.0, metavar="S", help="seconds of each (default 1)")
     add("--target", type=float, default=_SUSTAINED_MIN, metavar="N", help="events/s sustained")
     scenarios.add_p99(parser)
     add("--slope-mb", type=float, default=_SLOPE_MB_MAX, metavar="MB", help="growth of memory a minute")

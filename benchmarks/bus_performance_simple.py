@@ -44,7 +44,7 @@ async def benchmark(options: argparse.Namespace) -> int:
 def main() -> int:
     """Parse options and run."""
     parser = scenarios.parser("bus_performance_simple", __doc__, aims=True)
-    parser.add_argument("--duration", type=float, default=10.0, metavar="S", help="seconds for each load (default 10)")
+    scenarios.add_duration(parser, 10.0)
     parser.add_argument(
         "--target", type=float, default=scenarios.RATE_MIN, metavar="N", help="events/s, the better call"
     )

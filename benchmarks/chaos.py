@@ -26,7 +26,7 @@ import msgspec
 
 import shardbus
 from benchmarks import scenarios
-from benchmarks.scenarios import counted
+from benchmarks.scenarios import at_least_one, counted, positive
 from loadgen.collector import totals_of
 from loadgen.injector import RECOVERED_S_MAX, Injector
 from loadgen.processes import Fault, inject, started, started_bus
@@ -353,8 +353,8 @@ async def benchmark(options: argparse.Namespace) -> int:
 def main() -> int:
     """Parse options and run; the hidden one is the second publisher's."""
     parser = scenarios.parser("chaos", __doc__)
-    parser.add_argument("--faults", type=int, default=100, metavar="N", help="how many (default 100)")
-    parser.add_argument("--rate", type=float, default=5000.0, metavar="N", help="events per second (default 5000)")
+    parser.add_argument("--faults", type=at_least_one, default=100, metavar="N", help="how many (default 100)")
+    parser.add_argument("--rate", type=positive, default=5000.0, metavar="N", help="events per second (default 5000)")
     parser.add_argument("--seed", type=int, metavar="N", help="of events and faults; default: a new one")
     parser.add_argument("--p50", type=float, default=_P50_RECOVERY_S, metavar="S", help="target of the median recovery")
     parser.add_argument("--p99", type=float, default=_P99_RECOVERY_S, metavar="S", help="target of its 99th percentile")

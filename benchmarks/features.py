@@ -18,7 +18,7 @@ import msgspec
 
 import shardbus
 from benchmarks import scenarios
-from benchmarks.scenarios import Check
+from benchmarks.scenarios import Check, at_least_one, positive
 from loadgen import LoadError, LoadSpec, Report, run_async
 from loadgen.histogram import Percentiles, percentiles_us
 from loadgen.spec import Template
@@ -326,10 +326,10 @@ def main() -> int:
     """Parse options and run; the hidden ones are the clients."""
     parser = scenarios.parser("features", __doc__)
     add = parser.add_argument
-    add("--duration", type=float, default=5.0, metavar="S", help="seconds of commands, each way (default 5)")
-    add("--turns", type=int, default=3, metavar="N", help="turns of either handler (default 3)")
-    add("--turn", type=float, default=3.0, metavar="S", help="seconds of each (default 3)")
-    add("--scheduled", type=int, default=_SCHEDULED, metavar="N", help="events due in one second (default 100,000)")
+    add("--duration", type=positive, default=5.0, metavar="S", help="seconds of commands, each way (default 5)")
+    add("--turns", type=at_least_one, default=3, metavar="N", help="turns of either handler (default 3)")
+    add("--turn", type=positive, default=3.0, metavar="S", help="seconds of each (default 3)")
+    add("--scheduled", type=at_least_one, default=_SCHEDULED, metavar="N", help="events due in one second (default 100,000)")
     add("--commands", type=float, default=_COMMANDS_PER_S_MIN, metavar="N", help="commands/s in flight")
     add("--round-trip-us", type=int, default=scenarios.ROUND_TRIP_P50_US_AIM, metavar="US", help="p50, one by one")
     add("--ratio", type=float, default=_BATCH_RATIO_MIN, metavar="X", help="in batches / one by one")

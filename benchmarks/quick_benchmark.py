@@ -46,7 +46,7 @@ async def benchmark(options: argparse.Namespace) -> int:
 def main() -> int:
     """Parse options and run."""
     parser = scenarios.parser("quick_benchmark", __doc__, aims=True)
-    parser.add_argument("--duration", type=float, default=4.0, metavar="S", help="seconds for each load (default 4)")
+    scenarios.add_duration(parser, 4.0)
     parser.add_argument("--target", type=float, default=_TWO_WORKERS_RATE_MIN, metavar="N", help="events/s at full speed")
     scenarios.add_p99(parser)
     return scenarios.main(benchmark(parser.parse_args()))

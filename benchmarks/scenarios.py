@@ -204,13 +204,14 @@ async def figure_of(kind: type[FigureT], arguments: list[str], *, timeout_s: flo
     """What a benchmark's client says that runs as a process of its own, by these arguments of `python -m`: a line of JSON.
 
     Raises:
-        LoadError: `nothing`: it ended without one.
-        TimeoutError: it took longer.
+        LoadError: `nothing`: it ended without one, or took longer.
     """
+    line = b""
     async with started(arguments, piped_stdin=False) as process:
         assert process.stdout is not None  # it is a pipe
-        async with asyncio.timeout(timeout_s):
-            line = await process.stdout.readline()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                line = await process.stdout.readline()
     try:
         return msgspec.json.decode(line, type=kind)
     except msgspec.DecodeError:
@@ -321,6 +322,30 @@ def parser(module: str, description: str | None, *, aims: bool = False) -> argpa
     if aims:
         made.add_argument("--aims", action="store_true", help="fail also where an aim is missed")
     return made
+
+
+def positive(text: str) -> float:
+    """An option's value that is a number above 0: a bad one is told before anything is started."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
+def at_least_one(text: str) -> int:
+    """An option's value that is a whole number above 0."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def add_duration(parser: argparse.ArgumentParser, default_s: float) -> None:
+    """How long each load of it lasts."""
+    told = f"seconds for each load (default {default_s:g})"
+    parser.add_argument("--duration", type=positive, default=default_s, metavar="S", help=told)
 
 
 def add_p99(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ import msgspec
 
 import shardbus
 from benchmarks import scenarios
-from benchmarks.scenarios import Check, counted
+from benchmarks.scenarios import Check, at_least_one, counted
 from loadgen.processes import started
 from loadgen.spec import LoadError
 from shardbus import Bus, Command, Context, Event
@@ -275,7 +275,7 @@ async def benchmark(options: argparse.Namespace) -> int:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """How much this part does, and its targets, as options."""
-    parser.add_argument("--sessions", type=int, default=SESSIONS, metavar="N", help="sessions at once, in each round")
+    parser.add_argument("--sessions", type=at_least_one, default=SESSIONS, metavar="N", help="sessions at once, each round")
     parser.add_argument(
         "--killed", type=int, default=KILLED, metavar="N", help="sessions of the client that is killed; 0: none is killed"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from benchmarks.scenarios import at_least, at_most_us, counted, latency_checks, 
 from loadgen.histogram import Percentiles
 from loadgen.machine import Machine
 from loadgen.report import Report
-from loadgen.spec import LoadSpec
+from loadgen.spec import LoadError, LoadSpec
 
 REPORT = Report(
     verdict="ok",
@@ -128,3 +129,29 @@ def test_a_paced_run_whose_generator_was_late_is_done_again_and_a_few_times_only
     monkeypatch.setattr(scenarios, "run_async", run)
     reports = asyncio.run(scenarios.paced("ipc:///run/bus", 1.0))
     assert [report.verdict for report in reports] == (["generator-bound"] * bound + ["ok"])[:runs]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "x", ""])
+def test_an_option_that_is_no_number_above_0_is_refused(text: str):
+    with pytest.raises(argparse.ArgumentTypeError, match="no number above 0"):
+        scenarios.positive(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "²", "x", ""])
+def test_an_option_that_is_no_whole_number_above_0_is_refused(text: str):
+    with pytest.raises(argparse.ArgumentTypeError, match="no whole number above 0"):
+        scenarios.at_least_one(text)
+
+
+def test_options_above_0_are_taken():
+    assert (scenarios.positive("0.5"), scenarios.at_least_one("12")) == (0.5, 12)
+
+
+def test_what_drifts_falls_out_of_a_ratio_of_pairs():
+    assert scenarios.median_ratio([11.0, 33.0, 2.2], [10.0, 30.0, 2.0]) == pytest.approx(1.1)
+
+
+async def test_a_client_that_does_not_end_in_time_is_an_error_with_words():
+    arguments = ["http.server", "--bind", "127.0.0.1", "0"]  # says nothing to a pipe, and never ends
+    with pytest.raises(LoadError, match="no figure"):
+        await scenarios.figure_of(Percentiles, arguments, timeout_s=0.01, nothing="no figure")
