@@ -312,7 +312,7 @@ async def measuring(address: str, options: argparse.Namespace) -> tuple[list[Che
     seen = await scenarios.figure_of(
         _Seen,
         arguments,
-        timeout_s=5 * options.turns * options.turn + _PATIENCE_S,
+        timeout_s=4 * (options.turns + 1) * options.turn + 2 * _PATIENCE_S,
         nothing="the publisher that measures in turns did not end with its figures",
     )
     us, plain_us = (

@@ -432,6 +432,8 @@ def show(
 def _mark(check: Check, aims: bool) -> str:
     if not check.passed:
         return "FAIL"
+    if check.target == _NO_TARGET and check.measured == NOT_MEASURED:
+        return "–"
     return "PASS" if check.aim_reached or not aims else "MISS"
 
 

@@ -77,13 +77,13 @@ class Calls:
         self, command: Command[ReplyT], timeout_s: float, window: int, headers: dict[str, str] | None
     ) -> Stream[ReplyT]:
         """See `Client.stream`."""
-        self._gate.check_here()
+        loop = self._gate.check_here()
         check_seconds("timeout", timeout_s)
         route, key, body, own_headers, _ = self._packing.pack_command(command, headers)
         if type(window) is not int or not 1 <= window <= self._limits.stream_items_max:
             raise UsageError(f"window={window!r}: take 1 to {self._limits.stream_items_max:,}")
         flow = Flow(route.name, window)
-        end = asyncio.get_running_loop().time() + timeout_s
+        end = loop.time() + timeout_s
         caller = _Caller(
             self, self._outboxes, route, key, body, flow, Extra(0, own_headers, 0, False, window=window), end
         )

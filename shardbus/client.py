@@ -470,15 +470,15 @@ class Client:
             if not outbox.is_flushed(outbox.session.next_seq):
                 outbox.session.hurry()
             self._outboxes.pump(outbox)
+        waited_s = 0.0
         try:
             async with asyncio.timeout(timeout):
-                while not all(outbox.is_flushed(goal) for outbox, goal in goals):
-                    if self._gate.is_closed:
-                        raise NotDelivered(self.ledger().in_flight, 0.0)
+                while not (self._gate.is_closed or all(outbox.is_flushed(goal) for outbox, goal in goals)):
                     await self._gate.wait_for_progress()
         except TimeoutError:
-            if in_flight := self.ledger().in_flight:
-                raise NotDelivered(in_flight, timeout or 0.0) from None
+            waited_s = timeout or 0.0
+        if late := sum(outbox.unfinished_events(goal) for outbox, goal in goals):
+            raise NotDelivered(late, waited_s)
         return self.ledger()
 
     def ledger(self) -> Ledger:

@@ -37,7 +37,9 @@ def envelope_of(delivery: Delivery) -> Envelope:
 
 
 def envelope_of_row(inbound: Inbound) -> Envelope:
-    """That of the present row of a batch, which carries no stamps."""
+    """That of the present row of a batch, which carries no stamps: `envelope_of` its delivery, without making that one,
+    because a flood of dead letters has one each.
+    """
     seq = inbound.next_seq - 1
     at = seq - inbound.first
     columns = inbound.columns

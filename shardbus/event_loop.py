@@ -7,6 +7,7 @@ carried 740,000–850,000 events/s on it and 430,000–650,000 on asyncio's, and
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -27,4 +28,5 @@ def run(main: Coroutine[Any, Any, ResultT]) -> ResultT:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             return runner.run(main)
     finally:
-        main.close()
+        if inspect.iscoroutine(main) and inspect.getcoroutinestate(main) == inspect.CORO_CREATED:
+            main.close()

@@ -30,8 +30,8 @@ _PLACES_MAX: Final = 1024
 _LED_TO_MAX: Final = 15  # errors that led to one, or are in it: more are not told
 
 _How = Literal["", "caused by", "while handling", "in it"]
-_Link = tuple[_How, BaseException]
-"""An error, and what it was to the one that it led to; empty: that is the one."""
+_Link = tuple[_How, BaseException, BaseException]
+"""How an error belongs to another (empty: it is the one that is told of), itself, and the other."""
 
 _BETWEEN: Final[dict[_How, str]] = {
     "": "",
@@ -57,21 +57,22 @@ class Failures:
         self._places: dict[tuple[Any, ...], tuple[str, str, list[CodeType]]] = {}
 
     def of_handler(self, name: str, error: BaseException, reason: str) -> Failure:
-        """The outcome of an event that a handler gave up."""
-        led = _led_to(error)
-        place, text = self._place_of(error, led)
-        return Failure(
-            handlers=(name,),
-            reason=reason,
-            error_type=_type_name(error),
-            error=_text_of_all(error, led),
-            place=place,
-            traceback=text,
-        )
+        """The outcome of an event that a handler gave up; whatever it raised, because without an outcome all would stop."""
+        kind = _type_name(error)
+        try:
+            led = _led_to(error)
+            place, text = self._place_of(error, led)
+            told = _text_of_all(error, led)
+        except Exception as odd:  # of a kind of the application's own, whose attributes raise
+            return Failure(handlers=(name,), reason=reason, error_type=kind, error=_untold(error, odd))
+        return Failure(handlers=(name,), reason=reason, error_type=kind, error=told, place=place, traceback=text)
 
     def reply_to(self, error: BaseException) -> bytes:
-        """The reply of a command whose handler raised."""
-        text = "".join(self._told_from_the_handler(error).format())[-_REPLY_TRACEBACK_CHARS_MAX:]
+        """The reply of a command whose handler raised, whatever that is."""
+        try:
+            text = "".join(self._told_from_the_handler(error).format())[-_REPLY_TRACEBACK_CHARS_MAX:]
+        except Exception as odd:  # as in an event's
+            text = _untold(error, odd)
         return failed_reply(_type_name(error), _text_of(error), _sound(text))
 
     def _place_of(self, error: BaseException, led: Sequence[_Link]) -> tuple[str, str]:
@@ -83,13 +84,13 @@ class Failures:
         """
         identity: list[Any] = [_type_name(error)]
         _add_stack(identity, error)
-        for how, one in led:
+        for how, one, _ in led:
             identity += (how, _type_name(one))
             _add_stack(identity, one)
         known = self._places.get(tuple(identity))
         if known is None:
-            links: list[_Link] = [("", error), *led]
-            code = [frame.f_code for _, one in links for frame, _ in traceback.walk_tb(one.__traceback__)]
+            links: list[_Link] = [("", error, error), *led]
+            code = [frame.f_code for _, one, _ in links for frame, _ in traceback.walk_tb(one.__traceback__)]
             if len(self._places) >= _PLACES_MAX:
                 self._places.clear()
             text = "".join(self._stacks(links))
@@ -102,7 +103,7 @@ class Failures:
 
     def _stacks(self, links: list[_Link]) -> Iterator[str]:
         """The stacks of an error and of what led to it, which comes first; without the frames of ours before a handler's."""
-        for how, one in reversed(links):
+        for how, one, _ in reversed(links):
             stack = traceback.extract_tb(one.__traceback__)
             self._cut(stack)
             if stack:
@@ -205,39 +206,54 @@ def _led_to(error: BaseException) -> Sequence[_Link]:
     seen = {id(error)}
     ahead = _steps_from(error)
     while ahead and len(links) < _LED_TO_MAX:
-        how, one = ahead.pop()
+        link = ahead.pop()
+        one = link[1]
         if id(one) not in seen:
             seen.add(id(one))
-            links.append((how, one))
+            links.append(link)
             ahead += _steps_from(one)
     return links
 
 
 def _steps_from(error: BaseException) -> list[_Link]:
-    """What led to an error at once, what is told first as the last one."""
+    """What led to an error at once, what is told first as the last one: its cause, because a traceback, which is told from
+    behind, says that the next one came of it."""
     found: list[_Link] = []
-    if error.__cause__ is not None:
-        found.append(("caused by", error.__cause__))
-    elif error.__context__ is not None and not error.__suppress_context__:
-        found.append(("while handling", error.__context__))
     if isinstance(error, BaseExceptionGroup):
-        found += [("in it", one) for one in reversed(error.exceptions)]
+        found += [("in it", one, error) for one in reversed(error.exceptions)]
+    if error.__cause__ is not None:
+        found.append(("caused by", error.__cause__, error))
+    elif error.__context__ is not None and not error.__suppress_context__:
+        found.append(("while handling", error.__context__, error))
     return found
 
 
 def _text_of_all(error: BaseException, led: Sequence[_Link]) -> str:
     """The text of an error, its notes, and the same of what led to it: none of that is in the traceback."""
-    if isinstance(error, HandlerTimeout) or not (led or hasattr(error, "__notes__")):
+    notes = _notes_of(error)
+    if isinstance(error, HandlerTimeout) or not (led or notes):
         return _text_of(error)  # what led to a time-out is how handlers are ended
-    parts = [text_of(error), *_notes_of(error)]
-    for how, one in led:
+    parts = [text_of(error), *notes]
+    last: _Link = ("", error, error)
+    for link in led:
+        how, one, other = link
         text = text_of(one)
-        parts += [f"{how} {_type_name(one)}{text and ': '}{text}", *_notes_of(one)]
+        is_next = other is last[1] or (last[0] == "in it" and other is last[2])
+        words = how if is_next or how != "in it" else "in the group"
+        parts += [f"{words} {_type_name(one)}{text and ': '}{text}", *_notes_of(one)]
+        last = link
     return _sound("; ".join(parts)[:_ERROR_CHARS_MAX])
 
 
+def _untold(error: BaseException, odd: Exception) -> str:
+    return f"{_text_of(error)} <more of it cannot be told: {type(odd).__name__}>"
+
+
 def _notes_of(error: BaseException) -> list[str]:
-    notes = getattr(error, "__notes__", ())  # whatever somebody has put there
+    try:
+        notes = getattr(error, "__notes__", ())  # whatever somebody has put there
+    except Exception:  # a `__getattr__` of the application's, which has another for what it does not know
+        return []
     return [note for note in notes if isinstance(note, str)] if isinstance(notes, list | tuple) else []
 
 

@@ -129,7 +129,7 @@ class LaneRows:
             return
         log.warning(
             "dead letter: %s key=%r (%s%s): %s%s%s",
-            envelope.type,
+            one_line(envelope.type),
             from_wire_key(envelope.key),
             failure.reason,
             f" in {', '.join(failure.handlers)}" if failure.handlers else "",

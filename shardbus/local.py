@@ -19,7 +19,7 @@ import msgspec
 from shardbus.client import Client, open_client
 from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
-from shardbus.errors import BusRejected, ConfigError, RemoteProtocolError
+from shardbus.errors import BusRejected, ConfigError, RemoteProtocolError, text_of
 from shardbus.handler_client import HandlerClient
 from shardbus.journal import Journal, journal_bytes
 from shardbus.metrics import Book, Evidence, Recorder, book_bytes
@@ -189,7 +189,7 @@ async def run_local(
     def on_broken(error: BaseException) -> None:
         defects.append(error)
         for client in clients:
-            client.end(BusRejected(f"the local bus has a defect and cannot go on: {type(error).__name__}: {error}"))
+            client.end(BusRejected(f"the local bus has a defect and cannot go on: {type(error).__name__}: {text_of(error)}"))
 
     try:
         async with _running(

@@ -178,6 +178,11 @@ class Outbox:
         self.unfinished_commands()
         return left == sum(seq < goal and not self._is_awaited(seq) for seq in self.command_seqs)
 
+    def unfinished_events(self, goal: int) -> int:
+        """How many events before `goal` are not finished."""
+        self.unfinished_commands()
+        return self.session.unfinished_below(goal) - sum(seq < goal for seq in self.command_seqs)
+
     def _is_awaited(self, seq: int) -> bool:
         """Whether somebody waits for the end of a command; that of a stream is its reader's own affair."""
         call = self.commands.get(seq)

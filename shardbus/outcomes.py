@@ -1,7 +1,8 @@
 """What follows when a message's handlers have ended, for now or for good.
 
 For now: it waits at the head of its lane. For good: first the evidence is written, then the message is finished, or buried,
-and then its lane goes on, or is parked. That order is kept here, once.
+and then its lane goes on, or is parked. That order is kept here, once; but for events that die at once, which leave no
+evidence, are no suspects and park nothing (`Lanes._fast_failed`).
 """
 
 from __future__ import annotations

@@ -270,8 +270,10 @@ def _stalled(stall: Stall, pipe: ReportPipe) -> None:
 
 def _broken(error: BaseException) -> None:
     """A defect of the lanes: end here and now; the supervisor starts anew and publishers resend."""
-    log.critical("defect: %s", "".join(traceback.format_exception(error)).rstrip())
-    os._exit(EXIT_BROKEN)
+    try:
+        log.critical("defect: %s", "".join(traceback.format_exception(error)).rstrip())
+    finally:  # an application's own error may not let itself be told
+        os._exit(EXIT_BROKEN)
 
 
 def main(make_outgoing: MakeOutgoing) -> None:

@@ -439,6 +439,22 @@ async def test_leaving_with_nothing_but_commands_under_way_says_nothing_of_event
         await asking
 
 
+async def test_a_flush_that_ends_in_time_says_nothing_of_what_was_published_since():
+    async with running(close_timeout_s=0.1) as client:
+        asking = asyncio.create_task(client.execute(Ask(key="stuck"), timeout=30))
+        await client.publish(Step(key="a"))
+        assert (await client.flush(0.2)).handled == 1
+        flushing = asyncio.create_task(client.flush(0.2))
+        await asyncio.sleep(0)
+        await client.publish(Step(key="stuck"))
+        assert (await flushing).in_flight == 1
+        with pytest.raises(NotDelivered, match="1 event "):
+            await client.flush(0.05)
+        await client.abort()
+    with pytest.raises(ClientClosed):
+        await asking
+
+
 # -- what is refused where it is called
 
 

@@ -23,7 +23,10 @@ from shardbus import (
     UsageError,
 )
 from shardbus.config import Limits
+from shardbus.inbound import Inbound
+from shardbus.lane_rows import LaneRows
 from shardbus.local import run_local
+from shardbus.store import Failure
 from shardbus.testing import MemoryRows, MemoryStore
 
 
@@ -100,6 +103,9 @@ async def test_the_line_that_tells_of_a_dead_letter_is_one_and_has_its_key(caplo
     class Device(Event, key="serial"):
         serial: UUID
 
+    class Forged(Event, name="Odd\nERROR of somebody else"):
+        pass
+
     bus = Bus("lines")
 
     @bus.on(Device, retry=Retry(attempts=1))
@@ -111,10 +117,13 @@ async def test_the_line_that_tells_of_a_dead_letter_is_one_and_has_its_key(caplo
         await client.publish(Device(serial=serial))
         await client.flush(10)
         (letter,) = await client.dead_letters()
+        await client.publish(Forged())
+        await client.flush(10)
     assert letter.error == "first\nsecond \x1b[2J"
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "shardbus.shard"]
+    line, forged = [record.getMessage() for record in caplog.records if record.name == "shardbus.shard"]
     assert line.startswith(f"dead letter: Device key={serial!r} (failed in ")
     assert line.endswith("ValueError: first\\nsecond \\x1b[2J")
+    assert forged.startswith("dead letter: Odd\\nERROR of somebody else key=None (unknown-type)")
 
 
 async def test_dead_letters_of_all_shards_are_found_by_what_they_are(application: Application):
@@ -354,8 +363,16 @@ async def test_a_huge_traceback_is_cut_and_can_be_listed():
 
 
 @pytest.mark.parametrize("stamped", [False, True])
-async def test_a_dead_letter_is_the_same_however_its_handler_is_called(stamped: bool):
+async def test_a_dead_letter_is_the_same_however_its_handler_is_called(stamped: bool, monkeypatch: pytest.MonkeyPatch):
     """What is called once and dies never leaves its batch; with a context, or stamps, an event has a life of its own."""
+    from_batches: list[str] = []
+    bury_row = LaneRows.bury_row
+
+    def buried(host: LaneRows, inbound: Inbound, failure: Failure) -> None:
+        from_batches.append(failure.error)
+        bury_row(host, inbound, failure)
+
+    monkeypatch.setattr(LaneRows, "bury_row", buried)
 
     def refuse(event: Step | Other) -> None:
         if event.key in ("b", 3) or getattr(event, "n", 0) % 3:
@@ -387,6 +404,8 @@ async def test_a_dead_letter_is_the_same_however_its_handler_is_called(stamped: 
             while len(again := await client.dead_letters()) < len(letters):  # noqa: ASYNC110 - ends by its time-out
                 await asyncio.sleep(0.01)
         assert (ledger.handled, ledger.dead) == (len(handled), len(letters))
+        assert len(from_batches) == (len(letters) if handle is plain and not stamped else 0)
+        from_batches.clear()
         assert all("in refuse" in letter.traceback and f"in {handle.__name__}" in letter.traceback for letter in letters)
         found = [
             (one.id[32:], one.type, one.key, one.event, one.headers, one.reason, one.error_type, one.error, one.attempts)

@@ -131,10 +131,62 @@ def test_what_is_in_a_group_is_told(failures: Failures):
     inner = raised(caused, "away")
     told = failures.of_handler("h", ExceptionGroup("of two", [inner, raised(other, "late")]), "failed")
     assert told.error == (
-        "of two (2 sub-exceptions); in it ValueError: away; caused by KeyError: 'away'; in it ValueError: late"
+        "of two (2 sub-exceptions); in it ValueError: away; caused by KeyError: 'away'; in the group ValueError: late"
     )
     assert told.traceback.endswith("\n\nThe above exception is in the group below:\n\nExceptionGroup")
     assert told.traceback.count("in the group below") == 2
+
+
+def test_the_cause_of_a_group_is_not_taken_for_that_of_its_members(failures: Failures):
+    group = ExceptionGroup("of two", [raised(one, "away"), raised(other, "late")])
+    group.__cause__ = raised(caused, "first")
+    told = failures.of_handler("h", group, "failed")
+    assert told.error == (
+        "of two (2 sub-exceptions); caused by ValueError: first; caused by KeyError: 'first'; "
+        "in the group ValueError: away; in it ValueError: late"
+    )
+    assert told.traceback.endswith("direct cause of the following exception:\n\nExceptionGroup")
+
+
+class Odd(Exception):
+    """As some applications write them: for what it does not know it raises another error than Python expects."""
+
+    def __init__(self, fields: dict[str, str]) -> None:
+        super().__init__("odd")
+        self.fields = fields
+
+    def __getattr__(self, name: str) -> str:
+        return self.fields[name]
+
+
+class Hopeless(Exception):
+    """Even what every error has cannot be looked at."""
+
+    @property
+    def __cause__(self) -> BaseException | None:  # type: ignore[override]
+        raise KeyError("cause")
+
+
+def _raise_odd(_: str) -> None:
+    raise Odd({})
+
+
+@pytest.mark.parametrize("kind", [Odd, Hopeless])
+def test_an_error_whose_attributes_raise_is_an_outcome_and_a_reply_like_any_other(
+    failures: Failures, kind: type[Odd] | type[Hopeless]
+):
+    error = kind({})
+    told = failures.of_handler("h", error, "failed")
+    assert (told.handlers, told.error_type) == (("h",), kind.__name__)
+    assert told.error.startswith(str(error))
+    name, text, stack = msgspec.msgpack.decode(failures.reply_to(error))
+    assert (name, text) == (kind.__name__, str(error))
+    assert "cannot be told: KeyError" in stack
+
+
+def test_where_it_was_raised_is_told_of_an_error_whose_attributes_raise(failures: Failures):
+    told = failures.of_handler("h", raised(from_file(_raise_odd, "app.py")), "failed")
+    assert "in _raise_odd" in told.traceback
 
 
 def test_notes_are_told(failures: Failures):

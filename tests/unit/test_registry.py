@@ -9,11 +9,13 @@ from typing import Any, NewType
 
 import pytest
 
+from shardbus.breaker import Breaker
 from shardbus.context import Context
 from shardbus.errors import RegistrationError
 from shardbus.filters import where
 from shardbus.messages import Command, Event
 from shardbus.registry import Registry, WorkerInfo
+from shardbus.retry import Retry
 
 WORKER = WorkerInfo(bus="shop", shard=1, shards=4)
 
@@ -391,6 +393,25 @@ def test_only_a_single_async_event_handler_without_context_is_simple(bus: Regist
     assert plans["GetTotal"].simple is None
     bus.on(Placed)(takes_event)
     assert bus.plans()["Placed"].simple is None
+
+
+@pytest.mark.parametrize(
+    ("handler", "options", "at_once"),
+    [
+        (takes_event, {"retry": Retry(attempts=1)}, True),
+        (takes_event, {}, False),
+        (takes_event, {"retry": Retry(attempts=2)}, False),
+        (takes_event, {"retry": Retry(attempts=1), "on_dead_letter": "park"}, False),
+        (takes_event, {"retry": Retry(attempts=1), "breaker": Breaker()}, False),
+        (takes_event, {"retry": Retry(attempts=1), "timeout_s": 1.0}, False),
+        (takes_event_and_context, {"retry": Retry(attempts=1)}, False),
+    ],
+)
+def test_what_dies_at_once_is_called_once_and_leaves_nothing_to_look_after(
+    bus: Registry, handler: Any, options: dict[str, Any], at_once: bool
+):
+    bus.on(Placed, **options)(handler)
+    assert bus.plans()["Placed"].dies_at_once is at_once
 
 
 def test_a_plan_decodes_its_type_and_encodes_a_reply(bus: Registry):
