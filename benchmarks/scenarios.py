@@ -422,7 +422,8 @@ def show(
     )
     if (path := keep(result, RESULTS)) is not None:
         print(f"kept in {path}")
-    ends = [f"{len(missed)} of {len(checks)} targets missed"] if missed else []
+    targets = sum(check.target != _NO_TARGET for check in checks)
+    ends = [f"{len(missed)} of {targets} targets missed"] if missed else []
     if aimed:
         ends.append(f"{len(aimed) - len(short)} of {len(aimed)} aims reached")
     print("; ".join(["PASS" if result.passed else "FAIL", *ends]))

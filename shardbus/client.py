@@ -92,6 +92,7 @@ from shardbus.wire.frames import (
     encode_frame,
 )
 from shardbus.wire.session import Lost, PublisherSession, Rejected, Replied, State
+from shardbus.wording import counted
 
 log = logging.getLogger("shardbus.client")
 
@@ -899,14 +900,16 @@ class Client:
         self._silent_ticks += 1
         if self._silent_ticks < _SILENT_TICKS_MAX or self._told_silent or self._table is None:
             return
-        if held := self.ledger().in_flight:
+        events, commands = self.ledger().in_flight, sum(outbox.unfinished_commands() for outbox in self._outboxes)
+        if events or commands:
             self._told_silent = True
             log.warning(
-                "waiting for the bus at %s, which has said nothing for %g s (events not finished: %d); they go out when it "
-                "is back",
+                "waiting for the bus at %s, which has said nothing for %g s (not finished: %s, %s); events go out when "
+                "it is back",
                 self.address,
                 self._silent_ticks * _TICK_S,
-                held,
+                counted(events, "event"),
+                counted(commands, "command"),
             )
 
 

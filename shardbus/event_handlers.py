@@ -10,12 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from msgspec.structs import replace
-
 from shardbus.breaker import Admitted, Blocked, Circuit
 from shardbus.clock import NowNs
 from shardbus.context import BatchContext, Context
-from shardbus.failures import Failures, HandlerTimeout, circuit_open, expired, undecodable, unknown_type
+from shardbus.failures import Failures, HandlerTimeout, circuit_open, expired, together, undecodable, unknown_type
 from shardbus.handler_calls import HandlerTasks, absorb, call_handler, context_of
 from shardbus.inbound import UNKNOWN, Delivery, Later
 from shardbus.lane_host import LaneHost
@@ -211,9 +209,4 @@ class _Round:
         if self._todo:
             delivery.todo = self._todo
             return Later(self._delay_s, self.ran)
-        if not delivery.gave_up:
-            return None
-        first = delivery.gave_up[0]
-        if len(delivery.gave_up) == 1:
-            return first
-        return replace(first, handlers=tuple(name for one in delivery.gave_up for name in one.handlers))
+        return together(delivery.gave_up) if delivery.gave_up else None

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 import xxhash
+from msgspec.structs import replace
 
 from shardbus.errors import text_of
 from shardbus.inbound import Delivery
@@ -148,6 +149,16 @@ def circuit_open(name: str, state: str) -> Failure:
     """The outcome of an event whose handler is not called, and is not to wait for that."""
     told = f"the circuit of {name} is {state}"
     return Failure(handlers=(name,), reason="circuit-open", error_type="", error=told)
+
+
+def together(gave_up: Sequence[Failure]) -> Failure:
+    """The outcome of an event that several handlers gave up: that of the first, with what the others have raised."""
+    first, *others = gave_up
+    if not others:
+        return first
+    told = [f"{', '.join(one.handlers)}: {one.error_type}{one.error_type and ': '}{one.error}" for one in others]
+    error = "; ".join((first.error, *told))[:_ERROR_CHARS_MAX]
+    return replace(first, handlers=tuple(name for one in gave_up for name in one.handlers), error=error)
 
 
 def crashed(delivery: Delivery, verdict: str, deaths: int) -> Failure:

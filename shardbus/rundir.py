@@ -58,8 +58,8 @@ class RunDir:
                 pid = os.pread(lock, 32, 0).decode().strip() or "?"
                 os.close(lock)
                 raise BootError(
-                    f"a bus runs at {self._address.url} already (supervisor {pid}); stop it with `shardbus drain`, or give "
-                    "this one another address with --bind"
+                    f"a bus runs at {self._address.url} already (supervisor {pid}); stop it with `shardbus drain --connect "
+                    f"{self._address.url}`, or give this one another address with --bind"
                 ) from None
             if _is_file_at(path, lock):
                 return lock

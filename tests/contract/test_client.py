@@ -173,9 +173,14 @@ async def test_a_client_that_waits_for_a_silent_bus_says_so_once_and_when_it_is_
         be_silent()
         (told,) = caplog.messages
         assert "waiting for the bus at local" in told
-        assert "(events not finished: 1)" in told
+        assert "(not finished: 1 event, 0 commands)" in told
         await client.flush(10)
         assert caplog.messages == [told, "the bus at local is back"]
+        asking = asyncio.create_task(client.execute(Ask(key="a"), timeout=10))
+        await asyncio.sleep(0)
+        be_silent()
+        assert "(not finished: 0 events, 1 command)" in caplog.messages[-1]
+        await asking
 
 
 async def test_a_local_bus_says_what_ends_with_it(caplog: pytest.LogCaptureFixture):

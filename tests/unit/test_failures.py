@@ -16,6 +16,7 @@ from shardbus.failures import (
     expired,
     failed_reply,
     parks_its_key,
+    together,
     undecodable,
     unknown_type,
 )
@@ -88,6 +89,17 @@ def delivery(of: Plan, todo: dict[str, int] | None = None, *given_up: Failure) -
     found = Delivery(None, b"p" * 16, 0, "Step", of, "k", b"", 0, 0, 1)
     found.todo, found.gave_up = todo, given_up
     return found
+
+
+def test_what_several_handlers_raised_is_told_of_each():
+    one = Failure(handlers=("a.one",), reason="failed", error_type="ValueError", error="first", place="p", traceback="t")
+    two = Failure(handlers=("a.two",), reason="timeout", error_type="TimeoutError", error="late")
+    open_ = Failure(handlers=("a.three",), reason="circuit-open", error_type="", error="the circuit is open")
+    assert together((one,)) is one
+    told = together((one, two, open_))
+    assert told.handlers == ("a.one", "a.two", "a.three")
+    assert (told.reason, told.error_type, told.traceback) == ("failed", "ValueError", "t")
+    assert told.error == "first; a.two: TimeoutError: late; a.three: the circuit is open"
 
 
 # -- places
