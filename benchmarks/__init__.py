@@ -1,1 +1,13 @@
 """Benchmarks of shardbus: `python -m benchmarks.NAME`. Method and results: README.md beside this file."""
+
+from __future__ import annotations
+
+import sys
+
+from shardbus.interrupts import EndedByInterrupts
+
+STARTING = EndedByInterrupts("benchmarks")
+"""Entered where one is started as `python -m benchmarks.…`; left when its imports are done."""
+
+if sys.argv[0] == "-m":  # as long as its module is looked for
+    STARTING.__enter__()

@@ -11,22 +11,17 @@ import asyncio
 import contextlib
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
-from statistics import linear_regression, median
+from statistics import linear_regression
 from typing import Final
 
-import msgspec
-
 import shardbus
-from benchmarks import scenarios
-from benchmarks.scenarios import Check, at_least_one, positive
+from benchmarks import measuring_cost, scenarios
+from benchmarks.scenarios import Check, positive
 from loadgen import LoadSpec, Report, run_async
 from loadgen.processes import own_address, started_bus
 from loadgen.report import Interval
-from loadgen.resources import Watched
-from loadgen.source import made
 from loadgen.spec import FaultSpec, Template
 from shardbus import Breaker, Bus, Command, Context, DeadLetterFilter, Event, Retry
 
@@ -265,143 +260,9 @@ async def _calls_of(client: shardbus.Client, handler: str) -> int:
     return (await client.execute(GetCalls(key="calls"), timeout=_PATIENCE_S)).get(handler, 0)
 
 
-class _Turn(msgspec.Struct, frozen=True):
-    """What a publisher saw that published for a while."""
-
-    events: int
-    seconds: float
-    worker_s: float  # of the worker's processor time
-
-    @property
-    def rate(self) -> float:
-        """Events handled a second."""
-        return self.events / self.seconds
-
-    @property
-    def worker_us(self) -> float:
-        """Microseconds of the worker's processor time, an event."""
-        return self.worker_s / self.events * 1e6
-
-
-class _Pairs(msgspec.Struct, frozen=True):
-    """Turns with everything measured and turns with nothing, side by side."""
-
-    measured: list[_Turn]
-    plain: list[_Turn]
-
-
-class _Seen(msgspec.Struct, frozen=True):
-    """Turns at a pace and at full speed, and what the shards can prove of what was measured."""
-
-    paced: _Pairs
-    fast: _Pairs
-    published: int
-    proven: int
-    irregular: int
-
-
 async def measuring(address: str, options: argparse.Namespace) -> tuple[list[Check], list[Report]]:
-    """The same events with everything measured and with nothing, in turns: what measuring costs.
-
-    It costs the worker processor time, which is what a worker with a core of its own loses. That is seen at a pace that
-    leaves the machine room. At full speed on two cores, the supervisor, which holds the evidence, takes time from publisher
-    and worker, and what fills one core makes an event dearer on the other; that is told beside it.
-    """
-    arguments = ["benchmarks.bus_performance", "--publish", address]
-    arguments += ["--turns", str(options.turns), "--turn", str(options.turn)]
-    seen = await scenarios.figure_of(
-        _Seen,
-        arguments,
-        timeout_s=4 * (options.turns + 1) * options.turn + 2 * _PATIENCE_S,
-        nothing="the publisher that measures in turns did not end with its figures",
-    )
-    us, plain_us = (
-        1e6 * sum(turn.worker_s for turn in turns) / sum(turn.events for turn in turns)
-        for turns in (seen.paced.measured, seen.paced.plain)
-    )
-    fast_us, fast_plain_us = ([turn.worker_us for turn in turns] for turns in (seen.fast.measured, seen.fast.plain))
-    rates, plain_rates = ([turn.rate for turn in turns] for turns in (seen.fast.measured, seen.fast.plain))
-    cost = us / plain_us - 1
-    checks = [
-        scenarios.counted("measured events proven to be handled", seen.proven, seen.published),
-        scenarios.counted("of them repeated, overtaken or missing", seen.irregular),
-        Check(
-            name=f"measuring costs the worker at {_FREE_RATE:,.0f}/s: {us:.2f} µs an event measured, {plain_us:.2f} not",
-            measured=f"{cost:+.1%}",
-            target=f"≤ {options.cost:.0%}",
-            passed=cost <= options.cost,
-        ),
-        _at_full_speed(
-            f"the worker: {median(fast_us):.2f} µs an event measured, {median(fast_plain_us):.2f} not",
-            scenarios.median_ratio(fast_us, fast_plain_us) - 1,
-        ),
-        _at_full_speed(
-            f"this machine: {median(rates):,.0f} events/s measured, {median(plain_rates):,.0f} not",
-            1 - scenarios.median_ratio(rates, plain_rates),
-        ),
-    ]
-    return checks, []
-
-
-def _at_full_speed(what: str, cost: float) -> Check:
-    return scenarios.shown(
-        f"at full speed, {what}",
-        f"{cost:+.1%}",
-        aim=f"≤ {scenarios.COST_MAX:.0%}",
-        aim_reached=cost <= scenarios.COST_MAX,
-    )
-
-
-async def publish_in_turns(address: str, turns: int, turn_s: float) -> _Seen:
-    """That publisher: the events of `loadgen --rate max`, with stamps and with the evidence asked for, and without either.
-
-    The speed of a shared machine drifts by more within seconds than is measured here. So turns are short, in one process,
-    and each is held against the one beside it; which one is first changes every time.
-    """
-    sources = {measured: made(LoadSpec(rate=None), 0) for measured in (True, False)}
-    watched, published = Watched(), list[int]()
-    async with shardbus.connect(address) as client:
-        worker = (await client.status())["workers"][0]["pid"]
-
-        def mark() -> tuple[int, float, float]:
-            usage = watched.look(worker)
-            return client.ledger().handled, time.monotonic(), float("nan") if usage is None else usage.cpu_s
-
-        async def turn(rate: float | None, *, measured: bool) -> _Turn:
-            before = mark()
-            end_s, count = before[1] + turn_s, 0
-            while (now_s := time.monotonic()) < end_s:
-                if rate is not None and count > rate * (now_s - before[1]):
-                    await asyncio.sleep(_TICK_S)
-                    continue
-                load = sources[measured].take(_BATCH)
-                await client.publish_many(load.messages, ordinals=load.ordinals if measured else None)
-                count += len(load.messages)
-            await client.flush(_PATIENCE_S)
-            if measured:
-                await client.evidence([client.publisher])
-                published.append(count)
-            events, seconds, worker_s = (now - then for then, now in zip(before, mark(), strict=True))
-            return _Turn(int(events), seconds, worker_s)
-
-        async def pairs(rate: float | None) -> _Pairs:
-            for measured in (True, False):
-                await turn(rate, measured=measured)  # to warm up
-            made_pairs = _Pairs([], [])
-            for number in range(turns):
-                for measured in (number % 2 == 0, number % 2 != 0):
-                    (made_pairs.measured if measured else made_pairs.plain).append(await turn(rate, measured=measured))
-            return made_pairs
-
-        paced, fast = await pairs(_FREE_RATE), await pairs(None)
-        shards = await client.evidence([client.publisher])
-    return _Seen(
-        paced=paced,
-        fast=fast,
-        published=sum(published),
-        proven=sum(one.distinct for one in shards),
-        irregular=sum(one.repeats + one.out_of_order + one.missing + one.unchecked for one in shards),
-    )
+    """What measuring costs."""
+    return await measuring_cost.checks(address, options), []
 
 
 async def benchmark(options: argparse.Namespace) -> int:
@@ -421,7 +282,7 @@ async def benchmark(options: argparse.Namespace) -> int:
         scenarios.EVERY_EVENT,
         scenarios.FROM_INTENDED,
         "memory: the line of least squares through the resident memory of each second of the second half",
-        f"measuring: 2 × {options.turns} pairs of turns of {options.turn:g} s; without: no stamps, no evidence asked for",
+        f"measuring: {options.turns} turns of {options.turn:g} s of each kind, side by side, some without stamps",
         "faults: an application of its own, 1 worker; every retry, dead letter and refusal is counted, by two sides",
         scenarios.REFERENCE_METHOD,
     )
@@ -429,26 +290,18 @@ async def benchmark(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Parse options and run; the hidden one is the publisher that measures in turns."""
+    """Parse options and run."""
     parser = scenarios.parser("bus_performance", __doc__, aims=True)
     add = parser.add_argument
     add("--sustained", type=positive, default=20.0, metavar="S", help="seconds of sustained load (default 20)")
     add("--latency", type=positive, default=15.0, metavar="S", help="seconds of paced load (default 15)")
     add("--memory", type=positive, default=40.0, metavar="S", help="seconds for each look at memory (default 40)")
     add("--faults", type=positive, default=10.0, metavar="S", help="seconds of load under which workers are killed (10)")
-    add("--turns", type=at_least_one, default=20, metavar="N", help="turns with and without measuring (default 20)")
-    add("--turn", type=positive, default=1.0, metavar="S", help="seconds of each (default 1)")
     add("--target", type=float, default=_SUSTAINED_MIN, metavar="N", help="events/s sustained")
     scenarios.add_p99(parser)
     add("--slope-mb", type=float, default=_SLOPE_MB_MAX, metavar="MB", help="growth of memory a minute")
-    add("--cost", type=float, default=scenarios.COST_MAX, metavar="X", help="what measuring may cost the worker (0.05)")
-    add("--publish", metavar="ADDRESS", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.publish:
-        seen = shardbus.run(publish_in_turns(options.publish, options.turns, options.turn))
-        print(msgspec.json.encode(seen).decode(), flush=True)
-        return 0
-    return scenarios.main(benchmark(options))
+    measuring_cost.add_options(parser)
+    return scenarios.main(benchmark(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,13 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 import shardbus
+from benchmarks import STARTING
 from loadgen import LoadError, LoadSpec, Report, run_async
 from loadgen.histogram import Percentiles, percentiles_us
 from loadgen.machine import Machine, this_machine
 from loadgen.processes import end_as_on_interrupt, own_address, started, started_bus
 from loadgen.spec import Arrivals, Call
+from shardbus import run
 from shardbus.demo import GetCount, Tick
 
 REFERENCE_EVENTS_PER_S: Final = 12_553.0
@@ -45,7 +47,6 @@ P99_US_MAX: Final = 10_000  # what the reference asked of itself
 BARE_RATIO_MIN: Final = 0.6  # of the bare loop's rate
 PACED_RATE: Final = 20_000.0  # events per second, at which latency is measured
 REFERENCE_PACE: Final = 10_000.0  # events per second, at which the reference asked for its p99
-COST_MAX: Final = 0.05  # of what a worker carries, for measuring it
 
 # Aims: what the bus is built towards, on two cores that are its own.
 RATE_AIM: Final = 1_000_000.0  # events per second: one publisher, one worker, the better of the two calls
@@ -452,8 +453,9 @@ def _cells(check: Check) -> tuple[str, str, str]:
 def main(benchmark: Coroutine[Any, Any, int]) -> int:
     """Run a benchmark to its exit code; what went wrong is one line for people."""
     end_as_on_interrupt()
+    STARTING.__exit__()
     try:
-        return shardbus.run(benchmark)
+        return run(benchmark)
     except KeyboardInterrupt:
         print("interrupted; what was started was ended")
         return 130

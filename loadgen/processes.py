@@ -26,6 +26,7 @@ from loadgen.spec import DriverFailed, DriverLine, Go, LoadError, Part, decode_l
 
 _LINE_BYTES_MAX: Final = 4 * 1024 * 1024  # a result carries up to 27,648 counts of send lags
 _CHUNK_BYTES: Final = 65536
+_READY_BYTES_MAX: Final = 8192  # of the line that says that a bus is ready: names and an address
 _READY_S: Final = 60.0
 _DRAIN_S: Final = 5.0
 _END_S: Final = 10.0  # longer than a drain; then it is killed
@@ -107,12 +108,18 @@ async def started_bus(
 
 async def _until_ready(stream: asyncio.StreamReader, pid: int) -> None:
     """Read to the line that says so. What an application prints is passed on; it may print a part of a line before it."""
-    while line := await stream.readline():
-        others, _, ready = line.rpartition(b"ready: ")
-        if ready.endswith(f"(pid {pid})\n".encode()):
-            _pass_on(others)
-            return
-        _pass_on(line)
+    held, end = b"", f" (pid {pid})\n".encode()
+    try:
+        while octets := await stream.read(_CHUNK_BYTES):
+            held += octets
+            others, found, behind = held.partition(end)
+            if found:
+                held = others[: others.rfind(b"ready: ")] + behind
+                return
+            _pass_on(held[:-_READY_BYTES_MAX])
+            held = held[-_READY_BYTES_MAX:]
+    finally:
+        _pass_on(held)
     raise LoadError("the bus did not start")
 
 

@@ -119,6 +119,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     ),
     "benchmarks": (
         "benchmarks.*",
+        "shardbus.interrupts",
         "loadgen.*",
         "shardbus",
         "shardbus.demo",

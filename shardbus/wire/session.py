@@ -214,9 +214,8 @@ class PublisherSession:
         """Nobody waits for this command any more: where it has not been sent, it never is; else its worker is told."""
         if self.is_finished(seq):
             return
-        if seq < self.next_seq and any(
-            packed.first <= seq < packed.first + packed.count and not packed.sent for packed in self._unsent
-        ):
+        packed = self._unsent_with(seq)
+        if packed is not None and not packed.sent:
             self._finish(seq, seq + 1)
             return
         self._abandoned.add(seq)
@@ -263,9 +262,15 @@ class PublisherSession:
 
     def was_sent(self, seq: int) -> bool:
         """Whether some worker may have seen the message with this sequence."""
-        return seq < self.next_seq and not any(
-            packed.first <= seq < packed.first + packed.count and not packed.may_have_run for packed in self._unsent
-        )
+        packed = self._unsent_with(seq)
+        return seq < self.next_seq and (packed is None or packed.may_have_run)
+
+    def _unsent_with(self, seq: int) -> _Packed | None:
+        """The batch with this sequence, where it is not sent or has come back. Thousands of callers may give up at once, so
+        it is not looked for one by one."""
+        at = bisect_right(self._unsent, seq, key=_first_of) - 1
+        packed = self._unsent[at] if at >= 0 else None
+        return packed if packed is not None and seq < packed.first + packed.count else None
 
     def open(self, epoch: bytes, layout: int) -> list[Lost]:
         """A worker with this epoch is up: greet it, and send it what is unfinished before anything new.
@@ -412,12 +417,13 @@ class PublisherSession:
             packed.attempt += 1
             lost.extend(Lost(seq) for seq in packed.commands if not self.is_finished(seq))
             packed.commands = ()
-        self._go_back(self._cumulative)
-        for gone in lost:
-            self._finish(gone.seq, gone.seq + 1)
-        for seq in self._abandoned:
+        gone = RangeSet()
+        for seq in sorted({*(one.seq for one in lost), *self._abandoned}):
             if seq < self.next_seq:
-                self._finish(seq, seq + 1)
+                gone.add(seq, seq + 1)
+        for start, end in gone.within(0, self.next_seq):
+            self._finish(start, end)
+        self._go_back(self._cumulative)
         self._sent_next = self._cumulative
         return lost
 
@@ -502,18 +508,17 @@ class PublisherSession:
         unsent = self._unsent
         if unsent and unsent[0].first < high:
             # After going back, an ack of what was sent before may still arrive.
-            for packed in unsent:
-                if packed.first >= high:
-                    break
+            at = max(0, bisect_right(unsent, low, key=_first_of) - 1)
+            while at < len(unsent) and unsent[at].first < high:
+                packed = unsent[at]
                 covered = min(high, packed.first + packed.count) - max(low, packed.first)
                 if covered > 0:
                     packed.unfinished -= covered
                     if not packed.unfinished:
                         self.held_bytes -= len(packed.blob)
-            while unsent and not unsent[0].unfinished:
-                unsent.popleft()
-            if any(not packed.unfinished for packed in unsent):
-                self._unsent = deque(packed for packed in unsent if packed.unfinished)
+                        del unsent[at]
+                        continue
+                at += 1
 
     def _data(
         self, first: int, count: int, attempt: int, skip: tuple[int, ...], blob: bytes, waited_ns: int

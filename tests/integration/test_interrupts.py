@@ -57,7 +57,7 @@ class Started:
             "INTERRUPTED_BY": str(by),
         }
         how = ["-c", f"import sys; from {command}.__main__ import main; sys.exit(main())"] if script else ["-m", command]
-        arguments = [text.format(address=self.address) for text in COMMANDS[command]]
+        arguments = [text.format(address=self.address) for text in COMMANDS.get(command, ())]
         self.process = subprocess.Popen(
             [sys.executable, *how, *arguments],
             env=environment,
@@ -105,6 +105,12 @@ INTERRUPTED = {"shardbus": "shardbus: interrupted\n", "loadgen": "loadgen: inter
 def test_an_interrupt_while_modules_are_imported_is_a_line(short_path: Path, command: str, at: str, script: bool):
     started = Started(short_path, command, at=at, by=signal.SIGINT, script=script)
     assert started.told() == (130, INTERRUPTED[command])
+
+
+@pytest.mark.parametrize("at", ["benchmarks.quick_benchmark", "benchmarks.scenarios", "hdrh", "shardbus.event_loop"])
+def test_an_interrupt_while_a_benchmark_is_imported_is_a_line(short_path: Path, at: str):
+    started = Started(short_path, "benchmarks.quick_benchmark", at=at, by=signal.SIGINT)
+    assert started.told() == (130, "benchmarks: interrupted\n")
 
 
 def test_an_interrupt_at_the_end_of_the_imports_is_a_line_too(short_path: Path):

@@ -54,6 +54,9 @@ def test_a_bus_is_ready_whatever_its_application_has_printed_before(capfd: pytes
         await _until_ready(stream, 42)
 
     asyncio.run(read(b"not ready: yet\nloading, 50 % ready: 1 worker of a:bus at ipc:///a (pid 42)\n more\n"))
-    assert capfd.readouterr().err == "not ready: yet\nloading, 50 % "
+    assert capfd.readouterr().err == "not ready: yet\nloading, 50 %  more\n"
+    asyncio.run(read(b"." * 9_000_000 + b"ready: 1 worker of a:bus at ipc:///a (pid 42)\n"))
+    assert capfd.readouterr().err == "." * 9_000_000
     with pytest.raises(LoadError, match="did not start"):
         asyncio.run(read(b"ready: 1 worker of a:bus at ipc:///a (pid 41)\n"))
+    assert capfd.readouterr().err == "ready: 1 worker of a:bus at ipc:///a (pid 41)\n"

@@ -811,6 +811,36 @@ def test_a_command_that_was_never_sent_goes_to_the_new_worker(pair: Pair):
     assert pair.worker.ran == [("a", 1)]
 
 
+def test_commands_that_are_lost_together_are_finished_together():
+    """One by one they would take time in the square of their number, and the client's loop would stand still for it."""
+    finished: list[tuple[int, int]] = []
+    session = PublisherSession(PUBLISHER, LIMITS, lambda start, end: finished.append((start, end)))
+    session.open(b"epoch-1", 1)
+    for seq in range(12):
+        session.offer(packed(1), 1, (seq,) if seq != 6 else ())
+    for _ in session.frames_to_send():  # the greeting
+        pass
+    session.receive(Welcome(b"epoch-1", 0, 1, 100, 1_000_000))
+    assert len(list(session.frames_to_send())) == 12
+    session.abandon(3)
+    assert session.open(b"epoch-2", 1) == [Lost(seq) for seq in range(12) if seq != 6]
+    assert finished == [(0, 6), (7, 12)]
+    assert (session.held_events, session.was_sent(6), session.was_sent(7)) == (1, True, True)
+
+
+def test_commands_that_were_not_sent_are_given_up_wherever_they_lie(pair: Pair):
+    session = pair.publisher
+    for seq in range(9):
+        session.offer(packed(1), 1, (seq,))
+    for seq in (4, 0, 8, 2):
+        assert not session.was_sent(seq)
+        session.abandon(seq)
+    assert session.held_events == 5
+    pair.open()
+    assert session.held_events == 5
+    assert all(session.was_sent(seq) for seq in range(9))
+
+
 def test_a_command_is_lost_once(opened: Pair):
     opened.publish("abc", commands=(1,))
     opened.replace_worker(b"epoch-2")
