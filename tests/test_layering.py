@@ -119,12 +119,12 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     ),
     "benchmarks": (
         "benchmarks.*",
-        "shardbus.interrupts",
         "loadgen.*",
         "shardbus",
         "shardbus.demo",
         "shardbus.metrics",
         "shardbus.errors",
+        "shardbus.interrupts",
         "shardbus.testing",
     ),
 }
