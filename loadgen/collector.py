@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 import shardbus
 from loadgen.histogram import Histogram, Percentiles, difference, percentiles_us
@@ -287,8 +288,10 @@ class Processes:
             if usage is None:
                 self._unseen[name] = None
                 continue
-            self._rss[name] = max(usage.rss_bytes, self._rss.get(name, 0))
             before = self._last.get(name)
+            if not usage.rss_bytes and before is not None and before[0] == pid:
+                usage = replace(usage, rss_bytes=before[2].rss_bytes)  # it has just ended, and what it had last counts
+            self._rss[name] = max(usage.rss_bytes, self._rss.get(name, 0))
             self._last[name] = (pid, now_s, usage)
             if before is None or before[0] != pid or now_s <= before[1]:
                 continue

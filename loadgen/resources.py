@@ -9,7 +9,7 @@ from loadgen.machine import MachineLoad
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process has used: seconds of processor time since it began, bytes of memory now."""
+    """What a process has used: seconds of processor time since it began, bytes of memory now: 0 once it has ended."""
 
     cpu_s: float
     rss_bytes: int

@@ -127,3 +127,18 @@ def test_a_process_that_is_gone_is_said_to_be_missing_and_its_successor_counts_o
     (total,) = processes.total()
     assert 0.0 <= total.cpu_share < 64.0
     assert total.pid == os.getppid()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere what has ended cannot be looked at")
+def test_a_process_that_has_just_ended_keeps_the_memory_that_it_had():
+    """Else a line through what was seen would fall, and hide that it had grown."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        processes = Processes()
+        processes.look({"driver 0": child.pid}, 1.0)
+        (running,) = processes.look({"driver 0": child.pid}, 2.0)
+        assert child.stdin is not None
+        child.stdin.close()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked how
+        (ended,) = processes.look({"driver 0": child.pid}, 3.0)
+    assert ended.rss_bytes >= running.rss_bytes > 0
+    assert processes.unseen() == ()
