@@ -35,9 +35,6 @@ _ATTEMPTS: Final = 4
 _FAILURES: Final = 5
 _FRAGILE: Final = 200
 _OPEN_S: Final = 1.0
-_BATCH: Final = 512
-_FREE_RATE: Final = 200_000.0  # leaves a core free where there are two
-_TICK_S: Final = 0.001
 _PATIENCE_S: Final = 30.0
 
 
