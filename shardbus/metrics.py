@@ -144,6 +144,7 @@ _HISTOGRAM_WORDS: Final = _TIMES_KEPT * BUCKETS // 2  # a publisher; two counts 
 _COUNT_MAX: Final = 2**32 - 1  # of a bucket; it stays there
 _ORDINAL_MAX: Final = 2**40  # of one publisher's events of one key
 _TOGETHER_MIN: Final = 64  # times of fewer events are counted together with others
+_UNKNOWN: Final = -1  # the place of a key that has none: behind the ring
 _UNMARKED_MAX: Final = 16  # records that are folded before they are marked as such
 _UNWRITTEN_MAX: Final = 16_384  # events whose times may be lost with the supervisor
 _IN_USE_NS: Final = 1_000_000_000  # a row that was used since is nobody else's: to give it away and back costs milliseconds
@@ -357,7 +358,13 @@ class Book(_Mapped):
         self._inherited: dict[tuple[int, int], int] = {
             (owner, self._hashes[at]): at for at, owner in enumerate(self._owners) if owner
         }
-        self._seen: list[tuple[PublisherBook, WireKey] | None] = [None] * keys
+        # Of each place in the ring, whose key is there, if this process has seen it, and which.
+        self._seen: list[PublisherBook | None] = [None] * keys
+        self._keys_seen: list[WireKey] = [None] * keys
+        # The last ordinals of the keys that this process has seen, by their places. The buffer has them after
+        # `write_ordinals`: to write there costs as much as all else, and one word a key will do for what is folded together.
+        # Behind the ring is one that no ordinal follows.
+        self.ordinals: list[int] = [*([0] * keys), -2]
         self._books: dict[bytes, PublisherBook] = {}
         # Of these something happened that is nowhere. A supervisor's successor does not know them: of a publisher that has
         # lost its row and says nothing more, it then tells what a bus does that never saw it.
@@ -523,11 +530,9 @@ class Book(_Mapped):
         if seen is None:
             self._inherited.pop((owner, self._hashes[at]), None)
         else:
-            book, key = seen
-            self.last[at] = book.known[key]
-            book.positions.pop(key, None)
-            book.known.pop(key, None)
-            self._seen[at] = None
+            self.last[at] = self.ordinals[at]
+            del seen.positions[self._keys_seen[at]]
+            self._seen[at] = self._keys_seen[at] = None
         # Retired first: a kill in between counts a key twice, and never reports a loss that was none.
         at_row = (owner - 1) * _ROW + _RETIRED
         self._rows[at_row] = (self._rows[at_row] + self.last[at]) % 2**64
@@ -547,8 +552,8 @@ class Book(_Mapped):
             self._hashes[at] = digest
             self._owners[at] = book.row + 1
         book.positions[key] = at
-        book.known[key] = self.last[at]
-        self._seen[at] = (book, key)
+        self.ordinals[at] = self.last[at]
+        self._seen[at], self._keys_seen[at] = book, key
         return at
 
     # -- what it tells
@@ -601,8 +606,8 @@ class PublisherBook:
         "_samples",
         "_times",
         "_unwritten_keys",
-        "known",
         "last",
+        "ordinals",
         "positions",
         "publisher",
         "row",
@@ -613,9 +618,6 @@ class PublisherBook:
         self.row = row
         self.publisher = publisher
         self.positions: dict[WireKey, int] = {}
-        # The last ordinal of each of these keys. The buffer has them after `write_ordinals`, because to write there costs
-        # as much as all else, and one word a key will do for what is folded together.
-        self.known: dict[WireKey, int] = {}
         self._unwritten_keys: list[Sequence[WireKey]] = []
         # How often response, service and queue times fell into each bucket, and of how many events, since they were written.
         self._times: tuple[Counter[int], ...] = tuple(Counter() for _ in range(_TIMES_KEPT))
@@ -623,15 +625,17 @@ class PublisherBook:
         self._samples = 0
         self._instants_ns: tuple[list[int], ...] = ([], [], [])  # intended, beginnings and ends that are not counted yet
         self.last = book.last
+        self.ordinals = book.ordinals
         self._overtaken: set[tuple[WireKey, int]] = set()
 
     def note_all(self, keys: Sequence[WireKey], ordinals: Iterable[int], attempt: int) -> None:
         """Events with these keys and ordinals reached their outcomes in this order; ordinal 0: it has none."""
-        known = self.known
+        place_of, last = self.positions.get, self.ordinals
         self._unwritten_keys.append(keys)
         for key, ordinal in zip(keys, ordinals, strict=True):
-            if known.get(key) == ordinal - 1:
-                known[key] = ordinal
+            at = place_of(key, _UNKNOWN)
+            if last[at] == ordinal - 1:
+                last[at] = ordinal
             elif ordinal:
                 self.irregular(key, ordinal, attempt)
 
@@ -643,11 +647,12 @@ class PublisherBook:
         A worker that is killed in the transaction of its dead letters has written their evidence, and its successor writes
         it again. So one counts when its event is counted as distinct, or cannot be told from others for want of an ordinal.
         """
-        known = self.known
+        place_of, last = self.positions.get, self.ordinals
         self._unwritten_keys.append(keys)
         for key, ordinal, is_dead in zip(keys, ordinals, dead, strict=True):
-            if known.get(key) == ordinal - 1:
-                known[key] = ordinal
+            at = place_of(key, _UNKNOWN)
+            if last[at] == ordinal - 1:
+                last[at] = ordinal
                 self._dead += is_dead
             elif not ordinal or self.irregular(key, ordinal, attempt):
                 self._dead += is_dead
@@ -664,14 +669,11 @@ class PublisherBook:
 
     def _write_last(self) -> None:
         unwritten, self._unwritten_keys = self._unwritten_keys, []
-        known, last, positions = self.known, self.last, self.positions
-        if sum(map(len, unwritten)) >= len(known):
-            for at, ordinal in zip(positions.values(), known.values(), strict=True):  # keys came to both in one order
-                last[at] = ordinal
-            return
-        for key in set().union(*unwritten):
-            if key in positions:
-                last[positions[key]] = known[key]
+        positions, last, ordinals = self.positions, self.last, self.ordinals
+        many = sum(map(len, unwritten)) >= len(positions)
+        for at in positions.values() if many else map(positions.get, set().union(*unwritten)):
+            if at is not None:
+                last[at] = ordinals[at]
 
     def measure_all(self, intended_ns: Sequence[int], began_ns: Sequence[int], ended_ns: Sequence[int]) -> None:
         """Events with these intended instants were handled from when to when; 0: it has none."""
@@ -702,30 +704,33 @@ class PublisherBook:
 
     def last_of(self, key: WireKey) -> int:
         """The last ordinal of a key."""
-        if key not in self.known:
-            self._book._place(self, key)
-        return self.known[key]
+        return self.ordinals[self._place_of(key)]
+
+    def _place_of(self, key: WireKey) -> int:
+        at = self.positions.get(key)
+        return self._book._place(self, key) if at is None else at
 
     def irregular(self, key: WireKey, ordinal: int, attempt: int) -> bool:
         """An outcome that is not simply the next of a key that this process knows; whether it is counted as distinct."""
         if ordinal > _ORDINAL_MAX:  # nobody counts so far; sums of such numbers would not fit
             self._add(_UNCHECKED, 1)
             return False
-        last = self.last_of(key)
+        at = self._place_of(key)
+        last = self.ordinals[at]
         if ordinal == last + 1:
-            self.known[key] = ordinal
+            self.ordinals[at] = ordinal
         elif ordinal <= last:
             return self._come_back(key, ordinal, attempt)
         elif last == 0 and self._word(_RETIRED):
             # Keys of this publisher were forgotten, and this may be one: its past was counted when it was retired.
             self._add(_RETIRED, 1 - ordinal)
             self._add(_UNCHECKED, 1)
-            self.known[key] = ordinal
+            self.ordinals[at] = ordinal
         else:
             self._add(_MISSING, ordinal - last - 1)
             room = _OVERTAKEN_MAX - len(self._overtaken)
             self._overtaken.update((key, number) for number in range(last + 1, min(ordinal, last + 1 + room)))
-            self.known[key] = ordinal
+            self.ordinals[at] = ordinal
         return True
 
     def _come_back(self, key: WireKey, ordinal: int, attempt: int) -> bool:
