@@ -453,8 +453,8 @@ def _cells(check: Check) -> tuple[str, str, str]:
 def main(benchmark: Coroutine[Any, Any, int]) -> int:
     """Run a benchmark to its exit code; what went wrong is one line for people."""
     end_as_on_interrupt()
-    STARTING.__exit__()
     try:
+        STARTING.__exit__()
         return run(benchmark)
     except KeyboardInterrupt:
         print("interrupted; what was started was ended")

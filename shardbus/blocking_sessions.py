@@ -19,6 +19,7 @@ from shardbus.messages import Command, Event
 from shardbus.sessions import Session
 from shardbus.signatures import is_coroutine_function
 from shardbus.subscriptions import Missed
+from shardbus.tracebacks import log_error
 
 log = logging.getLogger("shardbus.blocking")
 
@@ -162,5 +163,5 @@ class BlockingSession:
     def _call(self, handler: Callable[[Any], Any], event: Event) -> None:
         try:
             handler(event)
-        except Exception:  # the application's
-            log.exception("a handler of the session %r failed with %s", self.key, type(event).__name__)
+        except Exception as error:  # the application's
+            log_error(log, error, "a handler of the session %r failed with %s", self.key, type(event).__name__)

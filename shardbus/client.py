@@ -900,7 +900,7 @@ class Client:
         self._silent_ticks += 1
         if self._silent_ticks < _SILENT_TICKS_MAX or self._told_silent or self._table is None:
             return
-        events, commands = self.ledger().in_flight, sum(outbox.unfinished_commands() for outbox in self._outboxes)
+        events, commands = self.ledger().in_flight, sum(len(outbox.commands) for outbox in self._outboxes)
         if events or commands:
             self._told_silent = True
             log.warning(

@@ -58,7 +58,9 @@ class Failures:
         self._places: dict[tuple[Any, ...], tuple[str, str, list[CodeType]]] = {}
 
     def of_handler(self, name: str, error: BaseException, reason: str) -> Failure:
-        """The outcome of an event that a handler gave up; whatever it raised, because without an outcome all would stop."""
+        """The outcome of an event that a handler gave up, also of an error whose attributes raise: without an outcome, all
+        would stop.
+        """
         kind = _type_name(error)
         try:
             led = _led_to(error)
@@ -69,12 +71,13 @@ class Failures:
         return Failure(handlers=(name,), reason=reason, error_type=kind, error=told, place=place, traceback=text)
 
     def reply_to(self, error: BaseException) -> bytes:
-        """The reply of a command whose handler raised, whatever that is."""
+        """The reply of a command whose handler raised, also an error whose attributes raise."""
         try:
-            text = "".join(self._told_from_the_handler(error).format())[-_REPLY_TRACEBACK_CHARS_MAX:]
-        except Exception as odd:  # as in an event's
-            text = _untold(error, odd)
-        return failed_reply(_type_name(error), _text_of(error), _sound(text))
+            text = "".join(self._told_from_the_handler(error).format())
+        except Exception:  # of it, or of what led to it
+            told = self.of_handler("", error, "")
+            text = f"{told.traceback or told.error_type}: {told.error}"
+        return failed_reply(_type_name(error), _text_of(error), _sound(text[-_REPLY_TRACEBACK_CHARS_MAX:]))
 
     def _place_of(self, error: BaseException, led: Sequence[_Link]) -> tuple[str, str]:
         """The identity of where an error was raised, and its stack as text, formatted once for each distinct place.
@@ -157,7 +160,10 @@ def together(gave_up: Sequence[Failure]) -> Failure:
     if not others:
         return first
     told = [f"{', '.join(one.handlers)}: {one.error_type}{one.error_type and ': '}{one.error}" for one in others]
-    error = "; ".join((first.error, *told))[:_ERROR_CHARS_MAX]
+    parts = [first.error, *told]
+    if len("; ".join(parts)) > _ERROR_CHARS_MAX:  # each is told of
+        parts = [part[: _ERROR_CHARS_MAX // len(parts) - 2] for part in parts]
+    error = "; ".join(parts)[:_ERROR_CHARS_MAX]
     return replace(first, handlers=tuple(name for one in gave_up for name in one.handlers), error=error)
 
 
@@ -250,7 +256,7 @@ def _text_of_all(error: BaseException, led: Sequence[_Link]) -> str:
         how, one, other = link
         text = text_of(one)
         is_next = other is last[1] or (last[0] == "in it" and other is last[2])
-        words = how if is_next or how != "in it" else "in the group"
+        words = f"in the group {other.message!r}" if isinstance(other, BaseExceptionGroup) and not is_next else how
         parts += [f"{words} {_type_name(one)}{text and ': '}{text}", *_notes_of(one)]
         last = link
     return _sound("; ".join(parts)[:_ERROR_CHARS_MAX])

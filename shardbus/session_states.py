@@ -24,6 +24,7 @@ from shardbus.outgoing import Children, Outgoing
 from shardbus.registry import StateMaker, StateOf
 from shardbus.session_events import SessionEnded, SessionKept, SessionStarted
 from shardbus.session_table import SessionTable
+from shardbus.tracebacks import log_error
 from shardbus.wording import counted
 
 log = logging.getLogger("shardbus.sessions")
@@ -167,7 +168,7 @@ class SessionStates:
 
     def failed(self, key: WireKey, error: BaseException) -> None:
         """The end of a session's state has raised."""
-        log.error("the end of the session %r failed; its state is gone", key, exc_info=error)
+        log_error(log, error, "the end of the session %r failed; its state is gone", key)
 
     # -- what ends by itself
 

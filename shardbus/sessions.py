@@ -18,6 +18,7 @@ from shardbus.messages import Command, Event, Message, key_getter, to_wire_key
 from shardbus.session_events import SessionEnded, SessionKept, SessionStarted
 from shardbus.streams import Stream
 from shardbus.subscriptions import Missed, Subscription
+from shardbus.tracebacks import log_error
 
 log = logging.getLogger("shardbus.client")
 
@@ -237,8 +238,8 @@ class Session:
             outcome = handler(event)
             if inspect.isawaitable(outcome):
                 await outcome
-        except Exception:  # the application's
-            log.exception("a handler of the session %r failed with %s", self.key, type(event).__name__)
+        except Exception as error:  # the application's
+            log_error(log, error, "a handler of the session %r failed with %s", self.key, type(event).__name__)
 
     async def _listening(self) -> None:
         """Wait until the workers have confirmed what was registered, so that it hears what is published now."""

@@ -16,7 +16,6 @@ import gc
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -27,7 +26,7 @@ from msgspec.structs import replace
 from shardbus.application import load_application
 from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS
-from shardbus.errors import BootError, ConfigError
+from shardbus.errors import BootError, ConfigError, text_of
 from shardbus.event_loop import run
 from shardbus.evidence import SharedJournal, SharedRecorder
 from shardbus.fork_server import FORK, serve_forks
@@ -54,6 +53,7 @@ from shardbus.reports import (
 from shardbus.shard import Shard
 from shardbus.sql.store import SqlStore
 from shardbus.store import StoreError
+from shardbus.tracebacks import traceback_of
 from shardbus.watchdog import Stall, Watchdog
 from shardbus.zmq_transport import Router, ZmqListener
 
@@ -95,8 +95,8 @@ async def run_worker(boot: Boot, descriptor: int, make_outgoing: MakeOutgoing) -
             try:
                 await stack.enter_async_context(registry.running(info))
             except (Exception, asyncio.CancelledError, KeyboardInterrupt) as error:  # the user's own
-                log.error("the application cannot start: %s", "".join(traceback.format_exception(error)).rstrip())
-                raise BootError(f"its lifespan raised {type(error).__name__}: {error}") from error
+                log.error("the application cannot start: %s", traceback_of(error))
+                raise BootError(f"its lifespan raised {type(error).__name__}: {text_of(error)}") from error
             code = await _serve(spec, registry, info, pipe, stop, end, make_outgoing(spec, _broken))
         # A task that a handler has left behind may not let itself be cancelled, and nothing is to be waited for any more.
         asyncio.get_running_loop().call_later(_TASKS_S, os._exit, code)
@@ -271,8 +271,8 @@ def _stalled(stall: Stall, pipe: ReportPipe) -> None:
 def _broken(error: BaseException) -> None:
     """A defect of the lanes: end here and now; the supervisor starts anew and publishers resend."""
     try:
-        log.critical("defect: %s", "".join(traceback.format_exception(error)).rstrip())
-    finally:  # an application's own error may not let itself be told
+        log.critical("defect: %s", traceback_of(error))
+    finally:
         os._exit(EXIT_BROKEN)
 
 

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("interrupts",),
     ("wording",),
     ("errors",),
-    ("config", "arguments"),
+    ("config", "arguments", "tracebacks"),
     ("clock",),
     ("addresses", "log_throttle"),
     ("messages",),

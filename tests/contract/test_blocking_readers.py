@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from odd_errors import Odd
 
 from shardbus import (
     Bus,
@@ -406,13 +407,13 @@ def test_a_handler_that_fails_is_logged_and_called_again(client: BlockingClient,
 
     def hear(event: Said) -> None:
         heard.append(event.n)
-        raise ValueError("deaf")
+        raise ValueError("deaf") if len(heard) > 1 else Odd({})
 
     with client.session("7") as session:
         session.on(Said, hear)
         session.publish_many([Said(key="7", n=1), Said(key="7", n=2)])
         wait_for(lambda: heard == [1, 2])
-    assert [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR] == [
+    assert [record.getMessage().partition("\n")[0] for record in caplog.records if record.levelno == logging.ERROR] == [
         "a handler of the session '7' failed with Said"
     ] * 2
 

@@ -181,6 +181,18 @@ async def test_a_client_that_waits_for_a_silent_bus_says_so_once_and_when_it_is_
         be_silent()
         assert "(not finished: 0 events, 1 command)" in caplog.messages[-1]
         await asking
+        await client.flush(10)
+
+
+async def test_a_client_waits_for_no_command_that_its_caller_has_given_up(caplog: pytest.LogCaptureFixture):
+    async with running() as client:
+        asking = asyncio.create_task(client.execute(Ask(key="a"), timeout=10))
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait([asking])
+        for _ in range(100):
+            client._note_silence()
+        assert caplog.messages == []
 
 
 async def test_a_local_bus_says_what_ends_with_it(caplog: pytest.LogCaptureFixture):

@@ -12,6 +12,7 @@ from uuid import UUID
 import msgspec
 import pytest
 from msgspec.structs import replace
+from odd_errors import Odd
 
 from shardbus import (
     Bus,
@@ -374,11 +375,11 @@ async def test_an_end_that_raises_is_logged_with_the_key_and_the_state_is_gone(
     chats: Chats, caplog: pytest.LogCaptureFixture
 ):
     async def end(session: str) -> None:
-        raise ConnectionError("cannot save") if session == "7" else asyncio.CancelledError
+        raise {"7": ConnectionError("cannot save"), "9": Odd({})}.get(session, asyncio.CancelledError())
 
     chats.ends = end
     async with running(chats.bus) as client:
-        for key in "78":
+        for key in "789":
             async with client.session(key) as session:
                 await session.publish(Said(chat=key, text="x"))
         assert (await client.flush()).dead == 0
@@ -386,9 +387,10 @@ async def test_an_end_that_raises_is_logged_with_the_key_and_the_state_is_gone(
         assert await client.execute(Length(chat="7")) == 0
         chats.ends = None
     records = [record for record in caplog.records if record.name == "shardbus.sessions"]
-    assert [record.getMessage() for record in records] == [
-        f"the end of the session '{key}' failed; its state is gone" for key in "78"
+    assert [record.getMessage().partition("\n")[0] for record in records] == [
+        f"the end of the session '{key}' failed; its state is gone" for key in "789"
     ]
+    assert "Odd: odd" in caplog.text
     assert "cannot save" in caplog.text
 
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from odd_errors import Odd
 
 from shardbus import (
     Bus,
@@ -152,14 +153,14 @@ async def test_a_handler_that_fails_is_logged_and_called_again(client: Client, c
 
     def hear(event: Said) -> None:
         heard.append(event.text)
-        raise ValueError("deaf")
+        raise ValueError("deaf") if len(heard) > 1 else Odd({})
 
     async with client.session("7") as session:
         session.on(Said, hear)
         for text in "ab":
             await session.publish(Said(chat="7", text=text))
         await until(lambda: heard == ["a", "b"])
-    assert [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR] == [
+    assert [record.getMessage().partition("\n")[0] for record in caplog.records if record.levelno == logging.ERROR] == [
         "a handler of the session '7' failed with Said"
     ] * 2
 

@@ -7,6 +7,7 @@ from types import FunctionType
 
 import msgspec
 import pytest
+from odd_errors import Hopeless, Odd
 
 from shardbus import Bus, Event
 from shardbus.failures import (
@@ -102,6 +103,16 @@ def test_what_several_handlers_raised_is_told_of_each():
     assert told.error == "first; a.two: TimeoutError: late; a.three: the circuit is open"
 
 
+def test_a_long_error_leaves_room_for_those_of_other_handlers():
+    long = Failure(handlers=("a",), reason="failed", error_type="E", error="x" * 3000)
+    short = Failure(handlers=("b",), reason="failed", error_type="E", error="k")
+    for gave_up in ((long, short), (short, long)):
+        told = together(gave_up).error
+        assert "x" * 900 in told
+        assert "k" in told
+        assert len(told) <= 2000
+
+
 # -- places
 
 
@@ -143,10 +154,20 @@ def test_what_is_in_a_group_is_told(failures: Failures):
     inner = raised(caused, "away")
     told = failures.of_handler("h", ExceptionGroup("of two", [inner, raised(other, "late")]), "failed")
     assert told.error == (
-        "of two (2 sub-exceptions); in it ValueError: away; caused by KeyError: 'away'; in the group ValueError: late"
+        "of two (2 sub-exceptions); in it ValueError: away; caused by KeyError: 'away'; "
+        "in the group 'of two' ValueError: late"
     )
     assert told.traceback.endswith("\n\nThe above exception is in the group below:\n\nExceptionGroup")
     assert told.traceback.count("in the group below") == 2
+
+
+def test_in_which_of_two_groups_it_is_is_told(failures: Failures):
+    inner = ExceptionGroup("inner", [raised(one, "x"), raised(one, "y")])
+    told = failures.of_handler("h", ExceptionGroup("outer", [inner, raised(caused, "z")]), "failed")
+    assert told.error == (
+        "outer (2 sub-exceptions); in it ExceptionGroup: inner (2 sub-exceptions); in it ValueError: x; "
+        "in it ValueError: y; in the group 'outer' ValueError: z; caused by KeyError: 'z'"
+    )
 
 
 def test_the_cause_of_a_group_is_not_taken_for_that_of_its_members(failures: Failures):
@@ -155,28 +176,9 @@ def test_the_cause_of_a_group_is_not_taken_for_that_of_its_members(failures: Fai
     told = failures.of_handler("h", group, "failed")
     assert told.error == (
         "of two (2 sub-exceptions); caused by ValueError: first; caused by KeyError: 'first'; "
-        "in the group ValueError: away; in it ValueError: late"
+        "in the group 'of two' ValueError: away; in it ValueError: late"
     )
     assert told.traceback.endswith("direct cause of the following exception:\n\nExceptionGroup")
-
-
-class Odd(Exception):
-    """As some applications write them: for what it does not know it raises another error than Python expects."""
-
-    def __init__(self, fields: dict[str, str]) -> None:
-        super().__init__("odd")
-        self.fields = fields
-
-    def __getattr__(self, name: str) -> str:
-        return self.fields[name]
-
-
-class Hopeless(Exception):
-    """Even what every error has cannot be looked at."""
-
-    @property
-    def __cause__(self) -> BaseException | None:  # type: ignore[override]
-        raise KeyError("cause")
 
 
 def _raise_odd(_: str) -> None:
@@ -193,12 +195,22 @@ def test_an_error_whose_attributes_raise_is_an_outcome_and_a_reply_like_any_othe
     assert told.error.startswith(str(error))
     name, text, stack = msgspec.msgpack.decode(failures.reply_to(error))
     assert (name, text) == (kind.__name__, str(error))
-    assert "cannot be told: KeyError" in stack
+    assert stack.startswith(f"{kind.__name__}: {error}")
 
 
 def test_where_it_was_raised_is_told_of_an_error_whose_attributes_raise(failures: Failures):
     told = failures.of_handler("h", raised(from_file(_raise_odd, "app.py")), "failed")
     assert "in _raise_odd" in told.traceback
+
+
+def test_the_caller_of_a_command_is_told_all_that_a_dead_letter_says_where_a_cause_is_odd(failures: Failures):
+    error = raised(from_file(_raise_odd, "app.py"))
+    outer = raised(one, "outer")
+    outer.__cause__ = error
+    _, text, stack = msgspec.msgpack.decode(failures.reply_to(outer))
+    assert text == "outer"
+    assert "in _raise_odd" in stack
+    assert stack.endswith("ValueError: outer; caused by Odd: odd")
 
 
 def test_notes_are_told(failures: Failures):

@@ -55,8 +55,24 @@ def test_a_bus_is_ready_whatever_its_application_has_printed_before(capfd: pytes
 
     asyncio.run(read(b"not ready: yet\nloading, 50 % ready: 1 worker of a:bus at ipc:///a (pid 42)\n more\n"))
     assert capfd.readouterr().err == "not ready: yet\nloading, 50 %  more\n"
+    asyncio.run(read(b"booting (pid 42)\ncache ready: 500 rows (pid 42)\nready: 2 workers of a:bus at ipc:///a (pid 42)\n"))
+    assert capfd.readouterr().err == "booting (pid 42)\ncache ready: 500 rows (pid 42)\n"
     asyncio.run(read(b"." * 9_000_000 + b"ready: 1 worker of a:bus at ipc:///a (pid 42)\n"))
     assert capfd.readouterr().err == "." * 9_000_000
     with pytest.raises(LoadError, match="did not start"):
-        asyncio.run(read(b"ready: 1 worker of a:bus at ipc:///a (pid 41)\n"))
-    assert capfd.readouterr().err == "ready: 1 worker of a:bus at ipc:///a (pid 41)\n"
+        asyncio.run(read(b"ready: 1 worker of a:bus at ipc:///a (pid 41)\nbooting (pid 42)\n"))
+    assert capfd.readouterr().err == "ready: 1 worker of a:bus at ipc:///a (pid 41)\nbooting (pid 42)\n"
+
+
+def test_what_an_application_prints_is_seen_at_once_and_not_when_it_is_ready(capfd: pytest.CaptureFixture[str]):
+    async def see() -> None:
+        stream = asyncio.StreamReader()
+        reading = asyncio.create_task(_until_ready(stream, 42))
+        stream.feed_data(b"waiting for the database\nrea")
+        await asyncio.sleep(0.01)
+        assert capfd.readouterr().err == "waiting for the database\n"
+        stream.feed_data(b"dy: 1 worker of a:bus at ipc:///a (pid 42)\n")
+        await reading
+        assert capfd.readouterr().err == ""
+
+    asyncio.run(see())
