@@ -626,15 +626,19 @@ class Lanes:
 
     def _may_go_together(self, cursor: Inbound) -> bool:
         """Whether the next rows of a batch are a batch for their handler: enough of them, or nothing is there to join them,
-        and none has to wait for its key."""
+        and none has to wait for its key.
+
+        Half of what a call takes is enough. Each that is taken apart to wait for the rest costs twice as much, keeps its key
+        busy, so that the rows behind it are taken apart, too, and where batches come in other sizes there is no end of it.
+        """
         plan = cursor.together
         assert plan is not None
         assert plan.batching is not None
-        first = cursor.next_seq
-        end = min(first + plan.batching.events_max, cursor.end)
+        first, most = cursor.next_seq, plan.batching.events_max
+        end = min(first + most, cursor.end)
         if first == end or plan.handlers[0].wants_context or self._quarantine.suspects:
             return False  # what has a context may publish, so it has a life of its own
-        if end - first < plan.batching.events_max and (self._inbox or self._ready or self._batches):
+        if end - first < most and (self._ready or self._batches or (self._inbox and end - first < most // 2)):
             return False
         return self._busy.keys().isdisjoint(cursor.columns.keys[first - cursor.first : end - cursor.first])
 

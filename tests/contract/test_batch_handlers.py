@@ -90,6 +90,25 @@ async def test_it_gets_what_is_there_each_keys_in_order(bus: Bus, run: Run):
     assert sum(map(len, seen.values())) == 1000
 
 
+async def test_rows_that_came_together_are_not_taken_apart_to_fill_a_call(bus: Bus, run: Run):
+    calls: list[list[Step]] = []
+
+    @bus.on(Step, batch=64)
+    def step(events: list[Step]) -> None:
+        calls.append(events)
+
+    async with run(bus) as client:
+        for first in range(0, 3000, 100):
+            await client.publish_many([Step(key=f"k{n % 7}", n=n) for n in range(first, first + 100)])
+            if first % 600 == 500:
+                await asyncio.sleep(0)
+        assert (await client.flush(10)).handled == 3000
+    sizes = [len(events) for events in calls]
+    assert min(sizes) >= 32  # half of what a call takes is enough
+    assert any(size < 64 for size in sizes)
+    assert [event.n for events in calls for event in events] == list(range(3000))
+
+
 async def test_one_event_is_a_batch_and_nobody_waits_for_more(bus: Bus, run: Run):
     batches: list[int] = []
     bus.on(Step, batch=4096)(lambda events: batches.append(len(events)))
