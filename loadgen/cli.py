@@ -216,8 +216,8 @@ class _Command(click.Command):
 @click.option(
     "--connect",
     metavar="URL",
-    help="A running bus: ipc://DIRECTORY or tcp://HOST:PORT. Default: $SHARDBUS_URL or this user's; one is started there "
-    "for the run if none runs.",
+    help="A running bus: ipc://DIRECTORY or tcp://HOST:PORT. Default: $SHARDBUS_URL or this user's; if none runs there, the "
+    "demo is served for the run, at an address of its own.",
 )
 @click.option(
     "--app",
@@ -322,7 +322,7 @@ def cli(
     Without --type it sends events of the built-in demo application. Every option is also read from LOADGEN_…, for instance
     LOADGEN_RATE. Exit code 0: ok; 1: events were lost, overtaken, repeated unannounced or not finished, or an --expect was
     not met; 2: the run could not be made or judged, or its report not be written; 3: this machine could not offer the rate;
-    4: the bus did not keep up.
+    4: the bus did not keep up; 130: interrupted.
     """
     for option, path in (("--json", json_path), ("--csv", csv_path), ("--hgrm", hgrm_path)):
         _check_target(option, path)

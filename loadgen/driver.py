@@ -471,9 +471,13 @@ async def _check_first(client: shardbus.Client, driver: Driver, part: Part) -> N
         if letter.reason in ("unknown-type", "undecodable"):
             application = (await client.status())["bus"]
             look = f"; it is a dead letter there now (`shardbus dead-letters list --connect {client.address}`)"
+            hint = ""
+            if part.spec.recording is None:
+                fields = "; all fields but the key come from --body"
+                hint = fields if letter.reason == "undecodable" else "; a command is executed with --commands"
             raise LoadError(
                 f"the bus at {client.address} runs {application}, which does not take the event {letter.type!r} "
-                f"{letter.event}: {letter.error or letter.reason}{look if part.lives_on else ''}"
+                f"{letter.event}: {letter.error or letter.reason}{hint}{look if part.lives_on else ''}"
             )
 
 

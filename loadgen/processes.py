@@ -27,7 +27,7 @@ from loadgen.spec import DriverFailed, DriverLine, Go, LoadError, Part, decode_l
 
 _LINE_BYTES_MAX: Final = 4 * 1024 * 1024  # a result carries up to 27,648 counts of send lags
 _CHUNK_BYTES: Final = 65536
-_READY: Final = rb"^(?P<before>.*)ready: \d+ workers? of .* \(pid %d\)\n"
+_READY: Final = re.compile(rb"ready: \d+ workers? of ")
 _READY_BYTES_MAX: Final = 8192  # of the line that says that a bus is ready: names and an address
 _READY_S: Final = 60.0
 _DRAIN_S: Final = 5.0
@@ -110,13 +110,16 @@ async def started_bus(
 
 async def _until_ready(stream: asyncio.StreamReader, pid: int) -> None:
     """Read to the line that says so. What an application prints is passed on; it may print a part of a line before it."""
-    held, ready = b"", re.compile(_READY % pid, re.MULTILINE)
+    held, end = b"", f" (pid {pid})\n".encode()
     try:
         while octets := await stream.read(_CHUNK_BYTES):
             held += octets
-            if found := ready.search(held):
-                held = held[: found.end("before")] + held[found.end() :]
-                return
+            at = -1
+            while (at := held.find(end, at + 1)) >= 0:
+                begins = held.rfind(b"ready: ", held.rfind(b"\n", 0, at) + 1, at)
+                if begins >= 0 and _READY.match(held, begins, at):
+                    held = held[:begins] + held[at + len(end) :]
+                    return
             passed = max(held.rfind(b"\n") + 1, len(held) - _READY_BYTES_MAX)
             _pass_on(held[:passed])
             held = held[passed:]

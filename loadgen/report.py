@@ -297,7 +297,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     `not_delivered`: not finished when the flush gave up, and nothing shows that it is since. `waiting`: still in a store, at
     most. An event that came again counts by its first outcome, so published = handled + dead-lettered + waiting + lost +
     not delivered. `duplicates`: all repeats; `redelivered`: those that said so. `unchecked`: events of keys that the shards
-    no longer remembered.
+    no longer remembered. Not `proven`: the bus was gone at the end, so `handled` and `dead_lettered` are what publishers
+    were told, and of `PROVEN` nothing is known.
     Times run from the intended instant: `send_lag_us` to the publish call, `latency_us` (the response time) to the end of
     the handler, or, for a command, to its reply. It is the sum of two, for each event: `queue_us`, to the beginning of the
     handler (with the send lag in it), and `service_us`, the handler's own time, of the attempt that settled the event.
@@ -322,6 +323,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     redelivered: int
     out_of_order: int
     unchecked: int
+    proven: bool = True
     latency_us: Percentiles | None
     service_us: Percentiles | None = None
     queue_us: Percentiles | None = None
@@ -363,6 +365,7 @@ def figures_of(report: Report) -> dict[str, float | None]:
     return {
         **{name: None if value is None else value / 1e6 for name, value in times_us.items()},
         **{name: float(getattr(report, name)) for name in COUNTED},
+        **({} if report.proven else dict.fromkeys(PROVEN)),
         "recovery": max(recovered) if recovered and len(recovered) == len(recoveries) else None,
         "achieved_rate": report.achieved_rate,
         "worker_rss": max((float(use.rss_bytes) for use in workers), default=None),
@@ -382,6 +385,10 @@ COUNTED: Final = (
     "waiting",
     "unchecked",
 )
+
+
+PROVEN: Final = ("lost", "duplicates", "redelivered", "out_of_order", "unchecked")
+"""Of these, what only the bus can show."""
 
 
 def held_against(report: Report, expectations: Sequence[Expectation]) -> Report:
@@ -568,6 +575,7 @@ def make_report(
         redelivered=totals.announced,
         out_of_order=totals.out_of_order,
         unchecked=totals.unchecked,
+        proven=not observed.gone,
         latency_us=None if silence else totals.latency_us,
         service_us=None if silence else totals.service_us,
         queue_us=None if silence else totals.queue_us,

@@ -9,7 +9,6 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from datetime import UTC, datetime
 from typing import Final, Protocol
 
 import msgspec
@@ -24,10 +23,13 @@ from loadgen.meters import merged
 from loadgen.processes import DriverProcess, own_address, started_bus, started_driver
 from loadgen.replay import check_readable
 from loadgen.report import (
+    BusState,
     FaultRecord,
     Interval,
     Observed,
     Report,
+    Totals,
+    account,
     held_against,
     make_report,
     together,
@@ -36,9 +38,11 @@ from loadgen.report import (
 )
 from loadgen.spec import DriverLine, DriverResult, FaultSpec, LoadError, LoadSpec, Part, Progress, Started
 
+_DEMO: Final = "shardbus.demo:bus"
 _PROBE_S: Final = 1.0  # a bus on this host answers in milliseconds; one under full load still does within this
 _CONNECT_S: Final = 5.0
-_PURGE_S: Final = 5.0
+_BEATS_S: Final = 2.5  # in which a worker beats twice
+_POLL_S: Final = 0.05
 _SILENCE_S: Final = 20.0  # a driver speaks every second; on a machine in trouble, rather less often
 _READY_S: Final = 600.0  # a long recording is read before its driver is ready
 _HEAD_START_NS: Final = 100_000_000  # from the word to go until the schedule begins
@@ -110,13 +114,8 @@ async def run_async(
     if spec.recording is not None:
         check_readable(spec.recording)
     async with contextlib.AsyncExitStack() as stack:
-        began = datetime.now(UTC)
         address, lives_on = await _find_bus(spec, stack, watcher.say)
         client = await stack.enter_async_context(shardbus.connect(address, timeout=_CONNECT_S))
-        if not lives_on:
-            # At an address of its own everything is ours; at the default one, others may have left theirs before.
-            since = None if spec.application is not None else began
-            stack.push_async_callback(_leave_nothing, client, shardbus.DeadLetterFilter(since=since))
         local = shares_clock(client.address)
         if spec.faults and not local:
             raise LoadError(f"faults need a bus on this host; {client.address} is elsewhere")
@@ -132,33 +131,28 @@ async def _find_bus(
     spec: LoadSpec, stack: contextlib.AsyncExitStack, say: Callable[[str], None]
 ) -> tuple[str | None, bool]:
     """The address of a bus, and whether it lives on after the run; one that was started ends with the stack."""
-    if spec.application is not None:
-        address = stack.enter_context(own_address(_own_name(spec.application, spec.workers)))
-        _check_shards(spec.faults, spec.workers)
-        say(f"serving {spec.application} at {address} for this run, workers: {spec.workers}")
-        await stack.enter_async_context(started_bus(spec.workers, address, application=spec.application))
-        return address, False
     if spec.address is not None:
         return spec.address, True
-    try:
-        async with shardbus.connect(timeout=_PROBE_S) as client:
-            return client.address, True
-    except shardbus.BusUnreachable as nobody:
-        _check_shards(spec.faults, spec.workers)
-        say(f"no bus runs at {nobody.address}; starting one for this run, workers: {spec.workers}")
-        await stack.enter_async_context(started_bus(spec.workers, nobody.address))
-        return nobody.address, False
-
-
-async def _leave_nothing(client: shardbus.Client, where: shardbus.DeadLetterFilter) -> None:
-    """Purge the dead letters of a bus that ends with the run: its store would outlive it, and nobody would look there.
-
-    A key that one of them parked goes on, and may leave another.
-    """
-    with contextlib.suppress(TimeoutError, shardbus.ShardbusError):  # a bus in trouble; its next run finds them
-        async with asyncio.timeout(_PURGE_S):
-            while await client.purge(where):
-                pass
+    application, why = spec.application, ""
+    if application is None:
+        try:
+            async with shardbus.connect(timeout=_PROBE_S) as client:
+                return client.address, True
+        except shardbus.BusUnreachable as nobody:
+            own = spec.template or spec.recording
+            if own is not None:
+                raise LoadError(
+                    f"no bus runs at {nobody.address} that could take {own.type}; start yours with `shardbus serve "
+                    "MODULE:BUS`, or have it served for this run with --app MODULE:BUS"
+                ) from None
+            application, why = _DEMO, f"no bus runs at {nobody.address}; "
+    # At an address of its own: at that of a bus which does not run now, events may wait for their application.
+    address = stack.enter_context(own_address(_own_name(application, spec.workers)))
+    _check_shards(spec.faults, spec.workers)
+    say(f"{why}serving {application} at {address} for this run, workers: {spec.workers}")
+    options = ["--leave-nothing"]  # nobody would look there
+    await stack.enter_async_context(started_bus(spec.workers, address, application=application, options=options))
+    return address, False
 
 
 def _check_shards(faults: Sequence[FaultSpec], shards: int) -> None:
@@ -206,18 +200,18 @@ class _Run:
         result = self._result()
         gone = False
         if spec.commands:
-            totals = totals_of_commands(result)
+            totals, state = totals_of_commands(result), await collector.state()
         else:
             try:
-                totals = await collector.settle(result.final, spec.flush_s)
+                totals, state = await self._settled(result)
             except shardbus.BusUnreachable:
-                gone, totals = True, totals_of_acks(result)  # the verdict says so
+                gone, totals, state = True, totals_of_acks(result), await collector.state()  # the verdict says so
         found = {shard: histogram.percentiles() for shard, histogram in sorted(collector.by_shard.items())}
         return make_report(
             spec,
             result,
             totals,
-            await collector.state(),
+            state,
             address=self._client.address,
             one_clock=shares_clock(self._client.address),
             machine=this_machine(),
@@ -231,6 +225,21 @@ class _Run:
                 intervals=tuple(self._intervals),
             ),
         )
+
+    async def _settled(self, result: DriverResult) -> tuple[Totals, BusState]:
+        """The evidence, and the state of the bus before it, once events that wait in a store are counted there: its numbers
+        come with its worker's beat.
+        """
+        collector = self._collector
+        await collector.settle(result.final, self._spec.flush_s)
+        until_s = time.monotonic() + _BEATS_S
+        while True:
+            state = await collector.state()  # first: what is handled from here on is evidence
+            totals = await collector.settle(result.final, 0.0)
+            lost = account(result, totals, state.waiting).lost
+            if not lost or not result.final.waiting or time.monotonic() >= until_s:
+                return totals, state
+            await asyncio.sleep(_POLL_S)
 
     def _result(self) -> DriverResult:
         return together([result for result in self._results if result is not None])

@@ -25,12 +25,12 @@ def rows_of(report: Report) -> list[tuple[str, str]]:
         ("published", f"{report.published:,}"),
         ("handled", f"{report.handled:,}"),
         ("dead letters" if not report.load.commands else "failed", f"{report.dead_lettered:,}"),
-        ("lost", f"{report.lost:,}"),
+        ("lost", f"{report.lost:,}" if report.proven else "–"),
     ]
     if not report.load.commands:
         rows += [
-            ("repeats", f"{report.duplicates:,}, announced: {report.redelivered:,}"),
-            ("out of order", f"{report.out_of_order:,}"),
+            ("repeats", f"{report.duplicates:,}, announced: {report.redelivered:,}" if report.proven else "–"),
+            ("out of order", f"{report.out_of_order:,}" if report.proven else "–"),
         ]
     if report.waiting or report.not_delivered:
         rows.append(("unfinished", f"waiting in a store: {report.waiting:,}, not delivered: {report.not_delivered:,}"))

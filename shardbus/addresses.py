@@ -67,6 +67,8 @@ def parse_address(text: str) -> Address:
         ConfigError: it is none; the message says what one looks like.
     """
     scheme, separator, rest = text.partition("://") if isinstance(text, str) else ("", "", "")
+    if any("\ud800" <= letter <= "\udfff" for letter in rest):  # bytes that are no text, in a command line
+        raise ConfigError(f"{text!r} is not an address: it is not UTF-8")
     if not separator or scheme not in ("ipc", "tcp"):
         raise ConfigError(f"{text!r} is not an address; use ipc://DIRECTORY or tcp://HOST:PORT")
     if scheme == "ipc":

@@ -163,5 +163,5 @@ class BlockingSession:
     def _call(self, handler: Callable[[Any], Any], event: Event) -> None:
         try:
             handler(event)
-        except Exception as error:  # the application's
+        except BaseException as error:  # the application's, in a thread of its own
             log_error(log, error, "a handler of the session %r failed with %s", self.key, type(event).__name__)

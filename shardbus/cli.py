@@ -166,7 +166,8 @@ def cli() -> None:
 @click.option("--drain-timeout", type=_FiniteRange(0, 3600), default=30.0, show_default=True, help="Seconds.")
 @click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
 @click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True)
-@click.option("--until-stdin-closes", is_flag=True, hidden=True)  # for a program that serves a bus for itself
+@click.option("--until-stdin-closes", is_flag=True, hidden=True)  # for a program that serves a bus for itself,
+@click.option("--leave-nothing", is_flag=True, hidden=True)  # and for one where nobody will look for what is left
 def serve(
     application: str,
     workers: int,
@@ -179,6 +180,7 @@ def serve(
     log_level: str,
     log_format: str,
     until_stdin_closes: bool,
+    leave_nothing: bool,
 ) -> None:
     """Run an application on all cores, until SIGTERM or Ctrl-C; without one, the built-in demo.
 
@@ -214,6 +216,7 @@ def serve(
             log_level=log_level,
             log_format=log_format,
             until_stdin_closes=until_stdin_closes,
+            leave_nothing=leave_nothing,
         )
     except ShardbusError as error:
         _fail(str(error), 2)

@@ -181,8 +181,8 @@ class BootError(ShardbusError):
 
 
 def text_of(error: BaseException) -> str:
-    """An error's text, also where its own `__str__` raises: that must not take down whoever tells of it."""
+    """An error's text, a plain `str`, whatever its own `__str__` does: that must not take down whoever tells of it."""
     try:
-        return str(error)
-    except Exception as broken:
+        return str.__str__(str(error))  # which may be of a class of its own, with methods of its own
+    except BaseException as broken:  # SystemExit, too: it only was to be told of
         return f"<its text cannot be shown: {type(broken).__name__}>"

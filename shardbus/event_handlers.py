@@ -148,7 +148,7 @@ class EventHandlers:
         if self._tasks.is_ours(error):
             return None
         absorb(error)
-        return "timeout" if isinstance(error, HandlerTimeout) else "failed"
+        return "timeout" if issubclass(type(error), HandlerTimeout) else "failed"
 
     def failed(
         self, delivery: Delivery, handler: Registered, error: BaseException, reason: str, *, with_others: bool = False

@@ -20,14 +20,15 @@ from shardbus.errors import text_of
 from shardbus.inbound import Delivery
 from shardbus.pipeline import OUR_FILES
 from shardbus.store import Failure
+from shardbus.tracebacks import TRACEBACK_CHARS_MAX, shortened
 
 CRASHED: Final = "crashed"  # the reason of a dead letter whose handling ends its worker
 EXPIRED: Final = "expired"  # of one whose deadline was over
 
 _ERROR_CHARS_MAX: Final = 2000
-_TRACEBACK_CHARS_MAX: Final = 32_000
 _REPLY_TRACEBACK_CHARS_MAX: Final = 16_000
 _PLACES_MAX: Final = 1024
+_TOGETHER_MAX: Final = 16  # handlers whose errors are told of, where not all have room
 _LED_TO_MAX: Final = 15  # errors that led to one, or are in it: more are not told
 
 _How = Literal["", "caused by", "while handling", "in it"]
@@ -58,23 +59,21 @@ class Failures:
         self._places: dict[tuple[Any, ...], tuple[str, str, list[CodeType]]] = {}
 
     def of_handler(self, name: str, error: BaseException, reason: str) -> Failure:
-        """The outcome of an event that a handler gave up, also of an error whose attributes raise: without an outcome, all
-        would stop.
-        """
+        """The outcome of an event that a handler gave up, whatever it raised: without an outcome, all would stop."""
         kind = _type_name(error)
         try:
             led = _led_to(error)
             place, text = self._place_of(error, led)
             told = _text_of_all(error, led)
-        except Exception as odd:  # of a kind of the application's own, whose attributes raise
+        except BaseException as odd:  # of a kind of the application's own, whose attributes raise
             return Failure(handlers=(name,), reason=reason, error_type=kind, error=_untold(error, odd))
         return Failure(handlers=(name,), reason=reason, error_type=kind, error=told, place=place, traceback=text)
 
     def reply_to(self, error: BaseException) -> bytes:
-        """The reply of a command whose handler raised, also an error whose attributes raise."""
+        """The reply of a command whose handler raised, whatever that is."""
         try:
             text = "".join(self._told_from_the_handler(error).format())
-        except Exception:  # of it, or of what led to it
+        except BaseException:  # of it, or of what led to it
             told = self.of_handler("", error, "")
             text = f"{told.traceback or told.error_type}: {told.error}"
         return failed_reply(_type_name(error), _text_of(error), _sound(text[-_REPLY_TRACEBACK_CHARS_MAX:]))
@@ -98,9 +97,7 @@ class Failures:
             if len(self._places) >= _PLACES_MAX:
                 self._places.clear()
             text = "".join(self._stacks(links))
-            if len(text) > _TRACEBACK_CHARS_MAX:
-                half = _TRACEBACK_CHARS_MAX // 2
-                text = f"{text[:half]}\n… {len(text) - 2 * half:,} characters …\n{text[-half:]}"
+            text = shortened(text, TRACEBACK_CHARS_MAX)
             place = xxhash.xxh3_128_hexdigest(text.encode("utf-8", "replace"))
             known = self._places[tuple(identity)] = (place, text, code)
         return known[:2]
@@ -161,9 +158,11 @@ def together(gave_up: Sequence[Failure]) -> Failure:
         return first
     told = [f"{', '.join(one.handlers)}: {one.error_type}{one.error_type and ': '}{one.error}" for one in others]
     parts = [first.error, *told]
-    if len("; ".join(parts)) > _ERROR_CHARS_MAX:  # each is told of
-        parts = [part[: _ERROR_CHARS_MAX // len(parts) - 2] for part in parts]
-    error = "; ".join(parts)[:_ERROR_CHARS_MAX]
+    if len("; ".join(parts)) > _ERROR_CHARS_MAX:  # each has a part of it, as far as there is room for parts
+        more = len(parts) - _TOGETHER_MAX
+        parts = [part[: _ERROR_CHARS_MAX // min(len(parts), _TOGETHER_MAX) - 4] for part in parts[:_TOGETHER_MAX]]
+        parts += [f"and {more} more"] if more > 0 else []
+    error = "; ".join(parts)
     return replace(first, handlers=tuple(name for one in gave_up for name in one.handlers), error=error)
 
 
@@ -205,7 +204,8 @@ def _given_up(delivery: Delivery) -> tuple[str, ...]:
 
 
 def _type_name(error: BaseException) -> str:
-    return TimeoutError.__name__ if isinstance(error, HandlerTimeout) else type(error).__name__
+    # By its type here and elsewhere: what asks an error for its class asks the application.
+    return TimeoutError.__name__ if issubclass(type(error), HandlerTimeout) else type(error).__name__
 
 
 def _add_stack(identity: list[Any], error: BaseException) -> None:
@@ -262,14 +262,14 @@ def _text_of_all(error: BaseException, led: Sequence[_Link]) -> str:
     return _sound("; ".join(parts)[:_ERROR_CHARS_MAX])
 
 
-def _untold(error: BaseException, odd: Exception) -> str:
+def _untold(error: BaseException, odd: BaseException) -> str:
     return f"{_text_of(error)} <more of it cannot be told: {type(odd).__name__}>"
 
 
 def _notes_of(error: BaseException) -> list[str]:
     try:
         notes = getattr(error, "__notes__", ())  # whatever somebody has put there
-    except Exception:  # a `__getattr__` of the application's, which has another for what it does not know
+    except BaseException:  # a `__getattr__` of the application's, which has another for what it does not know
         return []
     return [note for note in notes if isinstance(note, str)] if isinstance(notes, list | tuple) else []
 

@@ -47,12 +47,12 @@ class HandlerTasks:
 
     def is_ours(self, error: BaseException) -> bool:
         """Whether it ends the task and not just a handler: the worker closes, or the coroutine is thrown away."""
-        return self.closing or (isinstance(error, GeneratorExit) and asyncio.current_task() not in self.running)
+        return self.closing or (issubclass(type(error), GeneratorExit) and asyncio.current_task() not in self.running)
 
 
 def absorb(error: BaseException) -> None:
     """Let a cancellation that a handler brought upon itself end with the handler."""
-    if isinstance(error, asyncio.CancelledError) and (task := asyncio.current_task()) is not None:
+    if issubclass(type(error), asyncio.CancelledError) and (task := asyncio.current_task()) is not None:
         uncancel(task)
 
 

@@ -64,7 +64,7 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
         """
         if failures >= self.attempts:
             return GiveUp(f"failed {failures} times")
-        if not isinstance(error, self.on):
+        if not issubclass(type(error), self.on):
             return GiveUp(f"{type(error).__name__} is not retried")
         try:
             longest_s = min(self.cap_s, self.base_s * self.factor ** (failures - 1))

@@ -98,6 +98,12 @@ class RunDir:
             if name.startswith(("evidence-", "journal-")):
                 os.unlink(os.path.join(self.state, name))
 
+    def clear(self) -> None:
+        """Start over with all that a bus left here: stores, evidence, journals."""
+        for name in os.listdir(self.state):
+            if name != "lock":
+                os.unlink(os.path.join(self.state, name))
+
     def remove_sockets(self) -> None:
         """Remove sockets that a predecessor left; call it only while the lock is held."""
         if isinstance(self._address, IpcAddress):
@@ -120,9 +126,9 @@ class RunDir:
             with contextlib.suppress(OSError):  # it is not empty, or is in a place of somebody else's
                 os.rmdir(self._address.directory)
         if forget:
+            self.clear()
             # The lock goes last, and with it the directory: whoever waits for it makes a new one.
-            for name in sorted(os.listdir(self.state), key=lambda name: name == "lock"):
-                os.unlink(os.path.join(self.state, name))
+            os.unlink(os.path.join(self.state, "lock"))
             with contextlib.suppress(OSError):  # somebody has made its lock again
                 os.rmdir(self.state)
         os.close(self._lock)

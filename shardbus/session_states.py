@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
+from shardbus.cancellation import is_own_cancellation
 from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.errors import ShardbusError, UsageError
@@ -264,7 +265,7 @@ class SessionStates:
             try:
                 await state.drop()
             except BaseException as error:  # the application's
-                if _is_cancelled(error):
+                if is_own_cancellation(error):
                     raise
         self._states.clear()
 
@@ -280,7 +281,7 @@ class SessionStates:
             try:
                 await self._end(key)
             except BaseException as error:  # the application's; SystemExit, too, must not end all others
-                if _is_cancelled(error):
+                if is_own_cancellation(error):
                     raise
                 self.failed(key, error)
 
@@ -290,9 +291,3 @@ class SessionStates:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-
-
-def _is_cancelled(error: BaseException) -> bool:
-    """Whether it is this task's own cancellation, and nothing that the application has raised."""
-    task = asyncio.current_task()
-    return isinstance(error, asyncio.CancelledError) and (task is None or bool(task.cancelling()))

@@ -13,6 +13,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
+from shardbus.cancellation import is_own_cancellation
 from shardbus.errors import ClientClosed, UsageError
 from shardbus.messages import Command, Event, Message, key_getter, to_wire_key
 from shardbus.session_events import SessionEnded, SessionKept, SessionStarted
@@ -238,7 +239,9 @@ class Session:
             outcome = handler(event)
             if inspect.isawaitable(outcome):
                 await outcome
-        except Exception as error:  # the application's
+        except BaseException as error:  # the application's
+            if isinstance(error, SystemExit | KeyboardInterrupt) or is_own_cancellation(error):
+                raise
             log_error(log, error, "a handler of the session %r failed with %s", self.key, type(event).__name__)
 
     async def _listening(self) -> None:

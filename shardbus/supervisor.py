@@ -97,6 +97,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str
     until_stdin_closes: bool = False
     """Stop as on a first signal when standard input comes to its end."""
+    leave_nothing: bool = False
+    """Begin with empty stores, and delete them at the end: those of the default place, whatever is in them."""
 
 
 class _Worker:
@@ -209,6 +211,8 @@ class Supervisor:
         listener = ZmqListener()
         try:
             rundir.remove_sockets()
+            if self._options.leave_nothing:
+                rundir.clear()
             await self._adopt_state(rundir)
             for shard in range(self._options.workers):
                 self._workers.append(_Worker(shard, *self._mappings(rundir, shard)))
@@ -238,7 +242,7 @@ class Supervisor:
             # What nobody will ask for again does not stay on RAM for ever.
             spent = bool(self._workers) and all(one.drained and one.drained.is_clean for one in self._workers)
             unused = is_first and not any(one.ready_at for one in self._workers)
-            rundir.close(forget=spent or unused)
+            rundir.close(forget=spent or unused or self._options.leave_nothing)
 
     @staticmethod
     def _mappings(rundir: RunDir, shard: int) -> tuple[SharedBook, SharedJournal]:
@@ -806,6 +810,8 @@ class Supervisor:
 
     def told_left(self) -> str:
         """What is left in the stores, and where, in a line; empty: nothing is."""
+        if self._options.leave_nothing:
+            return ""
         stored = [worker.stored for worker in self._workers]
         return told_left(sum(one.dead for one in stored), sum(one.waiting for one in stored), self._kept)
 

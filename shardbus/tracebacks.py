@@ -1,22 +1,37 @@
 """Tracebacks of errors that an application has raised, whatever its classes do when they are looked at.
 
 `traceback` and `logging` ask an error for its notes and causes. A class whose `__getattr__` raises something else than
-AttributeError ends whoever tells of it, so that the failure of one handler would be that of all.
+AttributeError ends whoever tells of it, so that the failure of one handler would be that of all. Nor may a long text fill a
+log.
 """
 
 from __future__ import annotations
 
 import logging
 import traceback
+from typing import Final
 
 from shardbus.errors import text_of
 
+TRACEBACK_CHARS_MAX: Final = 32_000
+
+
+def shortened(text: str, chars_max: int) -> str:
+    """A text of which the middle is left out, where it is longer than that."""
+    half = chars_max // 2
+    left_out = len(text) - 2 * half
+    return text if len(text) <= chars_max else f"{text[:half]}\n… {left_out:,} characters …\n{text[-half:]}"
+
 
 def traceback_of(error: BaseException) -> str:
-    """An error's traceback with its causes; where they cannot be told, its own stack, type and text."""
+    """An error's traceback with its causes; where they cannot be told, its own stack, type and text. Bounded."""
+    return shortened(_whole(error), TRACEBACK_CHARS_MAX)
+
+
+def _whole(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(error)).rstrip()
-    except Exception as odd:
+    except BaseException as odd:
         stack = traceback.format_tb(vars(BaseException)["__traceback__"].__get__(error))
         told = f"{type(error).__name__}: {text_of(error)} <more of it cannot be told: {type(odd).__name__}>"
         return "".join(["Traceback (most recent call last):\n", *stack, told])
@@ -26,7 +41,7 @@ def log_error(log: logging.Logger, error: BaseException, message: str, *args: ob
     """Log an error with its traceback: as `exc_info`, or in the text where a formatter would raise."""
     try:
         traceback.format_exception(error)
-    except Exception:
+    except BaseException:
         with_traceback = f"{message}\n%s"
         log.error(with_traceback, *args, traceback_of(error))
     else:

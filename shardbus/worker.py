@@ -61,6 +61,7 @@ log = logging.getLogger("shardbus.worker")
 
 BEAT_S: Final = 1.0
 STALL_S: Final = 1.0  # an event loop that stands still for longer is reported
+_TOLD_CHARS_MAX: Final = 2000  # of an error, in a line
 _STORE_RETRY_S: Final = 0.5
 _TASKS_S: Final = 1.0  # for tasks that are left when all is done
 _ENDS_LEAST_S: Final = 0.5  # for the ends of sessions, also where draining took all its time; the supervisor waits a second
@@ -94,9 +95,10 @@ async def run_worker(boot: Boot, descriptor: int, make_outgoing: MakeOutgoing) -
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(registry.running(info))
-            except (Exception, asyncio.CancelledError, KeyboardInterrupt) as error:  # the user's own
+            except BaseException as error:  # the user's own
                 log.error("the application cannot start: %s", traceback_of(error))
-                raise BootError(f"its lifespan raised {type(error).__name__}: {text_of(error)}") from error
+                told = text_of(error)[:_TOLD_CHARS_MAX].encode("utf-8", "backslashreplace").decode()
+                raise BootError(f"its lifespan raised {type(error).__name__}: {told}") from None
             code = await _serve(spec, registry, info, pipe, stop, end, make_outgoing(spec, _broken))
         # A task that a handler has left behind may not let itself be cancelled, and nothing is to be waited for any more.
         asyncio.get_running_loop().call_later(_TASKS_S, os._exit, code)

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("interrupts",),
     ("wording",),
     ("errors",),
-    ("config", "arguments", "tracebacks"),
+    ("config", "arguments", "tracebacks", "cancellation"),
     ("clock",),
     ("addresses", "log_throttle"),
     ("messages",),

@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
+from odd_errors import ODD_ERRORS
 
 from shardbus import Breaker, Bus, Client, Command, CommandFailed, Context, Event, RegistrationError, Retry
 from shardbus.testing import MemoryRows
@@ -495,3 +496,40 @@ async def test_a_retry_does_not_wait_for_more_than_its_policy_says(bus: Bus, run
         await client.publish_many([Step(key=f"k{at}") for at in range(200)])
         await client.flush(30)
         assert time.monotonic() - began < 10
+
+
+# -- errors of an application's own kinds
+
+
+@pytest.mark.parametrize("make", ODD_ERRORS.values(), ids=ODD_ERRORS)
+async def test_whatever_an_error_does_when_it_is_looked_at_it_costs_its_own_message_and_no_other(
+    bus: Bus, run: Run, make: Callable[[], Exception]
+):
+    @bus.on(Step, retry=Retry(attempts=2, base_s=0.0))
+    async def step(event: Step) -> None:
+        if event.n == 1:
+            await asyncio.sleep(0)
+        if event.n < 2:
+            raise make()
+
+    @bus.on(Loose, retry=Retry(attempts=2, base_s=0.0), batch=2)
+    async def loose(events: list[Loose]) -> list[Exception | None]:
+        if len(events) > 1:
+            raise make()
+        return [make() if event.n == 0 else None for event in events]
+
+    @bus.command(Ask)
+    async def ask(command: Ask) -> int:
+        raise make()
+
+    async with run(bus) as client:
+        await client.publish_many([Step(key="a", n=n) for n in range(3)])
+        await client.publish_many([Loose(n=n) for n in range(2)])
+        with pytest.raises(CommandFailed) as failed:
+            await client.execute(Ask(key="a"), timeout=10)
+        ledger = await client.flush(10)
+        letters = await client.dead_letters()
+    kind = type(make()).__name__
+    assert failed.value.error_type == kind
+    assert (ledger.handled, ledger.dead) == (2, 3)
+    assert [letter.error_type for letter in letters] == [kind] * 3

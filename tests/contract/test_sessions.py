@@ -165,6 +165,24 @@ async def test_a_handler_that_fails_is_logged_and_called_again(client: Client, c
     ] * 2
 
 
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit])
+async def test_a_handler_that_awaits_what_was_cancelled_is_called_again(
+    client: Client, caplog: pytest.LogCaptureFixture, kind: type[BaseException]
+):
+    heard: list[str] = []
+
+    async def hear(event: Said) -> None:
+        heard.append(event.text)
+        raise kind
+
+    async with client.session("7") as session:
+        session.on(Said, hear)
+        for text in "abc":
+            await session.publish(Said(chat="7", text=text))
+        await until(lambda: heard == ["a", "b", "c"])
+    assert caplog.text.count("a handler of the session '7' failed with Said") == 3
+
+
 async def test_a_type_that_cannot_be_followed_is_told_to_whoever_publishes(client: Client):
     async with client.session("7") as session:
         session.on(Unhandled, print)

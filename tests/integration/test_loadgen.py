@@ -63,7 +63,7 @@ def test_a_bus_is_started_where_shardbus_url_names_none_and_ended_with_the_run(s
         SHARDBUS_URL=address,
     )
     assert done.returncode in QUOTED_OR_REFUSED, done.stdout + done.stderr
-    assert f"no bus runs at {address}; starting one for this run" in done.stderr
+    assert f"no bus runs at {address}; serving shardbus.demo:bus at " in done.stderr
     report = json.loads((short_path / "report.json").read_text())
     assert report["published"] == report["handled"] == pytest.approx(1250, abs=5 * 36)
     assert (report["lost"], report["duplicates"], report["out_of_order"]) == (0, 0, 0)
@@ -72,7 +72,7 @@ def test_a_bus_is_started_where_shardbus_url_names_none_and_ended_with_the_run(s
     assert seen == {"driver 0", "driver 1", "collector", "worker 0", "supervisor"}
     rows = list(csv.DictReader((short_path / "series.csv").read_text().splitlines()))
     assert int(rows[-1]["published"]) == report["published"]
-    assert not (short_path / "bus" / "control").exists()
+    assert not (short_path / "bus").exists()
 
 
 def test_a_bus_that_was_started_for_a_run_ends_with_it_also_where_that_is_killed(short_path: Path) -> None:
@@ -81,13 +81,52 @@ def test_a_bus_that_was_started_for_a_run_ends_with_it_also_where_that_is_killed
     with subprocess.Popen(
         [sys.executable, "-m", "loadgen", "--rate", "100", "--duration", "60"],
         cwd=short_path,
-        env={**clean, "PYTHONPATH": str(CHECKOUT), "SHARDBUS_URL": address},
+        env={**clean, "PYTHONPATH": str(CHECKOUT), "SHARDBUS_URL": address, "TMPDIR": str(short_path)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as running:
-        wait_until((short_path / "bus" / "control").exists, 60)
+        wait_until(lambda: list(short_path.glob("loadgen-*/control")), 60)
+        (control,) = short_path.glob("loadgen-*/control")
         running.kill()
-    wait_until(lambda: not (short_path / "bus" / "control").exists() and not os.path.exists(state_of(address)), 60)
+    wait_until(lambda: not control.exists() and not os.path.exists(state_of(f"ipc://{control.parent}")), 60)
+
+
+BANK = """
+from shardbus import Bus, Event, Retry
+
+class Pay(Event, key="key"):
+    key: str
+
+bus = Bus("bank")
+
+@bus.on(Pay, retry=Retry(attempts=100, base_s=30.0))
+async def pay(event: Pay) -> None:
+    raise ConnectionError("the bank is closed")
+"""
+
+
+def test_what_waits_for_an_application_that_does_not_run_now_is_nobody_elses(
+    make_bus: MakeBus, short_path: Path
+) -> None:
+    (short_path / "bank.py").write_text(BANK)
+    bus = make_bus("--workers", "1", application="bank:bus")
+    bus.wait_ready()
+    assert bus.shardbus("publish", "bank:Pay", '{"key": "a"}').returncode == 0
+    bus.end()
+    loadgen(short_path, "--rate", "100", "--duration", "1", "--warmup", "0", SHARDBUS_URL=bus.address)
+    bus.start()
+    bus.wait_ready()
+    assert bus.status()["waiting"] == 1
+
+
+def test_a_run_leaves_no_events_of_its_own_to_the_next(short_path: Path) -> None:
+    (short_path / "bank.py").write_text(BANK)
+    arguments = ["--app", "bank:bus", "--type", "Pay", "--key", "key", "--rate", "20", "--duration", "1", "--flush", "0.5"]
+    for _ in range(2):
+        done = loadgen(short_path, *arguments, "--warmup", "0", "--json", "report.json")
+        report = json.loads((short_path / "report.json").read_text())
+        assert (report["published"], report["waiting"]) == (20, 20), done.stdout + done.stderr
+        assert "kept" not in done.stderr
 
 
 def test_an_application_may_print_as_much_as_it_likes(short_path: Path) -> None:

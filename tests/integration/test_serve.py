@@ -188,11 +188,11 @@ def test_a_lifespan_that_raises_ends_the_start(make_bus: MakeBus) -> None:
     (bus.directory / "pools.py").write_text(
         "from shardbus import Bus\nbus = Bus('pools')\n\n"
         "class Away(OSError):\n    def __getattr__(self, name):\n        raise KeyError(name)\n\n"
-        "@bus.lifespan\nasync def pool(worker):\n    raise Away('no database here')\n    yield\n"
+        "@bus.lifespan\nasync def pool(worker):\n    raise Away('no database \\udce9 here')\n    yield\n"
     )
     refused = bus.shardbus("serve", "pools:bus", "--bind", bus.address, "--workers", "2")
     assert refused.returncode == 1
-    assert "its lifespan raised Away: no database here" in refused.stderr
+    assert r"its lifespan raised Away: no database \udce9 here" in refused.stderr
     assert not os.path.exists(bus.state)
 
 

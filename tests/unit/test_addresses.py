@@ -15,6 +15,7 @@ MISTAKES = [
     ("", "'' is not an address; use ipc://DIRECTORY or tcp://HOST:PORT"),
     ("/run/shop", "'/run/shop' is not an address"),
     ("http://shop:80", "'http://shop:80' is not an address"),
+    ("ipc:///tmp/\udcff", "it is not UTF-8"),
     (5, "5 is not an address"),
     (b"ipc:///run/shop", "b'ipc:///run/shop' is not an address"),
     ("ipc://", "'ipc://': ipc:// takes a directory, for instance ipc:///run/shop"),

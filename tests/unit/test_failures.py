@@ -113,6 +113,14 @@ def test_a_long_error_leaves_room_for_those_of_other_handlers():
         assert len(told) <= 2000
 
 
+def test_of_more_handlers_than_there_is_room_for_some_are_told_of_and_how_many_more():
+    told = together([Failure(handlers=(f"h{n}",), reason="failed", error_type="E", error="x" * 500) for n in range(40)])
+    assert len(told.handlers) == 40
+    assert "h15: E: xxx" in told.error
+    assert told.error.endswith("; and 24 more")
+    assert len(told.error) <= 2000
+
+
 # -- places
 
 

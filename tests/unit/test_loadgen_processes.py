@@ -64,6 +64,18 @@ def test_a_bus_is_ready_whatever_its_application_has_printed_before(capfd: pytes
     assert capfd.readouterr().err == "ready: 1 worker of a:bus at ipc:///a (pid 41)\nbooting (pid 42)\n"
 
 
+def test_what_an_application_prints_costs_no_more_than_to_look_at_it(capfd: pytest.CaptureFixture[str]):
+    async def read() -> None:
+        stream = asyncio.StreamReader()
+        for _ in range(100):
+            stream.feed_data(b"ready: 1 worker of " * 3449)
+        stream.feed_data(b"\nready: 1 worker of a:bus at ipc:///a (pid 42)\n")
+        await asyncio.wait_for(_until_ready(stream, 42), 30)
+
+    asyncio.run(read())
+    assert capfd.readouterr().err.endswith("ready: 1 worker of \n")
+
+
 def test_what_an_application_prints_is_seen_at_once_and_not_when_it_is_ready(capfd: pytest.CaptureFixture[str]):
     async def see() -> None:
         stream = asyncio.StreamReader()

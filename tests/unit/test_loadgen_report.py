@@ -14,6 +14,7 @@ from loadgen.machine import Machine, MachineLoad, shares_clock, this_machine
 from loadgen.pacer import Stage
 from loadgen.report import (
     EXIT_CODES,
+    PROVEN,
     PUBLISHERS_MAX,
     Account,
     BusState,
@@ -339,6 +340,10 @@ def test_a_bus_that_is_gone_is_not_said_to_have_lost_what_it_had_acknowledged() 
     assert "the bus was gone" in found.reasons[0]
     assert "20 events were not finished" in found.reasons[1]
     assert found.notes == ("no latency: the bus that had measured it is gone",)
+    rows = dict(rows_of(found))
+    assert [rows[name] for name in ("handled", "lost", "repeats", "out of order")] == ["90", "–", "–", "–"]
+    held = held_against(found, [expect.parse(f"{figure}==0") for figure in PROVEN])
+    assert [(one.met, one.measured) for one in held.expectations] == [(False, None)] * len(PROVEN)
 
 
 def test_a_shard_that_was_given_up_is_named() -> None:

@@ -16,7 +16,18 @@ import shardbus
 from loadgen.collector import Collector
 from loadgen.report import BusState, Interval
 from loadgen.runner import _Run, _Silent, run_async
-from loadgen.spec import Counts, DriverLine, FaultSpec, LoadError, LoadSpec, Part, Progress, Recording, Started
+from loadgen.spec import (
+    Counts,
+    DriverLine,
+    FaultSpec,
+    LoadError,
+    LoadSpec,
+    Part,
+    Progress,
+    Recording,
+    Started,
+    Template,
+)
 
 
 @pytest.fixture
@@ -44,6 +55,14 @@ async def test_a_recording_that_is_not_there_is_told_before_a_bus_is_started(tmp
     recording = Recording(path=f"{tmp_path}/missing.jsonl", type="A", key="b")
     with pytest.raises(LoadError, match=r"missing\.jsonl cannot be read"):
         await run_async(LoadSpec(rate=5.0, application="shop:bus", recording=recording))
+
+
+@pytest.mark.usefixtures("nothing_starts")
+async def test_no_demo_is_started_for_messages_of_an_application(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SHARDBUS_URL", f"ipc://{tmp_path}/nobody")
+    monkeypatch.setattr(loadgen.runner, "_PROBE_S", 0.05)
+    with pytest.raises(LoadError, match=r"no bus runs at ipc://.*/nobody that could take Sale; start yours with"):
+        await run_async(LoadSpec(rate=5.0, template=Template(type="Sale", key="k")))
 
 
 class Endless:

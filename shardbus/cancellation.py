@@ -1,0 +1,12 @@
+"""Tells a task's own cancellation from one that the code in it has brought upon itself."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+def is_own_cancellation(error: BaseException) -> bool:
+    """Whether an error ends the running task, and is nothing that the application has raised: it may await what somebody
+    else has cancelled."""
+    task = asyncio.current_task()
+    return issubclass(type(error), asyncio.CancelledError) and (task is None or bool(task.cancelling()))
