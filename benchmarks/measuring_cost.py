@@ -29,7 +29,7 @@ from loadgen.source import made
 COST_MAX: Final = 0.05  # of the worker's time
 _RATE: Final = 200_000.0  # leaves a core free where there are two
 _PACE_KEPT: Final = 0.9  # of that rate, with the ends of turns; below, publisher or worker is full, and events wait
-_TURN_LEAST_S: Final = 0.1  # the kernel counts in hundredths
+_TURN_LEAST_S: Final = 0.5  # the kernel counts in hundredths, and a turn's end is no part of its pace
 _OVERHEAD_S: Final = 0.5  # a turn: its last events and its evidence
 _BATCH: Final = 512
 _TICK_S: Final = 0.001

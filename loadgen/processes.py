@@ -116,9 +116,9 @@ async def _until_ready(stream: asyncio.StreamReader, pid: int) -> None:
             held += octets
             at = -1
             while (at := held.find(end, at + 1)) >= 0:
-                begins = held.rfind(b"ready: ", held.rfind(b"\n", 0, at) + 1, at)
-                if begins >= 0 and _READY.match(held, begins, at):
-                    held = held[:begins] + held[at + len(end) :]
+                said = [found.start() for found in _READY.finditer(held, held.rfind(b"\n", 0, at) + 1, at)]
+                if said:
+                    held = held[: said[-1]] + held[at + len(end) :]
                     return
             passed = max(held.rfind(b"\n") + 1, len(held) - _READY_BYTES_MAX)
             _pass_on(held[:passed])

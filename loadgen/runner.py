@@ -227,19 +227,16 @@ class _Run:
         )
 
     async def _settled(self, result: DriverResult) -> tuple[Totals, BusState]:
-        """The evidence, and the state of the bus before it, once events that wait in a store are counted there: its numbers
-        come with its worker's beat.
-        """
-        collector = self._collector
-        await collector.settle(result.final, self._spec.flush_s)
+        """The evidence, and the state of the bus, once what waits in a store is counted there: with its worker's beat."""
+        collector, final = self._collector, result.final
+        totals, state = await collector.settle(final, self._spec.flush_s), await collector.state()
         until_s = time.monotonic() + _BEATS_S
-        while True:
-            state = await collector.state()  # first: what is handled from here on is evidence
-            totals = await collector.settle(result.final, 0.0)
-            lost = account(result, totals, state.waiting).lost
-            if not lost or not result.final.waiting or time.monotonic() >= until_s:
-                return totals, state
+        while final.waiting and account(result, totals, state.waiting).lost and time.monotonic() < until_s:
             await asyncio.sleep(_POLL_S)
+            state = await collector.state()  # first: what is handled from here on is evidence
+            with contextlib.suppress(shardbus.BusUnreachable):
+                totals = await collector.settle(final, 0.0)
+        return totals, state
 
     def _result(self) -> DriverResult:
         return together([result for result in self._results if result is not None])

@@ -67,23 +67,30 @@ def parse_address(text: str) -> Address:
         ConfigError: it is none; the message says what one looks like.
     """
     scheme, separator, rest = text.partition("://") if isinstance(text, str) else ("", "", "")
-    if any("\ud800" <= letter <= "\udfff" for letter in rest):  # bytes that are no text, in a command line
-        raise ConfigError(f"{text!r} is not an address: it is not UTF-8")
     if not separator or scheme not in ("ipc", "tcp"):
         raise ConfigError(f"{text!r} is not an address; use ipc://DIRECTORY or tcp://HOST:PORT")
     if scheme == "ipc":
         if not rest or rest.startswith("@"):
             raise ConfigError(f"{text!r}: ipc:// takes a directory, for instance ipc:///run/shop")
         directory = os.path.abspath(rest)
+        _check_text(text, directory)
         if len(os.fsencode(directory)) + _NAME_BYTES > _IPC_BYTES_MAX:
             raise ConfigError(
                 f"{text!r}: the path is too long for a socket; at most {_IPC_BYTES_MAX - _NAME_BYTES} bytes fit"
             )
         return IpcAddress(directory)
+    _check_text(text, rest)
     host, separator, port = rest.rpartition(":")
     if not separator or not host or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= 65_535:
         raise ConfigError(f"{text!r}: tcp:// takes a host and a port, for instance tcp://127.0.0.1:7400")
     return TcpAddress(host, int(port))
+
+
+def _check_text(text: str, place: str) -> None:
+    try:
+        place.encode()
+    except UnicodeEncodeError:  # bytes that are no text, from a command line or the current directory
+        raise ConfigError(f"{text!r} is not an address: {place!r} is not UTF-8") from None
 
 
 _SOCKET_NAME: Final = re.compile(r"control|w[0-9]+-[0-9]+-[0-9a-f]{8}")

@@ -8,5 +8,7 @@ import asyncio
 def is_own_cancellation(error: BaseException) -> bool:
     """Whether an error ends the running task, and is nothing that the application has raised: it may await what somebody
     else has cancelled."""
+    if not issubclass(type(error), asyncio.CancelledError):
+        return False
     task = asyncio.current_task()
-    return issubclass(type(error), asyncio.CancelledError) and (task is None or bool(task.cancelling()))
+    return task is None or bool(task.cancelling())

@@ -166,8 +166,9 @@ def cli() -> None:
 @click.option("--drain-timeout", type=_FiniteRange(0, 3600), default=30.0, show_default=True, help="Seconds.")
 @click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
 @click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True)
-@click.option("--until-stdin-closes", is_flag=True, hidden=True)  # for a program that serves a bus for itself,
-@click.option("--leave-nothing", is_flag=True, hidden=True)  # and for one where nobody will look for what is left
+# For a program that serves a bus for itself, and for one where nobody will look for what is left.
+@click.option("--until-stdin-closes", is_flag=True, hidden=True, allow_from_autoenv=False)
+@click.option("--leave-nothing", is_flag=True, hidden=True, allow_from_autoenv=False)
 def serve(
     application: str,
     workers: int,
@@ -195,6 +196,8 @@ def serve(
         from shardbus.supervisor import ServeOptions, Supervisor
 
     configure_logging(log_level, log_format, None)
+    if leave_nothing:
+        dead_letters = None  # from the environment: those stores are a real bus's
     try:
         check_platform()
         load_application(application)  # a mistake shows here, once, instead of in every worker

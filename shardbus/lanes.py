@@ -638,7 +638,7 @@ class Lanes:
         end = min(first + most, cursor.end)
         if first == end or plan.handlers[0].wants_context or self._quarantine.suspects:
             return False  # what has a context may publish, so it has a life of its own
-        if end - first < most and (self._ready or self._batches or (self._inbox and end - first < most // 2)):
+        if end - first < most and (self._ready or self._batches or (self._inbox and 2 * (end - first) < most)):
             return False
         return self._busy.keys().isdisjoint(cursor.columns.keys[first - cursor.first : end - cursor.first])
 

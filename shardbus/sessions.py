@@ -239,8 +239,8 @@ class Session:
             outcome = handler(event)
             if inspect.isawaitable(outcome):
                 await outcome
-        except BaseException as error:  # the application's
-            if isinstance(error, SystemExit | KeyboardInterrupt) or is_own_cancellation(error):
+        except (Exception, BaseExceptionGroup, asyncio.CancelledError) as error:  # the application's
+            if is_own_cancellation(error):
                 raise
             log_error(log, error, "a handler of the session %r failed with %s", self.key, type(event).__name__)
 

@@ -38,11 +38,13 @@ def _whole(error: BaseException) -> str:
 
 
 def log_error(log: logging.Logger, error: BaseException, message: str, *args: object) -> None:
-    """Log an error with its traceback: as `exc_info`, or in the text where a formatter would raise."""
+    """Log an error with its traceback: as `exc_info`, or in the text where a formatter would raise, or fill the log."""
     try:
-        traceback.format_exception(error)
+        is_fit = sum(map(len, traceback.format_exception(error))) <= TRACEBACK_CHARS_MAX
     except BaseException:
+        is_fit = False
+    if is_fit:
+        log.error(message, *args, exc_info=error)
+    else:
         with_traceback = f"{message}\n%s"
         log.error(with_traceback, *args, traceback_of(error))
-    else:
-        log.error(message, *args, exc_info=error)

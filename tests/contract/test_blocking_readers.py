@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from odd_errors import Odd
+from odd_errors import ODD_ERRORS
 
 from shardbus import (
     Bus,
@@ -402,12 +402,15 @@ def test_leaving_a_session_waits_for_the_handler_that_runs(client: BlockingClien
     assert ended == [1]
 
 
-def test_a_handler_that_fails_is_logged_and_called_again(client: BlockingClient, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize("make", [ValueError, *ODD_ERRORS.values()], ids=["plain", *ODD_ERRORS])
+def test_a_handler_that_fails_is_logged_and_called_again(
+    client: BlockingClient, caplog: pytest.LogCaptureFixture, make: Callable[[], Exception]
+):
     heard: list[int] = []
 
     def hear(event: Said) -> None:
         heard.append(event.n)
-        raise ValueError("deaf") if len(heard) > 1 else Odd({})
+        raise make()
 
     with client.session("7") as session:
         session.on(Said, hear)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from odd_errors import Odd
+from odd_errors import ODD_ERRORS
 
 from shardbus import (
     Bus,
@@ -148,12 +148,15 @@ async def test_handlers_of_a_session_hear_its_key_in_order_and_end_with_it(clien
     assert not client._subscriptions._readers
 
 
-async def test_a_handler_that_fails_is_logged_and_called_again(client: Client, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize("make", [ValueError, *ODD_ERRORS.values()], ids=["plain", *ODD_ERRORS])
+async def test_a_handler_that_fails_is_logged_and_called_again(
+    client: Client, caplog: pytest.LogCaptureFixture, make: Callable[[], Exception]
+):
     heard: list[str] = []
 
     def hear(event: Said) -> None:
         heard.append(event.text)
-        raise ValueError("deaf") if len(heard) > 1 else Odd({})
+        raise make()
 
     async with client.session("7") as session:
         session.on(Said, hear)
@@ -165,15 +168,15 @@ async def test_a_handler_that_fails_is_logged_and_called_again(client: Client, c
     ] * 2
 
 
-@pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit])
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, lambda: BaseExceptionGroup("g", [KeyboardInterrupt()])])
 async def test_a_handler_that_awaits_what_was_cancelled_is_called_again(
-    client: Client, caplog: pytest.LogCaptureFixture, kind: type[BaseException]
+    client: Client, caplog: pytest.LogCaptureFixture, kind: Callable[[], BaseException]
 ):
     heard: list[str] = []
 
     async def hear(event: Said) -> None:
         heard.append(event.text)
-        raise kind
+        raise kind()
 
     async with client.session("7") as session:
         session.on(Said, hear)
