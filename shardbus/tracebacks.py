@@ -25,26 +25,24 @@ def shortened(text: str, chars_max: int) -> str:
 
 def traceback_of(error: BaseException) -> str:
     """An error's traceback with its causes; where they cannot be told, its own stack, type and text. Bounded."""
-    return shortened(_whole(error), TRACEBACK_CHARS_MAX)
+    return shortened(_told(error)[0], TRACEBACK_CHARS_MAX)
 
 
-def _whole(error: BaseException) -> str:
+def _told(error: BaseException) -> tuple[str, bool]:
+    """As much of an error's traceback as can be told, and whether that is what the interpreter tells."""
     try:
-        return "".join(traceback.format_exception(error)).rstrip()
-    except BaseException as odd:
+        return "".join(traceback.format_exception(error)).rstrip(), True
+    except BaseException as odd:  # SystemExit, too: the error was only looked at
         stack = traceback.format_tb(vars(BaseException)["__traceback__"].__get__(error))
         told = f"{type(error).__name__}: {text_of(error)} <more of it cannot be told: {type(odd).__name__}>"
-        return "".join(["Traceback (most recent call last):\n", *stack, told])
+        return "".join(["Traceback (most recent call last):\n", *stack, told]), False
 
 
 def log_error(log: logging.Logger, error: BaseException, message: str, *args: object) -> None:
     """Log an error with its traceback: as `exc_info`, or in the text where a formatter would raise, or fill the log."""
-    try:
-        is_fit = sum(map(len, traceback.format_exception(error))) <= TRACEBACK_CHARS_MAX
-    except BaseException:
-        is_fit = False
-    if is_fit:
+    told, is_whole = _told(error)
+    if is_whole and len(told) <= TRACEBACK_CHARS_MAX:
         log.error(message, *args, exc_info=error)
     else:
         with_traceback = f"{message}\n%s"
-        log.error(with_traceback, *args, traceback_of(error))
+        log.error(with_traceback, *args, shortened(told, TRACEBACK_CHARS_MAX))

@@ -204,6 +204,7 @@ def test_an_error_whose_attributes_raise_is_an_outcome_and_a_reply_like_any_othe
     name, text, stack = msgspec.msgpack.decode(failures.reply_to(error))
     assert (name, text) == (kind.__name__, str(error))
     assert stack.startswith(f"{kind.__name__}: {error}")
+    assert ("cannot be told: KeyError" in stack) == (kind is Hopeless)
 
 
 def test_where_it_was_raised_is_told_of_an_error_whose_attributes_raise(failures: Failures):

@@ -55,4 +55,5 @@ def test_it_is_logged_with_its_traceback(make: Callable[[], Exception], caplog: 
     assert "in _raised" in caplog.text
     assert type(error).__name__ in caplog.text
     if make is ValueError:
+        assert record.getMessage() == "the end of '7' failed"
         assert record.exc_info is not None  # for whoever collects errors
