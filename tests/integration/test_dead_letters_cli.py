@@ -65,14 +65,15 @@ async def test_dead_letters_are_listed_shown_exported_redriven_and_purged(make_b
     assert "name dead letters by ID" in run("redrive", "--all", "--key", "a1", code=2)
     assert run("purge", "--key", "a1", "--dry-run") == "3 would be purged\n"
     assert run("purge", "--key", "a1") == "3 purged\n"
-    assert run("redrive", letters[0]["id"], letters[1]["id"], "--dry-run").endswith("would be redriven\n")
+    left = [letter["id"] for letter in letters if letter["event"]["account"] != "a1"]
+    assert run("redrive", left[0], left[1], "--dry-run") == "2 would be redriven\n"
     assert run("redrive", "--all", "--rate", "1000") == "18 redriven\n"
     while len(again := json.loads(run("list", "--json"))) < 18:  # noqa: ASYNC110 - the test ends by its time-out
         await asyncio.sleep(0.05)
     assert {letter["attempts"] for letter in again} == {6}
     assert run("purge", "--all") == "18 purged\n"
     assert run("purge", "--all") == "0 purged\n"
-    assert "no dead letter has the id" in run("show", letters[0]["id"], code=1)
+    assert "no dead letter has the id" in run("show", left[0], code=1)
 
 
 async def test_what_a_full_store_drops_is_counted_in_status(make_bus: MakeBus) -> None:
