@@ -21,6 +21,7 @@ from shardbus.inbound import Delivery
 from shardbus.pipeline import OUR_FILES
 from shardbus.store import Failure
 from shardbus.tracebacks import TRACEBACK_CHARS_MAX, shortened
+from shardbus.wording import encodable
 
 CRASHED: Final = "crashed"  # the reason of a dead letter whose handling ends its worker
 EXPIRED: Final = "expired"  # of one whose deadline was over
@@ -76,7 +77,8 @@ class Failures:
         except BaseException:  # of it, or of what led to it
             told = self.of_handler("", error, "")
             text = f"{told.traceback or told.error_type}: {told.error}"
-        return failed_reply(_type_name(error), _text_of(error), _sound(text[-_REPLY_TRACEBACK_CHARS_MAX:]))
+        end = encodable(text[-_REPLY_TRACEBACK_CHARS_MAX:])[-_REPLY_TRACEBACK_CHARS_MAX:]
+        return failed_reply(_type_name(error), _text_of(error), end)
 
     def _place_of(self, error: BaseException, led: Sequence[_Link]) -> tuple[str, str]:
         """The identity of where an error was raised, and its stack as text, formatted once for each distinct place.
@@ -259,7 +261,7 @@ def _text_of_all(error: BaseException, led: Sequence[_Link]) -> str:
         words = f"in the group {other.message!r}" if isinstance(other, BaseExceptionGroup) and not is_next else how
         parts += [f"{words} {_type_name(one)}{text and ': '}{text}", *_notes_of(one)]
         last = link
-    return _sound("; ".join(parts)[:_ERROR_CHARS_MAX])
+    return _head("; ".join(parts))
 
 
 def _untold(error: BaseException, odd: BaseException) -> str:
@@ -275,9 +277,8 @@ def _notes_of(error: BaseException) -> list[str]:
 
 
 def _text_of(error: BaseException) -> str:
-    return _sound(text_of(error)[:_ERROR_CHARS_MAX])
+    return _head(text_of(error))
 
 
-def _sound(text: str) -> str:
-    """Text that can be encoded: half of a surrogate pair cannot."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+def _head(text: str) -> str:
+    return encodable(text[:_ERROR_CHARS_MAX])[:_ERROR_CHARS_MAX]

@@ -20,3 +20,8 @@ def one_line(text: str, chars_max: int = 500) -> str:
     """Somebody's text as a part of a line: no end of one is in it, nor what moves a terminal; it is cut where it is long."""
     told = _CONTROL.sub(lambda found: repr(found[0])[1:-1], text[:chars_max])
     return told if len(text) <= chars_max else f"{told} … ({len(text):,} characters)"
+
+
+def encodable(text: str) -> str:
+    """Somebody's text such that it can be sent and stored: half of a surrogate pair is told by its number."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

@@ -55,6 +55,7 @@ from shardbus.sql.store import SqlStore
 from shardbus.store import StoreError
 from shardbus.tracebacks import traceback_of
 from shardbus.watchdog import Stall, Watchdog
+from shardbus.wording import encodable
 from shardbus.zmq_transport import Router, ZmqListener
 
 log = logging.getLogger("shardbus.worker")
@@ -97,7 +98,7 @@ async def run_worker(boot: Boot, descriptor: int, make_outgoing: MakeOutgoing) -
                 await stack.enter_async_context(registry.running(info))
             except BaseException as error:  # the user's own
                 log.error("the application cannot start: %s", traceback_of(error))
-                told = text_of(error)[:_TOLD_CHARS_MAX].encode("utf-8", "backslashreplace").decode()
+                told = encodable(text_of(error)[:_TOLD_CHARS_MAX])
                 raise BootError(f"its lifespan raised {type(error).__name__}: {told}") from None
             code = await _serve(spec, registry, info, pipe, stop, end, make_outgoing(spec, _broken))
         # A task that a handler has left behind may not let itself be cancelled, and nothing is to be waited for any more.
