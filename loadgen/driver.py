@@ -33,14 +33,16 @@ from loadgen.spec import (
     DriverFailed,
     DriverLine,
     DriverResult,
+    Go,
     LoadError,
     LoadSpec,
     Part,
     Progress,
     Recording,
     Started,
-    decode_go,
+    Stop,
     decode_part,
+    decode_word,
     encode_line,
 )
 from shardbus.demo import GetCount
@@ -173,6 +175,7 @@ class Driver:
         self._arrivals = None if plan.arrivals is None else plan.arrivals(self._start_ns)
         self._warm_count: int | None = None  # events before the measured ones, once all are sent
         self._before: Edge | None = None
+        self._limit: asyncio.Timeout | None = None  # of sending
 
     def go_at(self, start_ns: int, plan: Plan) -> None:
         """Begin at another instant than was thought; before `run`."""
@@ -196,10 +199,12 @@ class Driver:
         sending = self._send_at_will() if self._arrivals is None else self._send_on_time(self._arrivals)
         limit_s = (self._end_ns - time.monotonic_ns()) / _NS + self._spec.flush_s
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s) as self._limit:
                 await sending
         except TimeoutError:
             pass  # the bus takes nothing more; the figures show it
+        finally:
+            self._limit = None
         after = self._edge()
         before = self._before or after
         final = await self._flush()
@@ -220,6 +225,13 @@ class Driver:
             rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1),
             replies_us={} if self._commands is None else self._commands.replies.counts(),
         )
+
+    def stop(self) -> None:
+        """End the schedule now, so that `run` sends no more. Nothing happens where it has ended."""
+        now_ns = time.monotonic_ns()
+        if now_ns < self._end_ns and self._limit is not None:
+            self._end_ns = now_ns
+            self._limit.reschedule(asyncio.get_running_loop().time() + self._spec.flush_s)
 
     def progress(self) -> Progress:
         """Where the run stands now; the send lags are those since the last call."""
@@ -399,13 +411,14 @@ async def _idle(wait_ns: int) -> None:
         time.sleep(min(max(wait_ns, _NAP_NS_MIN), _NAP_NS_MAX) / _NS)  # noqa: ASYNC251 - see the module's docstring
 
 
-async def drive(part: Part, say: Say, go: Awaitable[int]) -> None:
+async def drive(part: Part, say: Say, go: Awaitable[int], stop: asyncio.Event) -> None:
     """Connect, wait for the word to go, run, and say everything on the way.
 
     Args:
         part: what to send.
         say: takes each line.
         go: gives the instant at which the schedule begins.
+        stop: is set where it is to end before its time.
 
     Raises:
         ShardbusError: the bus cannot be reached or refuses.
@@ -423,11 +436,12 @@ async def drive(part: Part, say: Say, go: Awaitable[int]) -> None:
             await _check_first(client, driver, part)
         say(Started(publisher=client.publisher.hex(), pid=os.getpid(), planned=plan.planned))
         driver.go_at(await go, plan)
-        reporting = asyncio.create_task(_report_every_second(driver, say))
+        beside = [asyncio.create_task(_report_every_second(driver, say)), asyncio.create_task(_stop_when(stop, driver))]
         try:
             result = await driver.run()
         finally:
-            reporting.cancel()
+            for task in beside:
+                task.cancel()
         say(driver.progress())
         say(result)
 
@@ -500,30 +514,37 @@ async def _report_every_second(driver: Driver, say: Say) -> None:
         say(driver.progress())
 
 
+async def _stop_when(stop: asyncio.Event, driver: Driver) -> None:
+    await stop.wait()
+    driver.stop()
+
+
 def _say(line: DriverLine) -> None:
     sys.stdout.buffer.write(encode_line(line) + b"\n")
     sys.stdout.buffer.flush()
 
 
-async def _listen(go: asyncio.Future[int]) -> None:
-    """Pass on the word to go, and return when stdin ends."""
+async def _listen(go: asyncio.Future[int], stop: asyncio.Event) -> None:
+    """Pass on the words to go and to stop, and return when stdin ends."""
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     try:
-        line = await reader.readline()
-        if line and not go.done():
-            go.set_result(decode_go(line).start_ns)
-        while await reader.read(4096):
-            pass
+        while line := await reader.readline():
+            match decode_word(line):
+                case Go(start_ns=start_ns) if not go.done():
+                    go.set_result(start_ns)
+                case Stop():
+                    stop.set()
     finally:
         transport.close()
 
 
 async def _main(part: Part) -> None:
     go: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    driving = asyncio.ensure_future(drive(part, _say, go))
-    orphaned = asyncio.ensure_future(_listen(go))
+    stop = asyncio.Event()
+    driving = asyncio.ensure_future(drive(part, _say, go, stop))
+    orphaned = asyncio.ensure_future(_listen(go, stop))
     await asyncio.wait([driving, orphaned], return_when=asyncio.FIRST_COMPLETED)
     orphaned.cancel()
     await asyncio.wait([orphaned])

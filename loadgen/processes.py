@@ -17,13 +17,13 @@ import subprocess
 import sys
 import tempfile
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import FrameType
 from typing import Final
 
 import msgspec
 
-from loadgen.spec import DriverFailed, DriverLine, Go, LoadError, Part, decode_line, encode_line
+from loadgen.spec import DriverFailed, DriverLine, Go, LoadError, Part, Stop, Word, decode_line, encode_line
 
 _LINE_BYTES_MAX: Final = 4 * 1024 * 1024  # a result carries up to 27,648 counts of send lags
 _CHUNK_BYTES: Final = 65536
@@ -162,8 +162,16 @@ class DriverProcess:
 
     def go(self, start_ns: int) -> None:
         """Tell it when to begin."""
+        self._tell(Go(start_ns=start_ns))
+
+    def stop(self) -> None:
+        """Tell it to send no more, and to finish what is under way."""
+        self._tell(Stop())
+
+    def _tell(self, word: Word) -> None:
         assert self._process.stdin is not None  # it is a pipe
-        self._process.stdin.write(encode_line(Go(start_ns=start_ns)) + b"\n")
+        if not self._process.stdin.is_closing():
+            self._process.stdin.write(encode_line(word) + b"\n")
 
     async def lines(self, silence_s: float, *, first_s: float) -> AsyncIterator[DriverLine]:
         """What the driver says, until it ends.
@@ -229,6 +237,32 @@ def inject(pid: int, fault: Fault) -> bool:
 def end_as_on_interrupt() -> None:
     """Have SIGTERM end the running asyncio program as Ctrl-C does, so that what was started is ended, too."""
     signal.signal(signal.SIGTERM, _interrupt)
+
+
+@contextlib.contextmanager
+def first_interrupt(take: Callable[[], bool]) -> Iterator[None]:
+    """Offer the first SIGINT or SIGTERM of the block to `take`. Where it does not, and from then on, all is as without it.
+
+    For the main thread. What a process ignores, or lets the system do, stays so.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = {number: handler for number, handler in before.items() if callable(handler)}
+
+    def restore() -> None:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        restore()
+        if not take():
+            ours[signal.Signals(number)](number, frame)
+
+    for number in ours:
+        signal.signal(number, interrupted)
+    try:
+        yield
+    finally:
+        restore()
 
 
 def _interrupt(_: int, frame: FrameType | None) -> None:

@@ -16,6 +16,7 @@ from loadgen.histogram import Histogram, Percentiles, percentiles_us
 from loadgen.machine import Machine, MachineLoad
 from loadgen.meters import merged
 from loadgen.spec import DRIVERS_MAX, Counts, DriverResult, LoadSpec
+from shardbus.interrupts import EXIT_INTERRUPTED
 
 Verdict = Literal["ok", "failed", "generator-bound", "saturated"]
 
@@ -298,7 +299,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     most. An event that came again counts by its first outcome, so published = handled + dead-lettered + waiting + lost +
     not delivered. `duplicates`: all repeats; `redelivered`: those that said so. `unchecked`: events of keys that the shards
     no longer remembered. Not `proven`: the bus was gone at the end, so `handled` and `dead_lettered` are what publishers
-    were told, and of `PROVEN` nothing is known.
+    were told, and of `PROVEN` nothing is known. `interrupted`: the load was ended before its time, and everything here is of
+    what was done until then.
     Times run from the intended instant: `send_lag_us` to the publish call, `latency_us` (the response time) to the end of
     the handler, or, for a command, to its reply. It is the sum of two, for each event: `queue_us`, to the beginning of the
     handler (with the send lag in it), and `service_us`, the handler's own time, of the attempt that settled the event.
@@ -324,6 +326,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     out_of_order: int
     unchecked: int
     proven: bool = True
+    interrupted: bool = False
     latency_us: Percentiles | None
     service_us: Percentiles | None = None
     queue_us: Percentiles | None = None
@@ -347,7 +350,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def exit_code(self) -> int:
         """What the process that made the run ends with."""
-        return EXIT_CODES[self.verdict]
+        return EXIT_INTERRUPTED if self.interrupted else EXIT_CODES[self.verdict]
 
 
 def figures_of(report: Report) -> dict[str, float | None]:
@@ -495,6 +498,7 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     """What was seen beside drivers and evidence; see `Report`. `gone`: the bus, before it could be asked for evidence."""
 
     gone: bool = False
+    interrupted: bool = False
     faults: tuple[FaultRecord, ...] = ()
     processes: tuple[ProcessUse, ...] = ()
     machine_load: MachineLoad | None = None
@@ -576,6 +580,7 @@ def make_report(
         out_of_order=totals.out_of_order,
         unchecked=totals.unchecked,
         proven=not observed.gone,
+        interrupted=observed.interrupted,
         latency_us=None if silence else totals.latency_us,
         service_us=None if silence else totals.service_us,
         queue_us=None if silence else totals.queue_us,

@@ -20,7 +20,7 @@ from loadgen.histogram import Histogram
 from loadgen.injector import Injector
 from loadgen.machine import shares_clock, this_machine
 from loadgen.meters import merged
-from loadgen.processes import DriverProcess, own_address, started_bus, started_driver
+from loadgen.processes import DriverProcess, first_interrupt, own_address, started_bus, started_driver
 from loadgen.replay import check_readable
 from loadgen.report import (
     BusState,
@@ -86,6 +86,7 @@ def run(
     *,
     expectations: Sequence[Expectation] = (),
     histogram: Histogram | None = None,
+    report_on_interrupt: bool = False,
 ) -> Report:
     """Make a run and return its report. Starts processes, and ends them; must not be called from a running event loop.
 
@@ -94,12 +95,16 @@ def run(
         watcher: is told how it goes.
         expectations: what the report is held against.
         histogram: takes the response times of the measured window.
+        report_on_interrupt: the first SIGINT (and SIGTERM, where that is handled) within the measured window ends the load
+            instead of the run, whose report is then of what was done until there.
 
     Raises:
         LoadError: the run could not be made or finished.
         ShardbusError: no bus at the address that was named, or it refused.
     """
-    return shardbus.run(run_async(spec, watcher, expectations=expectations, histogram=histogram))
+    return shardbus.run(
+        run_async(spec, watcher, expectations=expectations, histogram=histogram, report_on_interrupt=report_on_interrupt)
+    )
 
 
 async def run_async(
@@ -108,6 +113,7 @@ async def run_async(
     *,
     expectations: Sequence[Expectation] = (),
     histogram: Histogram | None = None,
+    report_on_interrupt: bool = False,
 ) -> Report:
     """As `run`, inside an event loop."""
     watcher = watcher or _Silent()
@@ -121,7 +127,8 @@ async def run_async(
             raise LoadError(f"faults need a bus on this host; {client.address} is elsewhere")
         found = msgspec.structs.replace(spec, address=client.address, application=None)
         run_ = _Run(found, client, watcher, Collector(client, local=local), lives_on=lives_on)
-        report = msgspec.structs.replace(await run_.measure(), load=spec)
+        interrupts = first_interrupt(run_.take_interrupt) if report_on_interrupt else contextlib.nullcontext()
+        report = msgspec.structs.replace(await run_.measure(interrupts), load=spec)
         if histogram is not None and report.latency_us is not None:
             histogram.merge(run_.histogram())
         return held_against(report, expectations)
@@ -184,7 +191,9 @@ class _Run:
         self._pids: list[int] = []
         self._intervals: list[Interval] = []
         self._faults: list[FaultRecord] = []
-        self._told = 0
+        self._drivers: list[DriverProcess] = []
+        self._loop = asyncio.get_running_loop()
+        self._stopped = asyncio.Event()  # before its time, by an interrupt
 
     def histogram(self) -> Histogram:
         """The response times of the measured window."""
@@ -192,10 +201,25 @@ class _Run:
             return Histogram(self._result().replies_us.items())
         return self._collector.histogram
 
-    async def measure(self) -> Report:
+    def take_interrupt(self) -> bool:
+        """End the load, if there is something to report by now; returns whether. For a signal's handler."""
+        if any(line is None or line.warming_up for line in self._latest):
+            return False
+        self._loop.call_soon_threadsafe(self._stop)
+        return True
+
+    def _stop(self) -> None:
+        self._stopped.set()
+        within = f"waiting for what is under way, at most {self._spec.flush_s:g} s"
+        self._watcher.say(f"interrupted: no more is sent; {within} (once more to end without a report)")
+        for driver in self._drivers:
+            driver.stop()
+
+    async def measure(self, interrupts: contextlib.AbstractContextManager[None]) -> Report:
+        """Make the run, and its report. While the drivers drive, `interrupts` is entered."""
         spec, collector = self._spec, self._collector
         _check_shards(spec.faults, len((await collector.state()).workers))
-        await self._drive()
+        await self._drive(interrupts)
         machine_load = collector.machine_load()
         result = self._result()
         gone = False
@@ -217,6 +241,7 @@ class _Run:
             machine=this_machine(),
             observed=Observed(
                 gone=gone,
+                interrupted=self._stopped.is_set(),
                 faults=tuple(self._faults),
                 processes=collector.processes(),
                 machine_load=machine_load,
@@ -241,16 +266,15 @@ class _Run:
     def _result(self) -> DriverResult:
         return together([result for result in self._results if result is not None])
 
-    async def _drive(self) -> None:
+    async def _drive(self, interrupts: contextlib.AbstractContextManager[None]) -> None:
         """Start the drivers, give the word to go once all are ready, and follow them to their results."""
         spec = self._spec
         async with contextlib.AsyncExitStack() as stack:
             lines = []
-            drivers: list[DriverProcess] = []
             for number in range(spec.drivers):
                 part = Part(spec=spec, driver=number, lives_on=self._lives_on)
                 driver = await stack.enter_async_context(started_driver(part))
-                drivers.append(driver)
+                self._drivers.append(driver)
                 lines.append(driver.lines(_SILENCE_S + spec.flush_s, first_s=_READY_S))
             planned: int | None = None
             for each in lines:
@@ -262,8 +286,9 @@ class _Run:
                 planned = started.planned
             self._collector.begin(self._pids)
             start_ns = time.monotonic_ns() + _HEAD_START_NS
-            for driver in drivers:
+            for driver in self._drivers:
                 driver.go(start_ns)
+            stack.enter_context(interrupts)
             self._watcher.begin(spec, planned)
             watching = asyncio.create_task(self._watch())
             beside = [watching, *self._fault_tasks(start_ns)]
@@ -334,7 +359,10 @@ class _Run:
 
     async def _fault(self, fault: FaultSpec, shard: int, start_ns: int) -> None:
         injector = Injector(self._client)
-        await asyncio.sleep(max(0.0, start_ns / 1e9 + fault.at_s - time.monotonic()))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(start_ns / 1e9 + fault.at_s - time.monotonic()):
+                await self._stopped.wait()
+            return
         record = FaultRecord(fault=str(fault), shard=shard, at_s=time.monotonic() - start_ns / 1e9)
         at = len(self._faults)
         self._faults.append(record)

@@ -256,10 +256,17 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     lives_on: bool = True
 
 
-class Go(msgspec.Struct, frozen=True, kw_only=True):
+class Go(msgspec.Struct, frozen=True, kw_only=True, tag="go"):
     """The second line, once all drivers are connected: the `time.monotonic_ns()` at which the schedule begins."""
 
     start_ns: int
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """A third line, where somebody wants no more: the schedule ends now."""
+
+
+Word = Go | Stop
 
 
 # -- what a driver says
@@ -332,5 +339,5 @@ decode_line: Final = msgspec.json.Decoder(DriverLine).decode
 decode_part: Final = msgspec.json.Decoder(Part).decode
 """JSON to a `Part`."""
 
-decode_go: Final = msgspec.json.Decoder(Go).decode
-"""JSON to a `Go`."""
+decode_word: Final = msgspec.json.Decoder(Word).decode
+"""JSON to a `Word`."""

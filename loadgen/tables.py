@@ -50,7 +50,8 @@ def rows_of(report: Report) -> list[tuple[str, str]]:
         rows.append(("load average", f"{load.load_average:.1f}; cores {load.busy:.0%} busy, {load.stolen:.0%} stolen"))
     rows += [("note", note) for note in report.notes]
     rows += [(_passed(outcome), shown(outcome)) for outcome in report.expectations]
-    rows.append(("verdict", "; ".join((report.verdict, *report.reasons, *_all_dead(report)))))
+    cut_short = (f"but interrupted after {report.window_s:,.1f} s that were measured",) if report.interrupted else ()
+    rows.append(("verdict", "; ".join((report.verdict, *report.reasons, *cut_short, *_all_dead(report)))))
     return rows
 
 

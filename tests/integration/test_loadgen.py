@@ -12,6 +12,7 @@ import gzip
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,6 +104,37 @@ bus = Bus("bank")
 async def pay(event: Pay) -> None:
     raise ConnectionError("the bank is closed")
 """
+
+
+def test_an_interrupted_run_reports_what_it_has_done(short_path: Path) -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOADGEN_", "SHARDBUS_"))}
+    process = subprocess.Popen(
+        [
+            *[sys.executable, "-m", "loadgen", "--rate", "500", "--duration", "200", "--warmup", "0.1", "--drivers", "2"],
+            *["--fault", "kill:worker@100s", "--expect", "lost==0", "--json", "report.json"],
+        ],
+        cwd=short_path,
+        env={**clean, "PYTHONPATH": str(CHECKOUT), "TMPDIR": str(short_path), "SHARDBUS_URL": f"ipc://{short_path}/bus"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "p50/p99/p99.9" in line and "warming up" not in line:
+            break
+    process.send_signal(signal.SIGINT)
+    told, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted: no more is sent; waiting for what is under way, at most 30 s" in errors
+    assert "Traceback" not in errors
+    assert "; but interrupted after " in told.splitlines()[-1]
+    report = json.loads((short_path / "report.json").read_text())
+    assert report["interrupted"]
+    assert report["window_s"] < 190
+    assert report["published"] == report["handled"] > 0
+    assert (report["lost"], report["duplicates"], report["out_of_order"], report["faults"]) == (0, 0, 0, [])
+    assert [outcome["met"] for outcome in report["expectations"]] == [True]
 
 
 def test_what_waits_for_an_application_that_does_not_run_now_is_nobody_elses(

@@ -63,8 +63,15 @@ class Command:
         self.is_timed = True
 
     def run(
-        self, spec: LoadSpec, watcher: Watcher, *, expectations: tuple[Expectation, ...], histogram: Histogram
+        self,
+        spec: LoadSpec,
+        watcher: Watcher,
+        *,
+        expectations: tuple[Expectation, ...],
+        histogram: Histogram,
+        report_on_interrupt: bool,
     ) -> Report:
+        assert report_on_interrupt
         self.spec = spec
         self.expectations = tuple(expectation.text for expectation in expectations)
         if self.is_timed:

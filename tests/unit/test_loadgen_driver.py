@@ -99,6 +99,34 @@ async def test_a_bus_that_fails_every_event_has_dead_letters_and_no_loss():
     assert result.final.dead == totals.dead == totals.distinct == result.final.published
 
 
+LOADS = {
+    "even": LoadSpec(rate=1000.0, warmup_s=0.0, duration_s=3600.0, keys=10),
+    "poisson": LoadSpec(rate=1000.0, warmup_s=0.0, duration_s=3600.0, keys=10, arrivals="poisson"),
+    "stages": LoadSpec(rate=None, stages=(Stage(500.0, 3600.0, to=1e6),), warmup_s=0.0, keys=10),
+    "at will": LoadSpec(rate=None, warmup_s=0.0, duration_s=3600.0, keys=10),
+    "commands": LoadSpec(rate=100.0, warmup_s=0.0, duration_s=3600.0, keys=10, commands=True),
+}
+
+
+@pytest.mark.parametrize("spec", LOADS.values(), ids=LOADS)
+async def test_a_run_that_is_stopped_sends_no_more_and_says_what_it_did_until_then(spec):
+    async with bus.local() as client:
+        driver = Driver(spec, client, plan_of(spec))
+        running = asyncio.create_task(driver.run())
+        while not driver.progress().counts.finished:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+        driver.stop()
+        result = await running
+        driver.stop()  # nothing is left to be stopped
+        assert result.window_s > 0
+        assert result.final.published == result.final.handled == result.sent > 0
+        if spec.is_paced:
+            assert result.scheduled is not None
+            assert result.sent <= result.scheduled < 100_000  # of at least 360,000
+        else:
+            assert result.scheduled is None
+
+
 def test_send_lags_are_exact_to_two_milliseconds_and_to_three_digits_beyond():
     lags = LagCounts()
     lags.add([1_000_000_000 - lag_us * 1000 for lag_us in (0, 7, 7, 2047, 123_456)], 1_000_000_000)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 import shardbus
-from loadgen.processes import _until_ready, end_as_on_interrupt
+from loadgen.processes import _until_ready, end_as_on_interrupt, first_interrupt
 from loadgen.spec import LoadError
 
 
@@ -44,6 +44,50 @@ def test_sigterm_ends_a_program_that_ignores_interrupts_too():
     end_as_on_interrupt()
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_interrupt_is_taken_and_the_second_ends_the_program(number: signal.Signals):
+    told: list[str] = []
+
+    def take() -> bool:
+        told.append("taken")
+        return True
+
+    async def main() -> None:
+        with first_interrupt(take):
+            signal.raise_signal(number)
+            await asyncio.sleep(0)
+            told.append("goes on")
+            signal.raise_signal(number)
+            await asyncio.sleep(60)
+
+    end_as_on_interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        shardbus.run(main())
+    assert told == ["taken", "goes on"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_is_not_taken_ends_the_program(number: signal.Signals):
+    async def main() -> None:
+        with first_interrupt(lambda: False):
+            signal.raise_signal(number)
+            await asyncio.sleep(60)
+
+    end_as_on_interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        shardbus.run(main())
+
+
+def test_what_signals_do_is_as_before_behind_the_block_and_what_is_ignored_stays_so():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_as_on_interrupt()
+    before = signal.getsignal(signal.SIGTERM)
+    with first_interrupt(lambda: True):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_bus_is_ready_whatever_its_application_has_printed_before(capfd: pytest.CaptureFixture[str]):

@@ -539,6 +539,12 @@ def test_a_run_in_which_nothing_was_handled_says_so_beside_its_verdict() -> None
     assert rows_of(report(*ALL_WELL))[-1] == ("verdict", "ok")
 
 
+def test_an_interrupted_run_is_judged_and_says_so_beside_its_verdict() -> None:
+    found = msgspec.structs.replace(report(*ALL_WELL), interrupted=True, window_s=7.26)
+    assert rows_of(found)[-1] == ("verdict", "ok; but interrupted after 7.3 s that were measured")
+    assert (found.exit_code, report(*ALL_WELL).exit_code) == (130, 0)
+
+
 def test_a_run_that_was_refused_stays_refused_and_its_expectations_are_not_met() -> None:
     good, evidence = ALL_WELL
     late = msgspec.structs.replace(good, send_lag_us={9000: 100})

@@ -99,5 +99,5 @@ async def test_a_run_that_cannot_be_judged_any_more_ends_at_once_and_says_why(mo
     run = _Run(spec, client, _Silent(), Blind(client, local=False), lives_on=True)
     async with asyncio.timeout(20.0) as limit:
         with pytest.raises(LoadError, match=r"^no room for it$"):
-            await run.measure()
+            await run.measure(contextlib.nullcontext())
     assert not limit.expired()
