@@ -21,7 +21,7 @@ import shardbus
 from loadgen.histogram import Histogram, Percentiles, difference, percentiles_us
 from loadgen.machine import MachineLoad
 from loadgen.meters import merged
-from loadgen.report import BusState, Interval, ProcessUse, Totals, WorkerState
+from loadgen.report import Absence, BusState, Interval, ProcessUse, Totals, WorkerState
 from loadgen.resources import MachineMeter, Usage, Watched
 from loadgen.spec import Counts, LoadError, Progress
 from shardbus.metrics import Evidence, bucket_bounds_us
@@ -114,6 +114,10 @@ class Collector:
         self._processes = Processes()
         self._machine = MachineMeter()
         self._supervisor = 0
+        self._heard_s = time.monotonic()
+        self._is_silent = False
+        self.absence = Absence()
+        """Where the supervisor has been, as far as it was asked."""
         self._before: tuple[float, Counts, int | None] | None = None
         self._seen = _Seen()
 
@@ -122,10 +126,18 @@ class Collector:
         try:
             status = await self._client.status(timeout=_ASK_S)
         except shardbus.BusUnreachable:
+            self._is_silent = True
             return self.latest  # a supervisor may be away for a while without harm to the run
         self.latest = _state_of(status)
-        self._supervisor = status.get("pid", 0)
+        self._hear(status.get("pid", 0), time.monotonic())
         return self.latest
+
+    def _hear(self, supervisor: int, now_s: float) -> None:
+        is_another = self._supervisor not in (0, supervisor)
+        if is_another or self._is_silent:
+            silent_s = max(self.absence.silent_s, now_s - self._heard_s)
+            self.absence = Absence(successors=self.absence.successors + is_another, silent_s=silent_s)
+        self._supervisor, self._heard_s, self._is_silent = supervisor, now_s, False
 
     async def interval(self, drivers: Sequence[Progress], driver_pids: Sequence[int]) -> Interval | None:
         """What has happened since the last call; None where the drivers have said nothing new since.

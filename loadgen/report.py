@@ -494,11 +494,19 @@ def totals_of_commands(result: DriverResult) -> Totals:
     )
 
 
+class Absence(msgspec.Struct, frozen=True, kw_only=True):
+    """How many times another supervisor answered than before, and the longest time that there was no answer."""
+
+    successors: int = 0
+    silent_s: float = 0.0
+
+
 class Observed(msgspec.Struct, frozen=True, kw_only=True):
     """What was seen beside drivers and evidence; see `Report`. `gone`: the bus, before it could be asked for evidence."""
 
     gone: bool = False
     interrupted: bool = False
+    absence: Absence = Absence()
     faults: tuple[FaultRecord, ...] = ()
     processes: tuple[ProcessUse, ...] = ()
     machine_load: MachineLoad | None = None
@@ -641,6 +649,11 @@ def _closed(bus: BusState, not_delivered: int) -> Sequence[str]:
 
 def _notes(result: DriverResult, totals: Totals, books: Account, observed: Observed) -> Sequence[str]:
     notes = []
+    absence = observed.absence
+    if absence.silent_s and not observed.gone:
+        times = "once" if absence.successors == 1 else f"{absence.successors:,} times"
+        anew = f"the bus was served anew {times} during the run: " if absence.successors else ""
+        notes.append(f"{anew}its supervisor did not answer for up to {absence.silent_s:.1f} s")
     if observed.unseen:
         notes.append(f"not always seen, so their processor time and memory may be too low: {', '.join(observed.unseen)}")
     if totals.unchecked:

@@ -242,6 +242,7 @@ class _Run:
             observed=Observed(
                 gone=gone,
                 interrupted=self._stopped.is_set(),
+                absence=collector.absence,
                 faults=tuple(self._faults),
                 processes=collector.processes(),
                 machine_load=machine_load,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from typing import Any, cast
 
 import pytest
@@ -85,6 +86,28 @@ async def test_a_run_whose_evidence_begins_anew_in_the_middle_is_not_judged():
             collector._seen._distinct = {(0, publisher): 5}
             with pytest.raises(LoadError, match="the evidence of shard 0 has begun anew in the middle of the run"):
                 await collector.settle(progress(1.0, 2, None).counts, 1.0)
+
+
+async def test_a_supervisor_that_is_silent_or_another_is_told(monkeypatch: pytest.MonkeyPatch):
+    answers: list[int | None] = [7, None, None, 7, 8, None, 8]  # who answered, by the second
+    now_s = 0.0
+
+    class Client:
+        async def status(self, **_: float) -> dict[str, Any]:
+            nonlocal now_s
+            now_s += 1.0
+            pid = answers.pop(0)
+            if pid is None:
+                raise shardbus.BusUnreachable("ipc:///run/bus", 2.0)
+            return {"workers": [], "waiting": 0, "pid": pid}
+
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    collector = Collector(cast("shardbus.Client", Client()), local=False)
+    told = []
+    while answers:
+        await collector.state()
+        told.append((collector.absence.successors, collector.absence.silent_s))
+    assert told == [(0, 0.0)] * 3 + [(0, 3.0), (1, 3.0), (1, 3.0), (1, 3.0)]
 
 
 def test_the_difference_of_growing_counts_is_what_came_in_between():

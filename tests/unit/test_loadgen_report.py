@@ -16,6 +16,7 @@ from loadgen.report import (
     EXIT_CODES,
     PROVEN,
     PUBLISHERS_MAX,
+    Absence,
     Account,
     BusState,
     Facts,
@@ -626,6 +627,31 @@ def test_faults_processes_and_what_was_not_seen_are_in_the_report() -> None:
     assert ("load average", "7.5; cores 99% busy, 1% stolen") in rows
     assert any(caption == "note" and "worker 1" in text for caption, text in rows)
     assert expected(["recovery<300ms", "worker_rss<75MB", "worker_cpu<60%"], observed_report()).verdict == "ok"
+
+
+SILENT = "its supervisor did not answer for up to"
+
+
+@pytest.mark.parametrize(
+    ("absence", "note"),
+    [
+        (Absence(), None),
+        (Absence(silent_s=3.24), f"{SILENT} 3.2 s"),
+        (Absence(successors=1, silent_s=0.5), f"the bus was served anew once during the run: {SILENT} 0.5 s"),
+        (Absence(successors=2, silent_s=9.0), f"the bus was served anew 2 times during the run: {SILENT} 9.0 s"),
+    ],
+)
+def test_a_supervisor_that_was_away_is_told(absence: Absence, note: str | None) -> None:
+    found = make_report(
+        LoadSpec(rate=100.0),
+        *ALL_WELL,
+        BusState(workers=(WORKER,), waiting=0),
+        address="ipc:///run/bus",
+        one_clock=True,
+        machine=MACHINE,
+        observed=Observed(absence=absence),
+    )
+    assert found.notes == (() if note is None else (note,))
 
 
 def test_a_run_that_quotes_no_latency_quotes_none_by_the_second() -> None:
