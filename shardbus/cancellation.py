@@ -12,3 +12,15 @@ def is_own_cancellation(error: BaseException) -> bool:
         return False
     task = asyncio.current_task()
     return task is None or bool(task.cancelling())
+
+
+def end_if_cancelled() -> None:
+    """End the running task where somebody has asked for that, whatever the application's code, which it has called, has made
+    of it: another error, or nothing. Nobody would ask again.
+
+    Raises:
+        CancelledError: the task is cancelled.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -6,6 +6,7 @@ failure. Knows nothing of lanes, leaders or the store.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -54,6 +55,8 @@ class EventHandlers:
         for handler in plan.handlers:
             if self._tasks.disowned:
                 return None  # to whoever ends this copy
+            if self._tasks.closing:  # the one before did not let itself be cancelled
+                raise asyncio.CancelledError
             if todo is None or handler.name in todo:
                 delivery.runs = handler.name
                 await self._run_handler(handler, plan.circuits.get(handler.name), round_, message, context)

@@ -10,7 +10,7 @@ import asyncio
 import traceback
 from collections.abc import Iterator, Sequence
 from types import CodeType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeGuard
 
 import msgspec
 import xxhash
@@ -20,7 +20,7 @@ from shardbus.errors import text_of
 from shardbus.inbound import Delivery
 from shardbus.pipeline import OUR_FILES
 from shardbus.store import Failure
-from shardbus.tracebacks import TRACEBACK_CHARS_MAX, shortened
+from shardbus.tracebacks import TRACEBACK_CHARS_MAX, shortened, stack_of
 from shardbus.wording import encodable
 
 CRASHED: Final = "crashed"  # the reason of a dead letter whose handling ends its worker
@@ -61,13 +61,14 @@ class Failures:
 
     def of_handler(self, name: str, error: BaseException, reason: str) -> Failure:
         """The outcome of an event that a handler gave up, whatever it raised: without an outcome, all would stop."""
-        kind = _type_name(error)
+        led: Sequence[_Link]
         try:
             led = _led_to(error)
-            place, text = self._place_of(error, led)
             told = _text_of_all(error, led)
         except BaseException as odd:  # of a kind of the application's own, whose attributes raise
-            return Failure(handlers=(name,), reason=reason, error_type=kind, error=_untold(error, odd))
+            led, told = (), _untold(error, odd)
+        place, text = self._place_of(error, led)
+        kind = _type_name(error)
         return Failure(handlers=(name,), reason=reason, error_type=kind, error=told, place=place, traceback=text)
 
     def reply_to(self, error: BaseException) -> bytes:
@@ -95,19 +96,19 @@ class Failures:
         known = self._places.get(tuple(identity))
         if known is None:
             links: list[_Link] = [("", error, error), *led]
-            code = [frame.f_code for _, one, _ in links for frame, _ in traceback.walk_tb(one.__traceback__)]
+            code = [frame.f_code for _, one, _ in links for frame, _ in traceback.walk_tb(stack_of(one))]
             if len(self._places) >= _PLACES_MAX:
                 self._places.clear()
             text = "".join(self._stacks(links))
             text = shortened(text, TRACEBACK_CHARS_MAX)
-            place = xxhash.xxh3_128_hexdigest(text.encode("utf-8", "replace"))
+            place = xxhash.xxh3_128_hexdigest(encodable(text).encode())
             known = self._places[tuple(identity)] = (place, text, code)
         return known[:2]
 
     def _stacks(self, links: list[_Link]) -> Iterator[str]:
         """The stacks of an error and of what led to it, which comes first; without the frames of ours before a handler's."""
         for how, one, _ in reversed(links):
-            stack = traceback.extract_tb(one.__traceback__)
+            stack = traceback.extract_tb(stack_of(one))
             self._cut(stack)
             if stack:
                 yield "Traceback (most recent call last):\n"
@@ -210,8 +211,12 @@ def _type_name(error: BaseException) -> str:
     return TimeoutError.__name__ if issubclass(type(error), HandlerTimeout) else type(error).__name__
 
 
+def _is_group(error: BaseException) -> TypeGuard[BaseExceptionGroup[Any]]:
+    return issubclass(type(error), BaseExceptionGroup)
+
+
 def _add_stack(identity: list[Any], error: BaseException) -> None:
-    step = error.__traceback__
+    step = stack_of(error)
     while step is not None:
         identity += (id(step.tb_frame.f_code), step.tb_lasti)  # and not its line: that has to be looked for
         step = step.tb_next
@@ -219,7 +224,7 @@ def _add_stack(identity: list[Any], error: BaseException) -> None:
 
 def _led_to(error: BaseException) -> Sequence[_Link]:
     """What led to an error, or is in it, as far as that is told: nothing, for nearly all."""
-    if error.__cause__ is None and error.__context__ is None and not isinstance(error, BaseExceptionGroup):
+    if error.__cause__ is None and error.__context__ is None and not _is_group(error):
         return ()
     links: list[_Link] = []
     seen = {id(error)}
@@ -238,7 +243,7 @@ def _steps_from(error: BaseException) -> list[_Link]:
     """What led to an error at once, what is told first as the last one: its cause, because a traceback, which is told from
     behind, says that the next one came of it."""
     found: list[_Link] = []
-    if isinstance(error, BaseExceptionGroup):
+    if _is_group(error):
         found += [("in it", one, error) for one in reversed(error.exceptions)]
     if error.__cause__ is not None:
         found.append(("caused by", error.__cause__, error))
@@ -250,7 +255,7 @@ def _steps_from(error: BaseException) -> list[_Link]:
 def _text_of_all(error: BaseException, led: Sequence[_Link]) -> str:
     """The text of an error, its notes, and the same of what led to it: none of that is in the traceback."""
     notes = _notes_of(error)
-    if isinstance(error, HandlerTimeout) or not (led or notes):
+    if issubclass(type(error), HandlerTimeout) or not (led or notes):
         return _text_of(error)  # what led to a time-out is how handlers are ended
     parts = [text_of(error), *notes]
     last: _Link = ("", error, error)
@@ -258,7 +263,7 @@ def _text_of_all(error: BaseException, led: Sequence[_Link]) -> str:
         how, one, other = link
         text = text_of(one)
         is_next = other is last[1] or (last[0] == "in it" and other is last[2])
-        words = f"in the group {other.message!r}" if isinstance(other, BaseExceptionGroup) and not is_next else how
+        words = f"in the group {other.message!r}" if _is_group(other) and not is_next else how
         parts += [f"{words} {_type_name(one)}{text and ': '}{text}", *_notes_of(one)]
         last = link
     return _head("; ".join(parts))

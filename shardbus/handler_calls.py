@@ -7,7 +7,8 @@ Knows nothing of what follows from either.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final
 
@@ -17,6 +18,9 @@ from shardbus.failures import HandlerTimeout
 from shardbus.inbound import Delivery
 from shardbus.lane_host import LaneHost
 from shardbus.registry import Registered
+from shardbus.tracebacks import log_error
+
+log = logging.getLogger("shardbus.lanes")
 
 _NS: Final = 1_000_000_000
 
@@ -36,6 +40,17 @@ class HandlerTasks:
         """From now on handlers run in this one."""
         self.leading = task
         self.running.add(task)
+
+    async def run(self, leading: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Lead to the end. What fails when it is cancelled, because there is no time left for it, is no defect of ours."""
+        try:
+            await leading(*arguments)
+        except BaseException as error:
+            if not self.closing:
+                raise
+            if not issubclass(type(error), asyncio.CancelledError):
+                log_error(log, error, "a handler for which there was no time left was cancelled, and failed")
+            raise asyncio.CancelledError from None
 
     async def close(self) -> None:
         """Cancel them, and wait until they have ended."""

@@ -224,7 +224,7 @@ class Lanes:
         loop = asyncio.get_running_loop()
         token = self._leader = object()
         context = self._clean.copy()
-        task = loop.create_task(self._lead(token, context), context=context)
+        task = loop.create_task(self._tasks.run(self._lead, token, context), context=context)
         self._tasks.lead(task)
         task.add_done_callback(self._ended)
         # Behind the task's first step in the loop's queue: when it runs, that step has ended or is suspended in a handler.

@@ -410,10 +410,10 @@ class Registry:
 
     @contextlib.asynccontextmanager
     async def running(self, worker: WorkerInfo) -> AsyncIterator[None]:
-        """Open all lifespans, and close them in reverse."""
+        """Open all lifespans, and close them in reverse. What the block raises is nothing that they would hear of."""
         async with contextlib.AsyncExitStack() as stack:
             for lifespan in self._lifespans:
-                await stack.enter_async_context(lifespan(worker))
+                await stack.enter_async_context(_deaf(lifespan(worker)))
             stack.enter_context(self._threads.open())  # closed first: what runs there uses what was opened
             yield
 
@@ -601,3 +601,13 @@ def _check_reply(command_type: type[Command[Any]]) -> None:
 
 def _place(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@contextlib.asynccontextmanager
+async def _deaf(manager: contextlib.AbstractAsyncContextManager[None]) -> AsyncIterator[None]:
+    """A context that closes as if nothing had been raised in it: a lifespan need not expect that at its `yield`."""
+    await manager.__aenter__()
+    try:
+        yield
+    finally:
+        await manager.__aexit__(None, None, None)

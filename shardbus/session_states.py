@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
-from shardbus.cancellation import is_own_cancellation
+from shardbus.cancellation import end_if_cancelled, is_own_cancellation
 from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.errors import ShardbusError, UsageError
@@ -267,6 +267,7 @@ class SessionStates:
             except BaseException as error:  # the application's
                 if is_own_cancellation(error):
                     raise
+            end_if_cancelled()
         self._states.clear()
 
     async def _stop(self) -> None:
@@ -284,6 +285,7 @@ class SessionStates:
                 if is_own_cancellation(error):
                     raise
                 self.failed(key, error)
+            end_if_cancelled()
 
     @staticmethod
     async def _give_up(tasks: set[asyncio.Task[None]]) -> None:

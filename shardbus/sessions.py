@@ -13,7 +13,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from shardbus.cancellation import is_own_cancellation
+from shardbus.cancellation import end_if_cancelled, is_own_cancellation
 from shardbus.errors import ClientClosed, UsageError
 from shardbus.messages import Command, Event, Message, key_getter, to_wire_key
 from shardbus.session_events import SessionEnded, SessionKept, SessionStarted
@@ -225,6 +225,10 @@ class Session:
                         log.warning("the session %r has missed events (%s)", self.key, event)
                     else:
                         await self._call(handler, event)
+        except asyncio.CancelledError:
+            if self._is_open:  # a handler has done that
+                log.warning("the session %r hears no more: it was cancelled", self.key)
+            raise
         except Exception as error:  # the subscription has ended
             if confirmed.done():
                 log.warning("the session %r hears no more: %s", self.key, error)
@@ -243,6 +247,7 @@ class Session:
             if is_own_cancellation(error):
                 raise
             log_error(log, error, "a handler of the session %r failed with %s", self.key, type(event).__name__)
+        end_if_cancelled()
 
     async def _listening(self) -> None:
         """Wait until the workers have confirmed what was registered, so that it hears what is published now."""

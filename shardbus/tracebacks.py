@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import logging
 import traceback
-from typing import Final
+from types import TracebackType
+from typing import Any, Final
 
 from shardbus.errors import text_of
 
 TRACEBACK_CHARS_MAX: Final = 32_000
+_TRACEBACK: Final[Any] = vars(BaseException)["__traceback__"]
+
+
+def stack_of(error: BaseException) -> TracebackType | None:
+    """Where an error was raised, whatever its class says when it is asked for one of its attributes."""
+    found: TracebackType | None = _TRACEBACK.__get__(error)
+    return found
 
 
 def shortened(text: str, chars_max: int) -> str:
@@ -33,7 +41,7 @@ def _told(error: BaseException) -> tuple[str, bool]:
     try:
         return "".join(traceback.format_exception(error)).rstrip(), True
     except BaseException as odd:  # SystemExit, too: the error was only looked at
-        stack = traceback.format_tb(vars(BaseException)["__traceback__"].__get__(error))
+        stack = traceback.format_tb(stack_of(error))
         told = f"{type(error).__name__}: {text_of(error)} <more of it cannot be told: {type(odd).__name__}>"
         return "".join(["Traceback (most recent call last):\n", *stack, told]), False
 
@@ -42,7 +50,7 @@ def log_error(log: logging.Logger, error: BaseException, message: str, *args: ob
     """Log an error with its traceback: as `exc_info`, or in the text where a formatter would raise, or fill the log."""
     told, is_whole = _told(error)
     if is_whole and len(told) <= TRACEBACK_CHARS_MAX:
-        log.error(message, *args, exc_info=error)
+        log.error(message, *args, exc_info=(type(error), error, stack_of(error)))  # an error alone might be a false value
     else:
         with_traceback = f"{message}\n%s"
         log.error(with_traceback, *args, shortened(told, TRACEBACK_CHARS_MAX))

@@ -16,7 +16,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Final
 
@@ -53,7 +53,7 @@ from shardbus.reports import (
 from shardbus.shard import Shard
 from shardbus.sql.store import SqlStore
 from shardbus.store import StoreError
-from shardbus.tracebacks import traceback_of
+from shardbus.tracebacks import log_error, traceback_of
 from shardbus.watchdog import Stall, Watchdog
 from shardbus.wording import encodable
 from shardbus.zmq_transport import Router, ZmqListener
@@ -93,13 +93,7 @@ async def run_worker(boot: Boot, descriptor: int, make_outgoing: MakeOutgoing) -
         spec = decode_assignment(await assigned)
         configure_logging(boot.log_level, boot.log_format, spec.shard)
         info = WorkerInfo(bus=registry.name, shard=spec.shard, shards=spec.shards)
-        async with contextlib.AsyncExitStack() as stack:
-            try:
-                await stack.enter_async_context(registry.running(info))
-            except BaseException as error:  # the user's own
-                log.error("the application cannot start: %s", traceback_of(error))
-                told = encodable(text_of(error)[:_TOLD_CHARS_MAX])
-                raise BootError(f"its lifespan raised {type(error).__name__}: {told}") from None
+        async with _application(registry, info):
             code = await _serve(spec, registry, info, pipe, stop, end, make_outgoing(spec, _broken))
         # A task that a handler has left behind may not let itself be cancelled, and nothing is to be waited for any more.
         asyncio.get_running_loop().call_later(_TASKS_S, os._exit, code)
@@ -110,6 +104,29 @@ async def run_worker(boot: Boot, descriptor: int, make_outgoing: MakeOutgoing) -
         alive.cancel()
         pipe.close()
     return EXIT_BOOT
+
+
+@contextlib.asynccontextmanager
+async def _application(registry: Registry, info: WorkerInfo) -> AsyncIterator[None]:
+    """What the application has around its messages. That it cannot be closed is told, and changes nothing of what was done.
+
+    Raises:
+        BootError: it cannot be opened.
+    """
+    lifespans = registry.running(info)
+    try:
+        await lifespans.__aenter__()
+    except BaseException as error:  # the user's own
+        log.error("the application cannot start: %s", traceback_of(error))
+        told = encodable(text_of(error)[:_TOLD_CHARS_MAX])
+        raise BootError(f"its lifespan raised {type(error).__name__}: {told}") from None
+    try:
+        yield
+    finally:
+        try:
+            await lifespans.__aexit__(None, None, None)
+        except BaseException as error:  # likewise
+            log_error(log, error, "the application's lifespan failed when it was to be closed")
 
 
 async def _stay_alive(pipe: ReportPipe) -> None:

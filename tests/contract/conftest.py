@@ -39,8 +39,10 @@ def run(rows: MemoryRows) -> Callable[..., AbstractAsyncContextManager[Client]]:
     """Runs a bus in this process, over rows that the test can look at."""
 
     @asynccontextmanager
-    async def running(bus: Bus, *middleware: PublishMiddleware) -> AsyncIterator[Client]:
-        async with run_local(bus, stores=[MemoryStore(rows)], make_client=client_class(middleware)) as client:
+    async def running(bus: Bus, *middleware: PublishMiddleware, close_timeout_s: float = 30.0) -> AsyncIterator[Client]:
+        client_type = client_class(middleware)
+        stores: list[Store] = [MemoryStore(rows)]
+        async with run_local(bus, stores=stores, close_timeout_s=close_timeout_s, make_client=client_type) as client:
             yield client
 
     return running

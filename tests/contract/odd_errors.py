@@ -1,8 +1,11 @@
-"""Errors that an application may well raise, and that cannot be looked at as others can."""
+"""Errors that an application may well raise, and that cannot be looked at as others can; and how it may answer that its code
+is cancelled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 
@@ -59,10 +62,67 @@ class Hopeless(Exception):
         raise KeyError("cause")
 
 
+class Empty(Exception):
+    """A collection of what is wrong, with nothing in it: it is false."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+class Sealed(ExceptionGroup[Exception]):
+    """A group that does not show its members."""
+
+    @property
+    def exceptions(self) -> tuple[Exception, ...]:  # type: ignore[override]
+        raise KeyError("exceptions")
+
+
 ODD_ERRORS: Final[dict[str, Callable[[], Exception]]] = {
     "odd": lambda: Odd({}),
     "hopeless": Hopeless,
     "marked": Marked,
     "leaving": Leaving,
     "closed": Closed,
+    "empty": Empty,
+    "sealed": lambda: Sealed("two", [ValueError("a"), ValueError("b")]),
 }
+
+
+async def _in_a_group() -> None:
+    async def child() -> None:
+        try:
+            await asyncio.sleep(600)
+        finally:
+            raise ConnectionError("no goodbye")
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(child())
+        await asyncio.sleep(600)
+
+
+async def _with_another_error() -> None:
+    try:
+        await asyncio.sleep(600)
+    except asyncio.CancelledError:
+        raise ConnectionError("no goodbye") from None
+
+
+async def _with_what_ends_programs() -> None:
+    try:
+        await asyncio.sleep(600)
+    except asyncio.CancelledError:
+        raise SystemExit(3) from None
+
+
+async def _with_nothing() -> None:
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.sleep(600)
+
+
+ANSWERS: Final[dict[str, Callable[[], Awaitable[None]]]] = {
+    "a group's": _in_a_group,
+    "another error": _with_another_error,
+    "what ends programs": _with_what_ends_programs,
+    "nothing": _with_nothing,
+}
+"""Each takes ten minutes, and answers a cancellation in its own way."""

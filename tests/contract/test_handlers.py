@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
-from odd_errors import ODD_ERRORS
+from odd_errors import ANSWERS, ODD_ERRORS
 
-from shardbus import Breaker, Bus, Client, Command, CommandFailed, Context, Event, RegistrationError, Retry
+from shardbus import (
+    Breaker,
+    Bus,
+    Client,
+    ClientClosed,
+    Command,
+    CommandFailed,
+    Context,
+    Event,
+    NotDelivered,
+    RegistrationError,
+    Retry,
+    WorkerInfo,
+)
 from shardbus.testing import MemoryRows
 
 FAST = Retry(base_s=0.001)
@@ -31,7 +45,7 @@ class Ask(Command[int], key="key"):
     key: str
 
 
-Run = Callable[[Bus], AbstractAsyncContextManager[Client]]
+Run = Callable[..., AbstractAsyncContextManager[Client]]
 
 
 @pytest.fixture
@@ -397,6 +411,62 @@ async def test_a_command_handler_that_takes_too_long_fails_its_caller(bus: Bus, 
             await client.execute(Ask(key="a"))
 
 
+# -- the end, while one of them runs
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+@pytest.mark.parametrize("kind", ["event", "batch", "command"])
+async def test_a_handler_may_answer_its_cancellation_as_it_likes(
+    bus: Bus, run: Run, rows: MemoryRows, kind: str, answer: Callable[[], Awaitable[None]], caplog: pytest.LogCaptureFixture
+):
+    begun = asyncio.Event()
+    later: list[object] = []
+    closed: list[str] = []
+
+    @bus.lifespan
+    async def pool(worker: WorkerInfo) -> AsyncIterator[None]:
+        yield
+        closed.append("pool")
+
+    @bus.on(Step)
+    async def step(event: Step) -> None:
+        begun.set()
+        await answer()
+
+    @bus.on(Step)
+    async def behind(event: Step) -> None:
+        later.append(event)
+        await asyncio.sleep(600)
+
+    @bus.on(Loose, batch=2)
+    async def loose(events: list[Loose]) -> None:
+        begun.set()
+        await answer()
+
+    @bus.command(Ask)
+    async def ask(command: Ask) -> int:
+        begun.set()
+        await answer()
+        return 1
+
+    with pytest.raises(NotDelivered) if kind != "command" else contextlib.nullcontext():
+        async with run(bus, close_timeout_s=0.1) as client:
+            if kind == "command":
+                asking = asyncio.create_task(client.execute(Ask(key="a"), timeout=600))
+            else:
+                await client.publish(Step(key="a") if kind == "event" else Loose(n=1))
+            await begun.wait()
+    if kind == "command":
+        with pytest.raises(ClientClosed):
+            await asking
+    assert closed == ["pool"]
+    assert (later, rows.dead) == ([], {})
+    told = caplog.text.count("a handler for which there was no time left was cancelled, and failed")
+    # A command's caller has left, so its handler's end is nothing new.
+    assert told == (0 if answer is ANSWERS["nothing"] or kind == "command" else 1)
+    assert "defect" not in caplog.text
+
+
 # -- circuits
 
 
@@ -533,3 +603,4 @@ async def test_whatever_an_error_does_when_it_is_looked_at_it_costs_its_own_mess
     assert failed.value.error_type == kind
     assert (ledger.handled, ledger.dead) == (2, 3)
     assert [letter.error_type for letter in letters] == [kind] * 3
+    assert ["in step" in letter.traceback for letter in letters].count(True) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
@@ -12,7 +12,7 @@ from uuid import UUID
 import msgspec
 import pytest
 from msgspec.structs import replace
-from odd_errors import Odd
+from odd_errors import ANSWERS, Odd
 
 from shardbus import (
     Bus,
@@ -605,6 +605,20 @@ async def test_ends_that_take_too_long_do_not_hold_up_a_worker_that_drains(
             await client.publish(Said(chat=key, text="x"))
     assert chats.saved == {"1": ["x"]}
     assert caplog.messages == ["of 2 sessions the end was not run: there was no time for it (0.05 s)"]
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+async def test_nor_do_they_however_they_answer_that_there_is_no_time(chats: Chats, answer: Callable[[], Awaitable[None]]):
+    begun: list[str] = []
+
+    async def end(session: str) -> None:
+        begun.append(session)
+        await answer()
+
+    chats.ends = end
+    async with running(chats.bus, replace(DEFAULT_LIMITS, session_ends_s=0.05)) as client:
+        await client.publish_many([Said(chat=f"chat-{number}") for number in range(100)])
+    assert len(begun) == 64  # no other is begun after the time is over
 
 
 async def test_a_worker_says_how_many_ends_it_had_no_time_for_and_runs_none_of_them_later(chats: Chats):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from odd_errors import ODD_ERRORS
+from odd_errors import ANSWERS, ODD_ERRORS
 
 from shardbus import (
     Bus,
@@ -184,6 +184,37 @@ async def test_a_handler_that_awaits_what_was_cancelled_is_called_again(
             await session.publish(Said(chat="7", text=text))
         await until(lambda: heard == ["a", "b", "c"])
     assert caplog.text.count("a handler of the session '7' failed with Said") == 3
+
+
+@pytest.mark.parametrize("answer", [ANSWERS[name] for name in ANSWERS if name != "what ends programs"])
+async def test_leaving_ends_a_handler_however_it_answers_that(client: Client, answer: Callable[[], Awaitable[None]]):
+    heard: list[str] = []
+
+    async def hear(event: Said) -> None:
+        heard.append(event.text)
+        await answer()
+
+    async with client.session("7") as session:
+        session.on(Said, hear)
+        for text in "ab":
+            await session.publish(Said(chat="7", text=text))
+        await until(lambda: heard == ["a"])
+    assert heard == ["a"]
+
+
+async def test_a_handler_that_cancels_itself_hears_no_more_and_that_is_told(
+    client: Client, caplog: pytest.LogCaptureFixture
+):
+    async def hear(event: Said) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(600)
+
+    async with client.session("7") as session:
+        session.on(Said, hear)
+        await session.publish(Said(chat="7"))
+        await until(lambda: "the session '7' hears no more: it was cancelled" in caplog.text)
 
 
 async def test_a_type_that_cannot_be_followed_is_told_to_whoever_publishes(client: Client):

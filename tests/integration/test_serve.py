@@ -196,6 +196,25 @@ def test_a_lifespan_that_raises_ends_the_start(make_bus: MakeBus) -> None:
     assert not os.path.exists(bus.state)
 
 
+def test_a_lifespan_that_cannot_be_closed_is_told_and_what_was_drained_is_drained(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1", application="accounts:nothing")
+    bus.close()
+    (bus.directory / "leaky.py").write_text(
+        "import asyncio\nfrom shardbus import Bus\nbus = Bus('leaky')\n\n"
+        "async def stay():\n    while True:\n        try:\n            await asyncio.sleep(600)\n"
+        "        except asyncio.CancelledError:\n            pass\n\n"
+        "@bus.lifespan\nasync def pool(worker):\n    task = asyncio.ensure_future(stay())\n    yield\n"
+        "    raise ConnectionError('the pool is gone')\n"
+    )
+    bus = make_bus("--workers", "1", application="leaky:bus")
+    bus.wait_ready()
+    code, errors = bus.end()
+    assert (code, os.path.exists(bus.state)) == (0, False)
+    assert "the application's lifespan failed when it was to be closed" in errors
+    assert "ConnectionError: the pool is gone" in errors
+    assert errors.splitlines()[-1].endswith("supervisor: drained")
+
+
 def test_a_bus_that_is_stopped_before_it_is_ready_leaves_nothing(make_bus: MakeBus) -> None:
     bus = make_bus("--workers", "1", application="accounts:nothing")
     bus.close()

@@ -497,6 +497,27 @@ async def test_what_was_opened_is_closed_when_a_later_lifespan_fails(bus: Regist
     assert seen == ["closed"]
 
 
+async def test_a_lifespan_closes_as_usual_whatever_the_block_has_raised(bus: Registry):
+    seen: list[str] = []
+
+    @bus.lifespan
+    async def first() -> AsyncIterator[None]:
+        yield  # without `try`
+        seen.append("first closes")
+
+    @bus.lifespan
+    async def second() -> AsyncIterator[None]:
+        yield
+        seen.append("second closes")
+        raise ValueError("cannot close")
+
+    with pytest.raises(ValueError, match="cannot close") as raised:
+        async with bus.running(WORKER):
+            raise LookupError("in the block")
+    assert isinstance(raised.value.__context__, LookupError)
+    assert seen == ["second closes", "first closes"]
+
+
 async def test_a_lifespan_that_never_yields_is_an_error(bus: Registry):
     @bus.lifespan
     async def silent() -> AsyncIterator[None]:
