@@ -176,6 +176,7 @@ class Driver:
         self._warm_count: int | None = None  # events before the measured ones, once all are sent
         self._before: Edge | None = None
         self._limit: asyncio.Timeout | None = None  # of sending
+        self._interrupted = False
 
     def go_at(self, start_ns: int, plan: Plan) -> None:
         """Begin at another instant than was thought; before `run`."""
@@ -224,12 +225,14 @@ class Driver:
             cpu_share=(after.cpu_s - before.cpu_s) / window_s if window_s else 0.0,
             rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1),
             replies_us={} if self._commands is None else self._commands.replies.counts(),
+            interrupted=self._interrupted,
         )
 
     def stop(self) -> None:
         """End the schedule now, so that `run` sends no more. Nothing happens where it has ended."""
         now_ns = time.monotonic_ns()
         if now_ns < self._end_ns and self._limit is not None:
+            self._interrupted = True
             self._end_ns = now_ns
             self._limit.reschedule(asyncio.get_running_loop().time() + self._spec.flush_s)
 

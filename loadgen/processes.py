@@ -1,8 +1,7 @@
 """Processes and signals: the driver, and a bus for runs that find none. The only file that imports subprocess or signal.
 
 Both are started in sessions of their own, so that Ctrl-C reaches the load generator alone, which then ends them in order.
-A driver whose starter is killed reads the end of its stdin and ends. A bus that was started by a killed run stays, as any
-bus does; the next run finds and uses it.
+Where the load generator is killed, they read the end of their stdin: a driver ends, and a bus drains and ends.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import FrameType
@@ -24,6 +22,7 @@ from typing import Final
 import msgspec
 
 from loadgen.spec import DriverFailed, DriverLine, Go, LoadError, Part, Stop, Word, decode_line, encode_line
+from shardbus.addresses import own_directory
 
 _LINE_BYTES_MAX: Final = 4 * 1024 * 1024  # a result carries up to 27,648 counts of send lags
 _CHUNK_BYTES: Final = 65536
@@ -143,15 +142,20 @@ async def _pass_on_all(stream: asyncio.StreamReader) -> None:
 def own_address(name: str) -> Iterator[str]:
     """An address for a bus that is served no longer than the block; its directory ends with it.
 
-    The same name makes the same address, so that what a run that was killed has left is found again instead of adding up,
-    and that a second run beside this one is refused.
+    The same name makes the same address, so that what is left after a power failure is found, and emptied, instead of adding
+    up, and that a second run beside this one is refused.
     """
-    directory = f"{tempfile.gettempdir()}/{name}"
+    directory = own_directory(os.environ, name)
     try:
         yield f"ipc://{directory}"
     finally:
         with contextlib.suppress(OSError):  # it was never made, or somebody else serves there by now
             os.rmdir(directory)
+
+
+def is_in_use(address: str) -> bool:
+    """Whether there is something at an address of `own_address`: a bus, or what one has left."""
+    return os.path.exists(address.removeprefix("ipc://"))
 
 
 class DriverProcess:

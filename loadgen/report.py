@@ -467,6 +467,7 @@ def together(results: Sequence[DriverResult]) -> DriverResult:
         cpu_share=sum(result.cpu_share for result in results),
         rss_bytes=sum(result.rss_bytes for result in results),
         replies_us=merged([result.replies_us for result in results]),
+        interrupted=any(result.interrupted for result in results),
     )
 
 
@@ -505,7 +506,6 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     """What was seen beside drivers and evidence; see `Report`. `gone`: the bus, before it could be asked for evidence."""
 
     gone: bool = False
-    interrupted: bool = False
     absence: Absence = Absence()
     faults: tuple[FaultRecord, ...] = ()
     processes: tuple[ProcessUse, ...] = ()
@@ -588,7 +588,7 @@ def make_report(
         out_of_order=totals.out_of_order,
         unchecked=totals.unchecked,
         proven=not observed.gone,
-        interrupted=observed.interrupted,
+        interrupted=result.interrupted,
         latency_us=None if silence else totals.latency_us,
         service_us=None if silence else totals.service_us,
         queue_us=None if silence else totals.queue_us,

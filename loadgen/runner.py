@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -20,7 +19,7 @@ from loadgen.histogram import Histogram
 from loadgen.injector import Injector
 from loadgen.machine import shares_clock, this_machine
 from loadgen.meters import merged
-from loadgen.processes import DriverProcess, first_interrupt, own_address, started_bus, started_driver
+from loadgen.processes import DriverProcess, first_interrupt, is_in_use, own_address, started_bus, started_driver
 from loadgen.replay import check_readable
 from loadgen.report import (
     BusState,
@@ -154,12 +153,28 @@ async def _find_bus(
                 ) from None
             application, why = _DEMO, f"no bus runs at {nobody.address}; "
     # At an address of its own: at that of a bus which does not run now, events may wait for their application.
-    address = stack.enter_context(own_address(_own_name(application, spec.workers)))
     _check_shards(spec.faults, spec.workers)
+    address = stack.enter_context(own_address(_own_name(application, spec.workers)))
+    if is_in_use(address):
+        await _check_free(address, application)
     say(f"{why}serving {application} at {address} for this run, workers: {spec.workers}")
     options = ["--leave-nothing"]  # nobody would look there
     await stack.enter_async_context(started_bus(spec.workers, address, application=application, options=options))
     return address, False
+
+
+async def _check_free(address: str, application: str) -> None:
+    """Two runs at once would measure each other, and the end of one would be that of both.
+
+    Raises:
+        LoadError: a bus answers there.
+    """
+    with contextlib.suppress(shardbus.BusUnreachable):
+        async with shardbus.connect(address, timeout=_PROBE_S):
+            raise LoadError(
+                f"another run of loadgen serves {application} at {address}; wait until it has ended, or drive a bus that "
+                "you serve yourself, with --connect"
+            )
 
 
 def _check_shards(faults: Sequence[FaultSpec], shards: int) -> None:
@@ -172,7 +187,7 @@ def _check_shards(faults: Sequence[FaultSpec], shards: int) -> None:
 def _own_name(application: str, workers: int) -> str:
     """Where an application is served for a run: the same for the same application and number of workers."""
     digest = hashlib.sha256(f"{application} {workers}".encode()).hexdigest()[:8]
-    return f"loadgen-{os.getuid()}-{digest}"
+    return f"loadgen-{digest}"
 
 
 class _Run:
@@ -210,8 +225,7 @@ class _Run:
 
     def _stop(self) -> None:
         self._stopped.set()
-        within = f"waiting for what is under way, at most {self._spec.flush_s:g} s"
-        self._watcher.say(f"interrupted: no more is sent; {within} (once more to end without a report)")
+        self._watcher.say("interrupted: no more is sent; waiting for what is under way (once more to end without a report)")
         for driver in self._drivers:
             driver.stop()
 
@@ -241,7 +255,6 @@ class _Run:
             machine=this_machine(),
             observed=Observed(
                 gone=gone,
-                interrupted=self._stopped.is_set(),
                 absence=collector.absence,
                 faults=tuple(self._faults),
                 processes=collector.processes(),

@@ -305,7 +305,7 @@ class DriverResult(msgspec.Struct, frozen=True, kw_only=True, tag="result"):
     `waited_s` of the window passed inside publish calls that waited for room. `cpu_share` is the processor time that the
     driver took in the window (1.0: one whole core), `rss_bytes` the most memory that it ever held. Commands, where it sent
     any, stand in the ledger as events do: `dead` failed, `in_flight` got no reply; `replies_us` counts the measured ones by
-    when their reply came.
+    when their reply came. It was `interrupted` where its schedule ended before its time.
     """
 
     scheduled: int | None
@@ -320,6 +320,7 @@ class DriverResult(msgspec.Struct, frozen=True, kw_only=True, tag="result"):
     cpu_share: float
     rss_bytes: int
     replies_us: dict[int, int] = {}
+    interrupted: bool = False
 
 
 class DriverFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

@@ -13,6 +13,7 @@ import msgspec
 from shardbus.errors import ConfigError
 
 _IPC_BYTES_MAX: Final = 107  # sun_path, less its final zero
+_PORT: Final = re.compile("[0-9]{1,9}")
 _NAME_BYTES: Final = len("/w255-4294967295-ffffffff")  # the longest socket name in a bus's directory
 
 
@@ -81,7 +82,7 @@ def parse_address(text: str) -> Address:
         return IpcAddress(directory)
     _check_text(text, rest)
     host, separator, port = rest.rpartition(":")
-    if not separator or not host or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= 65_535:
+    if not separator or not host or not _PORT.fullmatch(port) or not 1 <= int(port) <= 65_535:
         raise ConfigError(f"{text!r}: tcp:// takes a host and a port, for instance tcp://127.0.0.1:7400")
     return TcpAddress(host, int(port))
 
@@ -91,6 +92,8 @@ def _check_text(text: str, place: str) -> None:
         place.encode()
     except UnicodeEncodeError:  # bytes that are no text, from a command line or the current directory
         raise ConfigError(f"{text!r} is not an address: {place!r} is not UTF-8") from None
+    if "\0" in place:
+        raise ConfigError(f"{text!r} is not an address: there is a NUL character in {place!r}")
 
 
 _SOCKET_NAME: Final = re.compile(r"control|w[0-9]+-[0-9]+-[0-9a-f]{8}")
@@ -119,7 +122,12 @@ def default_address(environment: Mapping[str, str]) -> str:
     url = environment.get("SHARDBUS_URL")
     if url:
         return url
+    return f"ipc://{own_directory(environment, 'shardbus')}"
+
+
+def own_directory(environment: Mapping[str, str], name: str) -> str:
+    """Where this user's buses have directories of such a name: in the one for sockets, where there is such a one."""
     base = environment.get("XDG_RUNTIME_DIR")
     if base and os.path.isdir(base):
-        return f"ipc://{base}/shardbus"
-    return f"ipc://{tempfile.gettempdir()}/shardbus-{os.getuid()}"
+        return f"{base}/{name}"
+    return f"{tempfile.gettempdir()}/{name}-{os.getuid()}"

@@ -9,11 +9,14 @@ import traceback
 from types import ModuleType
 from typing import Any, Final
 
-from shardbus.errors import BootError, ShardbusError
+from shardbus.errors import BootError, ShardbusError, text_of
 from shardbus.messages import Command, Event, Message
 from shardbus.registry import Registry
+from shardbus.tracebacks import stack_of
+from shardbus.wording import one_line
 
 DEMO: Final = "shardbus.demo:bus"
+_TOLD_CHARS_MAX: Final = 2000  # of what a module raises
 
 
 def load_application(name: str) -> Registry:
@@ -24,11 +27,13 @@ def load_application(name: str) -> Registry:
     """
     module, attribute = _import(name, "MODULE:BUS, for instance shop:bus")
     found = _attribute(module, attribute)
-    if not isinstance(found, Registry):
-        others = [key for key, value in vars(module).items() if isinstance(value, Registry)]
+    if not issubclass(type(found), Registry):
+        # By their types: to ask an object for its class is to ask the application, and a proxy may raise.
+        others = [key for key, value in vars(module).items() if issubclass(type(value), Registry)]
         hint = f"; it has {', '.join(others)}" if others else ""
         raise BootError(f"{module.__name__} has no Bus named {attribute!r}{hint}")
-    return found
+    registry: Registry = found
+    return registry
 
 
 def load_message_type(name: str) -> type[Message]:
@@ -64,9 +69,10 @@ def _import(name: str, form: str) -> tuple[ModuleType, str]:
     except SyntaxError as error:
         raise BootError(f"{module_name} does not import: {type(error).__name__}: {error.msg} ({_place(error)})") from None
     except BaseException as error:  # whatever the user's module raises while it is imported
-        if isinstance(error, KeyboardInterrupt):
+        if issubclass(type(error), KeyboardInterrupt):
             raise
-        raise BootError(f"{module_name} does not import: {type(error).__name__}: {error} ({_place(error)})") from None
+        told = one_line(text_of(error), _TOLD_CHARS_MAX)
+        raise BootError(f"{module_name} does not import: {type(error).__name__}: {told} ({_place(error)})") from None
 
 
 def _attribute(module: ModuleType, name: str) -> Any:
@@ -76,15 +82,15 @@ def _attribute(module: ModuleType, name: str) -> Any:
     return found
 
 
-def _is_declared(thing: object) -> bool:
+def _is_declared(thing: Any) -> bool:
     """Whether it is an event or a command of somebody's."""
-    return isinstance(thing, type) and issubclass(thing, Message) and thing not in (Event, Command, Message)
+    return issubclass(type(thing), type) and issubclass(thing, Message) and thing not in (Event, Command, Message)
 
 
-def _place(error: BaseException) -> str:
+def _place(error: Any) -> str:
     """The last place of the user's own code that an import went through; of a `SyntaxError`, where it stands."""
-    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+    if issubclass(type(error), SyntaxError) and error.filename and error.lineno:
         return f"{error.filename}:{error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    frames = [frame for frame in traceback.extract_tb(stack_of(error)) if "importlib" not in frame.filename]
     own = [frame for frame in frames if f"{os.sep}shardbus{os.sep}" not in frame.filename] or frames
     return f"{own[-1].filename}:{own[-1].lineno}" if own else "no place"

@@ -197,6 +197,8 @@ def serve(
 
     configure_logging(log_level, log_format, None)
     if leave_nothing:
+        if bind is None:
+            raise click.UsageError("--leave-nothing needs --bind: what lies at the default address is a real bus's")
         dead_letters = None  # from the environment: those stores are a real bus's
     try:
         check_platform()

@@ -112,6 +112,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "loadgen": (
         "loadgen.*",
         "shardbus",
+        "shardbus.addresses",
         "shardbus.demo",
         "shardbus.metrics",
         "shardbus.errors",

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from buses import RunningBus, state_of
 
+# Buses that are served for one run have their addresses in it, and tests that run at once shall not share them.
+os.environ.pop("XDG_RUNTIME_DIR", None)
+
 # What a shell has started in the background ignores it, and so would the programs that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,6 +17,7 @@ MISTAKES = [
     ("http://shop:80", "'http://shop:80' is not an address"),
     ("ipc:///tmp/\udcff", "is not UTF-8"),
     ("tcp://\udcff:7400", "is not UTF-8"),
+    ("ipc:///tmp/a\0b", "there is a NUL character"),
     (5, "5 is not an address"),
     (b"ipc:///run/shop", "b'ipc:///run/shop' is not an address"),
     ("ipc://", "'ipc://': ipc:// takes a directory, for instance ipc:///run/shop"),
@@ -28,6 +29,7 @@ MISTAKES = [
     ("tcp://shop:http", "tcp:// takes a host and a port"),
     ("tcp://shop:0", "tcp:// takes a host and a port"),
     ("tcp://shop:65536", "tcp:// takes a host and a port"),
+    (f"tcp://shop:{'9' * 5000}", "tcp:// takes a host and a port"),
     ("tcp://shop:-1", "tcp:// takes a host and a port"),
     ("tcp://shop:²", "tcp:// takes a host and a port"),
 ]

@@ -20,6 +20,10 @@ MODULES = {
     "divides": "x = 1\n1 / 0\n",
     "unwritten": "x = 1\ndef (:\n",
     "exits": "import sys\nsys.exit(3)\n",
+    "mute": "class Mute(Exception):\n    def __getattribute__(self, name):\n        raise KeyError(name)\n"
+    "    def __str__(self):\n        raise SystemExit(3)\nraise Mute\n",
+    "wordy": "raise ValueError('two\\nlines')\n",
+    "proxies": "class Proxy:\n    __class__ = property(lambda self: 1 / 0)\nrequest = Proxy()\n",
     "lacks": "import no_such_module_anywhere\n",
     "misregisters": "from shardbus import Bus\nbus = Bus('')\n",
 }
@@ -50,6 +54,9 @@ BUSES = [
     ("divides:bus", "divides does not import: ZeroDivisionError: division by zero ({here}/divides.py:2)"),
     ("unwritten:bus", "unwritten does not import: SyntaxError: invalid syntax ({here}/unwritten.py:2)"),
     ("exits:bus", "exits does not import: SystemExit: 3 ({here}/exits.py:2)"),
+    ("mute:bus", "mute does not import: Mute: <its text cannot be shown: SystemExit> ({here}/mute.py:6)"),
+    ("wordy:bus", r"wordy does not import: ValueError: two\nlines ({here}/wordy.py:1)"),
+    ("proxies:bus", "proxies has no Bus named 'bus'"),
     ("lacks:bus", "lacks does not import: No module named 'no_such_module_anywhere' ({here}/lacks.py:1)"),
     ("misregisters:bus", "misregisters does not import: a bus needs a name, for instance Bus('shop') ({here}/misreg"),
 ]
@@ -70,6 +77,7 @@ def test_what_is_no_application_is_told_in_a_line(modules: Path, name: str, told
         ("sound:Nothing", "sound has no event or command 'Nothing'; it has Placed"),
         ("sound:bus", "sound has no event or command 'bus'; it has Placed"),
         ("empty:Event", "empty has no event or command 'Event'"),
+        ("proxies:Placed", "proxies has no event or command 'Placed'"),
         ("divides:Placed", "divides does not import: ZeroDivisionError"),
     ],
 )

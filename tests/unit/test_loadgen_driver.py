@@ -35,6 +35,7 @@ async def test_a_paced_run_sends_what_was_scheduled_and_measures_all_but_the_war
     spec = LoadSpec(rate=1000.0, warmup_s=0.1, duration_s=0.3, keys=10, call=call)
     result, totals = await drive(spec)
     assert result.scheduled == 300
+    assert not result.interrupted
     # A machine that stood still at the end of the warm-up sends the rest of it in the window, unmeasured; one that did so
     # for long at the end may have had to break the schedule off.
     assert 0 < totals.samples <= min(result.sent, 300)
@@ -118,6 +119,7 @@ async def test_a_run_that_is_stopped_sends_no_more_and_says_what_it_did_until_th
         driver.stop()
         result = await running
         driver.stop()  # nothing is left to be stopped
+        assert result.interrupted
         assert result.window_s > 0
         assert result.final.published == result.final.handled == result.sent > 0
         if spec.is_paced:

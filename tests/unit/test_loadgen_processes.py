@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import shardbus
-from loadgen.processes import _until_ready, end_as_on_interrupt, first_interrupt
+from loadgen.processes import _until_ready, end_as_on_interrupt, first_interrupt, own_address
 from loadgen.spec import LoadError
 
 
@@ -88,6 +89,14 @@ def test_what_signals_do_is_as_before_behind_the_block_and_what_is_ignored_stays
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_bus_for_one_run_has_its_socket_where_those_of_the_user_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with own_address("loadgen-1") as address:
+        assert address == f"ipc://{tmp_path}/loadgen-1"
+        (tmp_path / "loadgen-1").mkdir()
+    assert not (tmp_path / "loadgen-1").exists()
 
 
 def test_a_bus_is_ready_whatever_its_application_has_printed_before(capfd: pytest.CaptureFixture[str]):
