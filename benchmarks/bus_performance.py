@@ -34,7 +34,7 @@ _DOOMED: Final = 500
 _ATTEMPTS: Final = 4
 _FAILURES: Final = 5
 _FRAGILE: Final = 200
-_OPEN_S: Final = 1.0
+_OPEN_S: Final = 3.0  # the failures that a circuit spares its handler are published within it, on a busy machine too
 _PATIENCE_S: Final = 30.0
 
 

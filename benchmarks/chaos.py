@@ -234,7 +234,7 @@ async def _settled(client: shardbus.Client) -> dict[str, Any]:
         if (still and not status["waiting"]) or time.monotonic() > end:
             return status
         handled = status["handled"]
-        await asyncio.sleep(1.5)  # workers report once a second
+        await asyncio.sleep(2.5)  # workers report once a second, and later on a busy machine
 
 
 @contextlib.asynccontextmanager

@@ -121,14 +121,14 @@ async def test_one_event_is_a_batch_and_nobody_waits_for_more(bus: Bus, run: Run
 async def test_a_batch_that_lingers_departs_when_it_is_full_or_its_time_is_over(bus: Bus, run: Run):
     batches: list[list[int]] = []
 
-    @bus.on(Step, batch=3, linger_s=0.2)
+    @bus.on(Step, batch=3, linger_s=1.0)
     async def step(events: list[Step]) -> None:
         batches.append([event.n for event in events])
 
     async with run(bus) as client:
         for n in range(4):
             await client.publish(Step(key=f"k{n}", n=n))
-            await asyncio.sleep(0.01)
+        await until(lambda: batches)
         assert batches == [[0, 1, 2]]
         await client.publish(Step(key="k3", n=4))
         assert (await client.flush(10)).handled == 5
@@ -418,7 +418,7 @@ async def test_a_circuit_counts_calls_and_what_it_holds_up_is_a_batch_again(bus:
     sizes: list[int] = []
     broken = True
 
-    @bus.on(Step, batch=10, retry=Retry(attempts=5, base_s=0.001), breaker=Breaker(failures=1, open_s=0.05, successes=1))
+    @bus.on(Step, batch=10, retry=Retry(attempts=5, base_s=0.001), breaker=Breaker(failures=1, open_s=0.4, successes=1))
     async def step(events: list[Step]) -> None:
         sizes.append(len(events))
         if broken:
@@ -459,7 +459,8 @@ async def test_a_key_parks_behind_an_event_that_gave_up_and_what_came_with_it_wa
 async def test_what_a_batch_left_unfinished_is_handled_by_the_next_bus_over_the_same_store(bus: Bus, rows: MemoryRows):
     calls: list[list[int]] = []
 
-    @bus.on(Step, batch=10, retry=Retry(attempts=2, base_s=3600.0, cap_s=3600.0))
+    # The delay is anything up to that; it must be far more than a second.
+    @bus.on(Step, batch=10, retry=Retry(attempts=2, base_s=1e9, cap_s=1e9))
     async def step(events: list[Step]) -> list[Exception | None]:
         calls.append([event.n for event in events])
         return [ValueError() if event.n == 1 and len(calls) == 1 else None for event in events]

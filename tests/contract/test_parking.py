@@ -462,7 +462,7 @@ async def test_an_event_that_a_parking_handler_gave_up_parks_also_where_the_dead
         raise ConnectionError("again")
 
     async with run_local(bus, stores=[MemoryStore()]) as client:
-        await client.publish(Late(key="a"), deadline=0.05)
+        await client.publish(Late(key="a"), deadline=0.5)
         assert (await client.flush(10)).dead == 1
         (letter,) = await client.dead_letters()
         assert (letter.reason, letter.parked) == ("expired", True)

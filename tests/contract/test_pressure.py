@@ -61,6 +61,8 @@ def assert_balanced(client: Client) -> None:
 async def test_publish_waits_for_room_and_loses_nothing(application: Application):
     async with application.running() as client:
         publishing = asyncio.create_task(publish(client, 100))
+        while client.statistics().outboxes[0].held_events < 30:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
         await asyncio.sleep(0.05)
         assert not publishing.done()
         held = client.statistics().outboxes[0].held_events
@@ -108,6 +110,8 @@ async def test_pressure_is_told_once_on_the_way_up_and_once_on_the_way_down(appl
     told: list[bool] = []
     async with application.running(on_pressure=told.append) as client:
         publishing = asyncio.create_task(publish(client, 100))
+        while not told:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
         await asyncio.sleep(0.05)
         assert told == [True]
         application.gate.set()

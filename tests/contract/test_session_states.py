@@ -320,7 +320,7 @@ async def test_a_handler_that_is_cancelled_while_its_state_is_made_leaves_none(c
     chats.makes = make
     async with running(chats.bus) as client:
         with pytest.raises(TimeoutError):
-            await client.execute(Length(chat="7"), timeout=0.05)
+            await client.execute(Length(chat="7"), timeout=0.5)
         await until(lambda: "not made" in chats.told)
         assert await open_sessions(client) == 0
         stays = False

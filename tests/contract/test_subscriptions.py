@@ -209,8 +209,8 @@ async def test_whoever_leaves_is_unsubscribed(leave: str):
             client.subscribe(Shipped)
         else:
             reading = asyncio.create_task(read(1 if leave == "break" else 2))
-            await asyncio.sleep(0.05)
-            assert client._subscriptions._readers
+            while not any(reader.is_confirmed for reader in client._subscriptions._readers):  # noqa: ASYNC110 - likewise
+                await asyncio.sleep(0.01)
             if leave == "cancel":
                 reading.cancel()
             else:
@@ -232,7 +232,7 @@ async def test_who_was_silent_for_long_is_forgotten_and_begins_again_when_it_com
     async with running(1, limits) as client, client.subscribe(Shipped) as events:
         outboxes = client._outboxes
         sends, outboxes.send = outboxes.send, lambda *_: None  # type: ignore[method-assign, assignment]
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(3.5)
         outboxes.send = sends  # type: ignore[method-assign]
         assert await taken(events, 1) == [Missed(None)]
         await client.publish(Shipped(order="a"))

@@ -296,8 +296,8 @@ async def test_a_trace_goes_from_its_publisher_to_the_handler(engine: Engine, ke
 async def test_a_scheduled_event_waits_is_handled_when_it_is_due_or_cancelled(engine: Engine, key: str):
     async with engine.open() as client:
         later = await client.schedule(Noted(key=key, n=1), at=datetime.now(UTC) + timedelta(days=1))
-        await client.schedule(Noted(key=key, n=2), delay=0.05, headers={"a": "b"})
-        await client.publish(Noted(key=key, n=3), delay=0.1)
+        await client.schedule(Noted(key=key, n=2), delay=1.0, headers={"a": "b"})
+        await client.publish(Noted(key=key, n=3), delay=1.5)
         assert (await client.flush(30.0)).waiting == 3
         while len(found := await read(client, key)) < 2:  # noqa: ASYNC110 - the test ends by its time-out
             await asyncio.sleep(0.01)
@@ -480,9 +480,10 @@ async def test_a_command_that_fails_is_told_with_its_error_and_traceback(engine:
 @pytest.mark.parametrize("by", ["time", "task"])
 async def test_a_command_that_nobody_waits_for_any_more_is_cancelled(engine: Engine, key: str, by: str):
     async with engine.open() as client:
-        waiting = asyncio.create_task(client.execute(Sleep(key=key, seconds=60), timeout=0.1 if by == "time" else 60))
+        assert await read(client, key) == []  # its shard and this client know each other
+        waiting = asyncio.create_task(client.execute(Sleep(key=key, seconds=60), timeout=1.0 if by == "time" else 60))
         if by == "task":
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(1.0)
             waiting.cancel()
         with pytest.raises(TimeoutError if by == "time" else asyncio.CancelledError):
             await waiting

@@ -195,7 +195,15 @@ class RunningBus:
         return found
 
     def worker_pids(self) -> list[int]:
-        return [worker["pid"] for worker in self.status()["workers"]]
+        """A worker's for each shard, by shard; waits for the successor where one has died."""
+        pids: list[int] = []
+
+        def are_there() -> bool:
+            pids[:] = [worker["pid"] for worker in self.status()["workers"]]
+            return all(pids)  # never 0: to kill that would be to kill ourselves
+
+        wait_until(are_there, 60.0)
+        return pids
 
     def end(self) -> tuple[int, str]:
         """SIGTERM, and wait; returns exit code and standard error."""

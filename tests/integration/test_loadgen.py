@@ -253,7 +253,7 @@ def recording(directory: Path) -> tuple[str, dict[str, list[int]]]:
 REPLAYS: list[tuple[str, list[str]]] = [
     ("20,000 a second", ["--rate", "20k"]),
     ("by their own times", ["--speed", "1000", "--gap", "1ms"]),
-    ("with a worker killed", ["--rate", "400", "--fault", "kill:worker0@0.5s", "--fault", "kill:worker1@1.5s"]),
+    ("with a worker killed", ["--rate", "200", "--fault", "kill:worker0@0.5s", "--fault", "kill:worker1@1.5s"]),
     ("by two drivers, with a worker stopped", ["--rate", "1k", "--drivers", "2", "--fault", "stop:worker0:500ms@0.5s"]),
 ]
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -232,7 +233,7 @@ def test_a_bus_that_is_stopped_before_it_is_ready_leaves_nothing(make_bus: MakeB
 def test_a_host_that_cannot_be_found_is_told_as_that(make_bus: MakeBus) -> None:
     bus = make_bus("--workers", "1", application="accounts:nothing")
     bus.close()
-    refused = bus.shardbus("serve", "accounts:bus", "--bind", "tcp://nohost.invalid:9999", "--workers", "1")
+    refused = bus.shardbus("serve", "accounts:bus", "--bind", "tcp://nohost.invalid:9999", "--workers", "1", timeout=120)
     assert refused.returncode == 2
     assert "cannot listen at tcp://nohost.invalid:9999: its host cannot be found here" in refused.stderr
 
@@ -253,7 +254,7 @@ async def test_garbage_to_both_sockets_disturbs_nobody(make_bus: MakeBus) -> Non
         with zmq.Context() as context:
             for path in sockets:
                 with context.socket(zmq.DEALER) as garbage:
-                    garbage.set(zmq.LINGER, 1000)
+                    garbage.set(zmq.LINGER, 30_000)
                     garbage.connect(f"ipc://{path}")
                     for _ in range(300):
                         garbage.send(chance.randbytes(chance.randrange(200)))
@@ -267,10 +268,18 @@ async def test_garbage_to_both_sockets_disturbs_nobody(make_bus: MakeBus) -> Non
     assert bus.status()["workers"][0]["restarts"] == 0
 
 
+def two_free_ports() -> int:
+    """The first of two ports that nobody has, below those that the system gives to whoever asks for any."""
+    for port in random.sample(range(20_000, 32_000), 1000):
+        with contextlib.suppress(OSError), socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return port
+    raise AssertionError("there are no two free ports")
+
+
 async def test_a_bus_over_tcp_serves_alike(make_bus: MakeBus) -> None:
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as probe:
-        port = probe.bind_to_random_port("tcp://127.0.0.1", min_port=20_000, max_port=50_000)
-    address = f"tcp://127.0.0.1:{port}"
+    address = f"tcp://127.0.0.1:{two_free_ports()}"
     bus = make_bus("--workers", "1", "--bind", address)
     bus.wait_ready()
     async with shardbus.connect(address) as client:
@@ -290,7 +299,7 @@ async def test_a_handler_that_blocks_its_event_loop_is_named(make_bus: MakeBus) 
     bus = make_bus("--workers", "1")
     bus.wait_ready()
     async with shardbus.connect(bus.address) as client:
-        await client.publish(Blocked(account="a0", seconds=3.5))
+        await client.publish(Blocked(account="a0", seconds=2.5))
         await asyncio.sleep(0)
 
         async def stalled_in() -> str:
@@ -340,7 +349,10 @@ async def test_a_bus_whose_fork_server_was_killed_starts_workers_otherwise(make_
             os.kill(pid, signal.SIGKILL)
             await asyncio.to_thread(wait_until, lambda: bus.worker_pids()[0] not in (0, pid) and bus.status()["healthy"])  # noqa: B023
         assert bus.worker_pids()[0] not in first
-        assert "--fork" not in children_of(bus.process.pid)[bus.worker_pids()[0]]
+        children = children_of(bus.process.pid)
+        line = children[bus.worker_pids()[0]]
+        copies = {pid for pid, other in children.items() if other == line}
+        assert "--fork" not in line or not copies & set(first)  # there may be another server by now
         assert await client.execute(GetTotal(account="a"), timeout=30) == 0
     assert bus.end()[0] == 0
 

@@ -101,11 +101,13 @@ def test_dead_letters_are_said_and_told_by_the_exit_code(bus: RunningBus) -> Non
     assert run(bus, "dead-letters", "purge", "--type", "Stumbled").stdout == "1 purged\n"
 
 
-def test_what_is_not_finished_in_time_is_said(bus: RunningBus) -> None:
-    done = run(bus, "publish", "accounts:Slept", '{"account": "slow", "seconds": 3}', "--timeout", "0.1")
+def test_what_is_not_finished_in_time_is_said(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1")
+    bus.wait_ready()
+    done = run(bus, "publish", "accounts:Slept", '{"account": "slow", "seconds": 60}', "--timeout", "0.1")
     assert (done.returncode, json.loads(done.stdout)) == (1, report(published=1, in_flight=1))
     assert done.stderr.startswith("shardbus: 1 event was published and not finished within 0.1 s")
-    lines = '{"account": "slow", "seconds": 3}\n{}\n'
+    lines = '{"account": "slow", "seconds": 60}\n{}\n'
     done = run(bus, "publish", "accounts:Slept", "-", "--timeout", "0.1", text=lines)
     assert (done.returncode, json.loads(done.stdout)) == (2, report(published=1, in_flight=1))
     unfinished, refused = done.stderr.splitlines()
@@ -187,8 +189,10 @@ def test_ctrl_c_while_it_reads_delivers_what_was_published(bus: RunningBus) -> N
     assert errors == "shardbus: interrupted; 1 event before that had been published\n"
 
 
-def test_ctrl_c_while_it_waits_says_that_the_event_was_published_and_its_outcome_is_not_known(bus: RunningBus) -> None:
-    event = '{"account": "given up", "seconds": 2}'
+def test_ctrl_c_while_it_waits_says_that_the_event_was_published_and_its_outcome_is_not_known(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1")
+    bus.wait_ready()
+    event = '{"account": "given up", "seconds": 60}'
     with subprocess.Popen(
         [sys.executable, "-m", "shardbus", "publish", "accounts:Slept", event],
         cwd=bus.directory,
