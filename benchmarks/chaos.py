@@ -238,10 +238,10 @@ async def _settled(client: shardbus.Client) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task[None]]:
     task = asyncio.create_task(work)
     try:
-        yield
+        yield task
     finally:
         task.cancel()
         await asyncio.wait([task])
@@ -272,10 +272,8 @@ async def _under_fire(options: argparse.Namespace, seed: int) -> Outcome:
         client = await stack.enter_async_context(shardbus.connect(bench.address, close_timeout=1.0))
         await bench.publish(tally)
         began = time.monotonic()
-        async with _running(_purge_when_full(client, tally)):
-            publishing = asyncio.create_task(
-                _publish(client, options.rate, random.Random(f"{seed}/events"), tally, stop)
-            )
+        publish = _publish(client, options.rate, random.Random(f"{seed}/events"), tally, stop)
+        async with _running(_purge_when_full(client, tally)), _running(publish) as publishing:
             await _faults(bench, client, options.faults, random.Random(f"{seed}/faults"), tally)
             stop.set()
             await publishing
