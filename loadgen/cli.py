@@ -322,8 +322,8 @@ def cli(
     Without --type it sends events of the built-in demo application. Every option is also read from LOADGEN_…, for instance
     LOADGEN_RATE. Exit code 0: ok; 1: events were lost, overtaken, repeated unannounced or not finished, or an --expect was
     not met; 2: the run could not be made or judged, or its report not be written; 3: this machine could not offer the rate;
-    4: the bus did not keep up; 130: interrupted. Ctrl-C while it measures ends the load, and the report is of what was done
-    until then; once more, and there is none.
+    4: the bus did not keep up; 130: interrupted. Ctrl-C from the first measured second on ends the load, and the report is
+    of what was done until then; once more, and there is none.
     """
     for option, path in (("--json", json_path), ("--csv", csv_path), ("--hgrm", hgrm_path)):
         _check_target(option, path)

@@ -114,30 +114,33 @@ class Collector:
         self._processes = Processes()
         self._machine = MachineMeter()
         self._supervisor = 0
-        self._heard_s = time.monotonic()
-        self._is_silent = False
+        self._unanswered_s: float | None = None  # when the first question was asked that has had no answer
         self.absence = Absence()
-        """Where the supervisor has been, as far as it was asked."""
+        """Of the supervisor, as far as it was asked."""
         self._before: tuple[float, Counts, int | None] | None = None
         self._seen = _Seen()
 
     async def state(self) -> BusState:
         """The bus now, or, where nobody answers in time, as it was last seen."""
+        asked_s = time.monotonic() if self._unanswered_s is None else self._unanswered_s
         try:
             status = await self._client.status(timeout=_ASK_S)
-        except shardbus.BusUnreachable:
-            self._is_silent = True
-            return self.latest  # a supervisor may be away for a while without harm to the run
+        except shardbus.BusUnreachable:  # a supervisor may be away for a while without harm to the run
+            self._unanswered_s = asked_s
+            self._note_absence(asked_s)
+            return self.latest
+        supervisor = status.get("pid", 0)
+        if self._unanswered_s is not None:
+            self._unanswered_s = None
+            self._note_absence(asked_s)
+        if self._supervisor not in (0, supervisor):
+            self.absence = replace(self.absence, successors=self.absence.successors + 1)
+        self._supervisor = supervisor
         self.latest = _state_of(status)
-        self._hear(status.get("pid", 0), time.monotonic())
         return self.latest
 
-    def _hear(self, supervisor: int, now_s: float) -> None:
-        is_another = self._supervisor not in (0, supervisor)
-        if is_another or self._is_silent:
-            silent_s = max(self.absence.silent_s, now_s - self._heard_s)
-            self.absence = Absence(successors=self.absence.successors + is_another, silent_s=silent_s)
-        self._supervisor, self._heard_s, self._is_silent = supervisor, now_s, False
+    def _note_absence(self, since_s: float) -> None:
+        self.absence = replace(self.absence, silent_s=max(self.absence.silent_s, time.monotonic() - since_s))
 
     async def interval(self, drivers: Sequence[Progress], driver_pids: Sequence[int]) -> Interval | None:
         """What has happened since the last call; None where the drivers have said nothing new since.

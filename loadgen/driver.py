@@ -175,6 +175,7 @@ class Driver:
         self._arrivals = None if plan.arrivals is None else plan.arrivals(self._start_ns)
         self._warm_count: int | None = None  # events before the measured ones, once all are sent
         self._before: Edge | None = None
+        self._after: Edge | None = None
         self._limit: asyncio.Timeout | None = None  # of sending
         self._interrupted = False
 
@@ -206,7 +207,7 @@ class Driver:
             pass  # the bus takes nothing more; the figures show it
         finally:
             self._limit = None
-        after = self._edge()
+        after = self._after = self._edge()
         before = self._before or after
         final = await self._flush()
         flush_s = (time.monotonic_ns() - after.at_ns) / _NS
@@ -249,6 +250,7 @@ class Driver:
             warming_up=self._before is None,
             counts=self._counts(),
             scheduled=scheduled,
+            over=self._after is not None,
             send_lag_us=lags_us,
         )
 

@@ -7,6 +7,7 @@ a bus on this host only.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Any, Final
 
@@ -17,6 +18,14 @@ from loadgen.spec import LoadError
 _POLL_S: Final = 0.005
 _ASK_S: Final = 2.0
 RECOVERED_S_MAX: Final = 30.0  # a shard that has handled nothing for longer has not recovered
+
+
+async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for so long, or until the event is set; whether it is."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()
 
 
 class Injector:
@@ -50,12 +59,12 @@ class Injector:
         """SIGTERM: the worker drains and ends; else as `kill`."""
         return await self._end(shard, Fault.TERMINATE)
 
-    async def stop(self, shard: int, seconds: float) -> float:
-        """SIGSTOP, and SIGCONT after so many seconds, whatever happens meanwhile; returns how many it really were."""
+    async def stop(self, shard: int, seconds: float, over: asyncio.Event | None = None) -> float:
+        """SIGSTOP, and SIGCONT after so many seconds, or when all is `over`; returns how many it really were."""
         pid = (await self._harm(shard, Fault.STOP))["pid"]
         began_ns = time.monotonic_ns()
         try:
-            await asyncio.sleep(seconds)
+            await is_set_within(over or asyncio.Event(), seconds)
         finally:
             inject(pid, Fault.CONTINUE)
         return (time.monotonic_ns() - began_ns) / 1e9

@@ -496,7 +496,7 @@ def totals_of_commands(result: DriverResult) -> Totals:
 
 
 class Absence(msgspec.Struct, frozen=True, kw_only=True):
-    """How many times another supervisor answered than before, and the longest time that there was no answer."""
+    """How many times another supervisor answered than before, and the longest time that a question waited in vain."""
 
     successors: int = 0
     silent_s: float = 0.0
@@ -540,7 +540,8 @@ def make_report(
     window_s = result.window_s
     achieved_rate = (result.after.finished - result.before.finished) / window_s if window_s else 0.0
     offered_rate = spec.rate
-    if result.scheduled is not None and (offered_rate is None or spec.recording is not None):
+    by_count = offered_rate is None or spec.recording is not None or spec.arrivals == "poisson" or result.interrupted
+    if result.scheduled is not None and by_count:  # the rate is what was due: it is not the same at every moment, or in all
         offered_rate = result.scheduled / window_s if window_s else 0.0
     judgement = judge(
         Facts(
@@ -650,10 +651,11 @@ def _closed(bus: BusState, not_delivered: int) -> Sequence[str]:
 def _notes(result: DriverResult, totals: Totals, books: Account, observed: Observed) -> Sequence[str]:
     notes = []
     absence = observed.absence
-    if absence.silent_s and not observed.gone:
+    if absence.successors:
         times = "once" if absence.successors == 1 else f"{absence.successors:,} times"
-        anew = f"the bus was served anew {times} during the run: " if absence.successors else ""
-        notes.append(f"{anew}its supervisor did not answer for up to {absence.silent_s:.1f} s")
+        notes.append(f"the bus was served anew {times} during the run")
+    if absence.silent_s and not observed.gone:
+        notes.append(f"the bus' supervisor did not answer for {absence.silent_s:.1f} s")
     if observed.unseen:
         notes.append(f"not always seen, so their processor time and memory may be too low: {', '.join(observed.unseen)}")
     if totals.unchecked:

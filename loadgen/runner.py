@@ -16,7 +16,7 @@ import shardbus
 from loadgen.collector import Collector
 from loadgen.expect import Expectation
 from loadgen.histogram import Histogram
-from loadgen.injector import Injector
+from loadgen.injector import Injector, is_set_within
 from loadgen.machine import shares_clock, this_machine
 from loadgen.meters import merged
 from loadgen.processes import DriverProcess, first_interrupt, is_in_use, own_address, started_bus, started_driver
@@ -94,8 +94,8 @@ def run(
         watcher: is told how it goes.
         expectations: what the report is held against.
         histogram: takes the response times of the measured window.
-        report_on_interrupt: the first SIGINT (and SIGTERM, where that is handled) within the measured window ends the load
-            instead of the run, whose report is then of what was done until there.
+        report_on_interrupt: the first SIGINT (and SIGTERM, where that is handled) from the first measured second on ends the
+            load instead of the run, whose report is then of what was done until there. In the main thread only.
 
     Raises:
         LoadError: the run could not be made or finished.
@@ -225,7 +225,8 @@ class _Run:
 
     def _stop(self) -> None:
         self._stopped.set()
-        self._watcher.say("interrupted: no more is sent; waiting for what is under way (once more to end without a report)")
+        sent = "all was sent" if all(line is not None and line.over for line in self._latest) else "no more is sent"
+        self._watcher.say(f"interrupted: {sent}; waiting for what is under way (once more to end without a report)")
         for driver in self._drivers:
             driver.stop()
 
@@ -373,15 +374,13 @@ class _Run:
 
     async def _fault(self, fault: FaultSpec, shard: int, start_ns: int) -> None:
         injector = Injector(self._client)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(start_ns / 1e9 + fault.at_s - time.monotonic()):
-                await self._stopped.wait()
-            return
+        if await is_set_within(self._stopped, start_ns / 1e9 + fault.at_s - time.monotonic()):
+            return  # nobody sends any more
         record = FaultRecord(fault=str(fault), shard=shard, at_s=time.monotonic() - start_ns / 1e9)
         at = len(self._faults)
         self._faults.append(record)
         if fault.kind == "stop":
-            record = msgspec.structs.replace(record, stopped_s=await injector.stop(shard, fault.seconds))
+            record = msgspec.structs.replace(record, stopped_s=await injector.stop(shard, fault.seconds, self._stopped))
         else:
             end = injector.kill if fault.kind == "kill" else injector.terminate
             record = msgspec.structs.replace(record, recovery_s=await end(shard))

@@ -286,7 +286,7 @@ class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
     """About once a second: the ledger `at_s` seconds after the first event was due, and how late events went since the last.
 
-    `scheduled` events were due so far (None: unpaced).
+    `scheduled` events were due so far (None: unpaced). `over`: no more are sent.
     """
 
     at_s: float
@@ -294,6 +294,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
     counts: Counts
     scheduled: int | None = None
     send_lag_us: dict[int, int] = {}
+    over: bool = False
 
 
 class DriverResult(msgspec.Struct, frozen=True, kw_only=True, tag="result"):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import traceback
 from types import ModuleType
 from typing import Any, Final
 
 from shardbus.errors import BootError, ShardbusError, text_of
 from shardbus.messages import Command, Event, Message
 from shardbus.registry import Registry
-from shardbus.tracebacks import stack_of
+from shardbus.tracebacks import steps_of
 from shardbus.wording import one_line
 
 DEMO: Final = "shardbus.demo:bus"
@@ -91,6 +90,6 @@ def _place(error: Any) -> str:
     """The last place of the user's own code that an import went through; of a `SyntaxError`, where it stands."""
     if issubclass(type(error), SyntaxError) and error.filename and error.lineno:
         return f"{error.filename}:{error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(stack_of(error)) if "importlib" not in frame.filename]
+    frames = [frame for frame in steps_of(error) if "importlib" not in frame.filename]
     own = [frame for frame in frames if f"{os.sep}shardbus{os.sep}" not in frame.filename] or frames
     return f"{own[-1].filename}:{own[-1].lineno}" if own else "no place"

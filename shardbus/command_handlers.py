@@ -71,6 +71,8 @@ class CommandHandlers:
             delivery.runs = plan.handlers[0].name
             context = context_of(delivery, self._host, self._now)
             outcome = await call_handler(plan.handlers[0], message, context)
+            if outlet is not None and self._tasks.closing:
+                raise asyncio.CancelledError  # it may have been cut short, and is not to look complete
             body = plan.encode_reply(outcome if outlet is None else outlet.count)
             if len(body) > self._limits.event_bytes_max:
                 raise ValueError(f"the reply has {len(body):,} bytes, the limit is {self._limits.event_bytes_max:,}")
@@ -93,6 +95,12 @@ class CommandHandlers:
         if outlet is not None:
             outlet.flush()
         self._host.reply(delivery, REPLY_OK, body)
+
+    def close(self) -> None:
+        """No time is left for those that run: nothing more is taken from one that streams."""
+        for call in self._calls.values():
+            if call.outlet is not None:
+                call.outlet.close()
 
     def cancel(self, session: WorkerSession, seq: int) -> None:
         """Nobody waits for a command any more: end its handler where it runs; where it has not begun, it never does."""

@@ -80,6 +80,8 @@ class EventHandlers:
         """All handlers of an event have ended, for good: tell the host, whose own part may run code of the application."""
         if self._tasks.disowned:
             return
+        if self._tasks.closing:  # as above: what it runs takes its time
+            raise asyncio.CancelledError
         delivery.runs = ""
         try:
             await self._host.concluded(delivery)

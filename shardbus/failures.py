@@ -20,7 +20,7 @@ from shardbus.errors import text_of
 from shardbus.inbound import Delivery
 from shardbus.pipeline import OUR_FILES
 from shardbus.store import Failure
-from shardbus.tracebacks import TRACEBACK_CHARS_MAX, shortened, stack_of
+from shardbus.tracebacks import TRACEBACK_CHARS_MAX, shortened, stack_of, steps_of
 from shardbus.wording import encodable
 
 CRASHED: Final = "crashed"  # the reason of a dead letter whose handling ends its worker
@@ -108,7 +108,7 @@ class Failures:
     def _stacks(self, links: list[_Link]) -> Iterator[str]:
         """The stacks of an error and of what led to it, which comes first; without the frames of ours before a handler's."""
         for how, one, _ in reversed(links):
-            stack = traceback.extract_tb(stack_of(one))
+            stack = steps_of(one)
             self._cut(stack)
             if stack:
                 yield "Traceback (most recent call last):\n"

@@ -42,14 +42,16 @@ class HandlerTasks:
         self.running.add(task)
 
     async def run(self, leading: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        """Lead to the end. What fails when it is cancelled, because there is no time left for it, is no defect of ours."""
+        """Lead to the end. What fails when it is cancelled, at the end of the shard, is no defect of ours."""
         try:
             await leading(*arguments)
+        except GeneratorExit:  # it is thrown away
+            raise
         except BaseException as error:
             if not self.closing:
                 raise
             if not issubclass(type(error), asyncio.CancelledError):
-                log_error(log, error, "a handler for which there was no time left was cancelled, and failed")
+                log_error(log, error, "a handler that was cancelled at the end has failed")
             raise asyncio.CancelledError from None
 
     async def close(self) -> None:

@@ -208,6 +208,7 @@ class Lanes:
         self._batches.clear()
         self._book.close()
         self._trials.close()
+        self._commands.close()
         await self._tasks.close()
 
     # -- leaders and followers

@@ -24,6 +24,19 @@ def stack_of(error: BaseException) -> TracebackType | None:
     return found
 
 
+def steps_of(error: BaseException) -> traceback.StackSummary:
+    """The steps to where an error was raised, with their lines of source where these can be read.
+
+    A module may have a loader of its own. That is asked for them, and may raise.
+    """
+    stack = stack_of(error)
+    try:
+        return traceback.extract_tb(stack)
+    except BaseException:
+        codes = [(frame.f_code, line) for frame, line in traceback.walk_tb(stack)]
+        return traceback.StackSummary.from_list([(code.co_filename, line, code.co_name, "") for code, line in codes])
+
+
 def shortened(text: str, chars_max: int) -> str:
     """A text of which the middle is left out, where it is longer than that."""
     half = chars_max // 2
@@ -41,7 +54,7 @@ def _told(error: BaseException) -> tuple[str, bool]:
     try:
         return "".join(traceback.format_exception(error)).rstrip(), True
     except BaseException as odd:  # SystemExit, too: the error was only looked at
-        stack = traceback.format_tb(stack_of(error))
+        stack = steps_of(error).format()
         told = f"{type(error).__name__}: {text_of(error)} <more of it cannot be told: {type(odd).__name__}>"
         return "".join(["Traceback (most recent call last):\n", *stack, told]), False
 

@@ -122,11 +122,21 @@ async def _application(registry: Registry, info: WorkerInfo) -> AsyncIterator[No
         raise BootError(f"its lifespan raised {type(error).__name__}: {told}") from None
     try:
         yield
-    finally:
-        try:
-            await lifespans.__aexit__(None, None, None)
-        except BaseException as error:  # likewise
-            log_error(log, error, "the application's lifespan failed when it was to be closed")
+    except asyncio.CancelledError as cancelled:
+        # Of a scope of the application's own, as of a `TaskGroup` one of whose tasks has failed: that says so in its stead.
+        await lifespans.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
+        raise
+    except BaseException:
+        await _close(lifespans)
+        raise
+    await _close(lifespans)
+
+
+async def _close(lifespans: contextlib.AbstractAsyncContextManager[None]) -> None:
+    try:
+        await lifespans.__aexit__(None, None, None)
+    except BaseException as error:  # the user's own
+        log_error(log, error, "the application's lifespan failed when it was to be closed")
 
 
 async def _stay_alive(pipe: ReportPipe) -> None:

@@ -475,9 +475,11 @@ class Kit(Cluster):
 
     async def _die(self, at: int, incarnation: int, down_s: float) -> None:
         """The end of the worker that runs this handler, which so never returns."""
-        if self.counters[at] == incarnation:
+        end = self._ends[at]
+        if self.counters[at] == incarnation and end is not None and not end.is_set():
             self._kill(at, down_s)
-        await asyncio.Event().wait()
+            await asyncio.Event().wait()
+        raise asyncio.CancelledError  # it is dead already, and the handler has made nothing of that
 
 
 def _twice(deliver: Callable[[], None]) -> None:

@@ -77,6 +77,28 @@ class Sealed(ExceptionGroup[Exception]):
         raise KeyError("exceptions")
 
 
+class Templates:
+    """Where the source of a module would be."""
+
+    def get_source(self, name: str) -> str:
+        raise KeyError(name)
+
+
+_PAGE: Final[dict[str, object]] = {"__name__": "page", "__loader__": Templates()}
+exec(compile("def render():\n    raise LookupError('of a page')\n", "page.html", "exec"), _PAGE)  # noqa: S102 - as templates are
+
+
+def _of_a_page() -> Exception:
+    """Its stack has a line that cannot be read."""
+    render = _PAGE["render"]
+    assert callable(render)
+    try:
+        render()
+    except LookupError as error:
+        return error
+    raise AssertionError("it is raised")
+
+
 ODD_ERRORS: Final[dict[str, Callable[[], Exception]]] = {
     "odd": lambda: Odd({}),
     "hopeless": Hopeless,
@@ -84,6 +106,7 @@ ODD_ERRORS: Final[dict[str, Callable[[], Exception]]] = {
     "leaving": Leaving,
     "closed": Closed,
     "empty": Empty,
+    "of a page": _of_a_page,
     "sealed": lambda: Sealed("two", [ValueError("a"), ValueError("b")]),
 }
 

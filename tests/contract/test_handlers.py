@@ -461,7 +461,7 @@ async def test_a_handler_may_answer_its_cancellation_as_it_likes(
             await asking
     assert closed == ["pool"]
     assert (later, rows.dead) == ([], {})
-    told = caplog.text.count("a handler for which there was no time left was cancelled, and failed")
+    told = caplog.text.count("a handler that was cancelled at the end has failed")
     # A command's caller has left, so its handler's end is nothing new.
     assert told == (0 if answer is ANSWERS["nothing"] or kind == "command" else 1)
     assert "defect" not in caplog.text

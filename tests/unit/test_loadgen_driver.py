@@ -129,6 +129,27 @@ async def test_a_run_that_is_stopped_sends_no_more_and_says_what_it_did_until_th
             assert result.scheduled is None
 
 
+@pytest.mark.parametrize("rate", [200_000.0, None])
+async def test_one_that_waits_for_room_is_stopped_as_well(rate):
+    application, gate = shardbus.Bus("full"), asyncio.Event()
+
+    @application.on(Tick)
+    async def wait(event: Tick) -> None:
+        await gate.wait()
+
+    async with application.local(close_timeout=60.0) as client:
+        spec = LoadSpec(rate=rate, warmup_s=0.0, duration_s=3600.0, keys=10, flush_s=0.1)
+        driver = Driver(spec, client, plan_of(spec))
+        running = asyncio.create_task(driver.run())
+        while not client.statistics().waits:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.001)
+        driver.stop()
+        result = await running
+        gate.set()
+    assert result.interrupted
+    assert result.final.in_flight + result.final.waiting == result.final.published > 0
+
+
 def test_send_lags_are_exact_to_two_milliseconds_and_to_three_digits_beyond():
     lags = LagCounts()
     lags.add([1_000_000_000 - lag_us * 1000 for lag_us in (0, 7, 7, 2047, 123_456)], 1_000_000_000)

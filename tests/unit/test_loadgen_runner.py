@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+import loadgen.injector
 import loadgen.runner
 import shardbus
 from loadgen.collector import Collector
+from loadgen.processes import Fault
 from loadgen.report import BusState, Interval
 from loadgen.runner import _Run, _Silent, run_async
 from loadgen.spec import (
@@ -85,6 +88,39 @@ class Blind(Collector):
 
     async def interval(self, *_: Any) -> Interval | None:
         raise LoadError("no room for it")
+
+
+@pytest.mark.parametrize("kind", ["kill", "stop"])
+async def test_no_fault_is_done_once_nothing_is_sent_any_more(kind: Any) -> None:
+    client = cast("shardbus.Client", None)
+    fault = FaultSpec(kind=kind, at_s=3000.0, seconds=600.0)
+    spec = LoadSpec(rate=1.0, duration_s=3600.0, faults=(fault,))
+    run = _Run(spec, client, _Silent(), Blind(client, local=False), lives_on=True)
+    doing = asyncio.create_task(run._fault(fault, 0, time.monotonic_ns()))
+    await asyncio.sleep(0)
+    run._stop()
+    await doing
+    assert run._faults == []
+
+
+async def test_a_worker_that_is_stopped_goes_on_when_nothing_is_sent_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[int, Fault]] = []
+
+    class Client:
+        async def status(self, **_: float) -> dict[str, Any]:
+            return {"workers": [{"state": "up", "pid": 42}]}
+
+    monkeypatch.setattr(loadgen.injector, "inject", lambda pid, fault: done.append((pid, fault)) or True)
+    client = cast("shardbus.Client", Client())
+    fault = FaultSpec(kind="stop", at_s=0.0, seconds=600.0)
+    run = _Run(LoadSpec(rate=1.0, faults=(fault,)), client, _Silent(), Blind(client, local=False), lives_on=True)
+    doing = asyncio.create_task(run._fault(fault, 0, time.monotonic_ns()))
+    while not done:  # noqa: ASYNC110 - the test ends by its time-out
+        await asyncio.sleep(0.001)
+    run._stop()
+    await doing
+    assert done == [(42, Fault.STOP), (42, Fault.CONTINUE)]
+    assert 0.0 < run._faults[0].stopped_s < 600.0
 
 
 async def test_a_run_that_cannot_be_judged_any_more_ends_at_once_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import operator
 from collections.abc import AsyncIterator, Callable
@@ -516,6 +517,24 @@ async def test_a_lifespan_closes_as_usual_whatever_the_block_has_raised(bus: Reg
             raise LookupError("in the block")
     assert isinstance(raised.value.__context__, LookupError)
     assert seen == ["second closes", "first closes"]
+
+
+async def test_a_lifespan_whose_own_task_fails_ends_the_block(bus: Registry):
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise ConnectionError("the poller is gone")
+
+    @bus.lifespan
+    async def poller() -> AsyncIterator[None]:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail())
+            group.create_task(asyncio.sleep(600))
+            yield
+
+    with pytest.raises(ExceptionGroup) as raised:
+        async with bus.running(WORKER):
+            await asyncio.sleep(600)
+    assert raised.group_contains(ConnectionError, match="the poller is gone")
 
 
 async def test_a_lifespan_that_never_yields_is_an_error(bus: Registry):
