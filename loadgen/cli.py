@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import Callable
@@ -110,7 +111,7 @@ class _Command(click.Command):
         """Run it."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, asyncio.CancelledError):  # a loop that was interrupted twice may raise the latter
             _fail("interrupted; what this run had started was ended", EXIT_INTERRUPTED)
 
 

@@ -248,8 +248,9 @@ class Collector:
         """What every process used over the whole time that it was looked at; memory is the most that was seen."""
         return self._processes.total()
 
-    async def settle(self, final: Counts, deadline_s: float) -> Totals:
-        """The evidence of publishers that have flushed, once it accounts for every event, and at the latest in `deadline_s`.
+    async def settle(self, final: Counts, deadline_s: float, enough: asyncio.Event | None = None) -> Totals:
+        """The evidence of publishers that have flushed, once it accounts for every event, and at the latest in `deadline_s`,
+        or when somebody has had `enough` of that.
 
         Events that a publisher knows as waiting are acked long before they are handled, so only their evidence tells.
 
@@ -263,7 +264,8 @@ class Collector:
             evidence = await self._evidence(deadline)
             self._check(evidence)
             totals = totals_of(evidence)
-            if totals.distinct >= expected or not final.waiting or time.monotonic() >= deadline:
+            over = time.monotonic() >= deadline or (enough is not None and enough.is_set())
+            if totals.distinct >= expected or not final.waiting or over:
                 self._take(evidence)
                 return totals
             await asyncio.sleep(_POLL_S)

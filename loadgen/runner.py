@@ -231,10 +231,14 @@ class _Run:
             driver.stop()
 
     async def measure(self, interrupts: contextlib.AbstractContextManager[None]) -> Report:
-        """Make the run, and its report. While the drivers drive, `interrupts` is entered."""
+        """Make the run, and its report. From the drivers' start on, `interrupts` is entered."""
+        with contextlib.ExitStack() as covered:
+            return await self._measure(lambda: covered.enter_context(interrupts))
+
+    async def _measure(self, cover: Callable[[], None]) -> Report:
         spec, collector = self._spec, self._collector
         _check_shards(spec.faults, len((await collector.state()).workers))
-        await self._drive(interrupts)
+        await self._drive(cover)
         machine_load = collector.machine_load()
         result = self._result()
         gone = False
@@ -269,7 +273,8 @@ class _Run:
     async def _settled(self, result: DriverResult) -> tuple[Totals, BusState]:
         """The evidence, and the state of the bus, once what waits in a store is counted there: with its worker's beat."""
         collector, final = self._collector, result.final
-        totals, state = await collector.settle(final, self._spec.flush_s), await collector.state()
+        enough = asyncio.Event() if self._stopped.is_set() else self._stopped  # an interrupt has one effect
+        totals, state = await collector.settle(final, self._spec.flush_s, enough), await collector.state()
         until_s = time.monotonic() + _BEATS_S
         while final.waiting and account(result, totals, state.waiting).lost and time.monotonic() < until_s:
             await asyncio.sleep(_POLL_S)
@@ -281,7 +286,7 @@ class _Run:
     def _result(self) -> DriverResult:
         return together([result for result in self._results if result is not None])
 
-    async def _drive(self, interrupts: contextlib.AbstractContextManager[None]) -> None:
+    async def _drive(self, cover: Callable[[], None]) -> None:
         """Start the drivers, give the word to go once all are ready, and follow them to their results."""
         spec = self._spec
         async with contextlib.AsyncExitStack() as stack:
@@ -303,7 +308,7 @@ class _Run:
             start_ns = time.monotonic_ns() + _HEAD_START_NS
             for driver in self._drivers:
                 driver.go(start_ns)
-            stack.enter_context(interrupts)
+            cover()
             self._watcher.begin(spec, planned)
             watching = asyncio.create_task(self._watch())
             beside = [watching, *self._fault_tasks(start_ns)]

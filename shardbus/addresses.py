@@ -128,6 +128,6 @@ def default_address(environment: Mapping[str, str]) -> str:
 def own_directory(environment: Mapping[str, str], name: str) -> str:
     """Where this user's buses have directories of such a name: in the one for sockets, where there is such a one."""
     base = environment.get("XDG_RUNTIME_DIR")
-    if base and os.path.isdir(base):
+    if base and os.path.isdir(base) and os.access(base, os.W_OK | os.X_OK):  # it may be of somebody who became this user
         return f"{base}/{name}"
     return f"{tempfile.gettempdir()}/{name}-{os.getuid()}"

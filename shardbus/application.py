@@ -77,7 +77,11 @@ def _import(name: str, form: str) -> tuple[ModuleType, str]:
 def _attribute(module: ModuleType, name: str) -> Any:
     found: Any = module
     for part in name.split("."):
-        found = getattr(found, part, None)
+        try:
+            found = getattr(found, part, None)
+        except Exception as error:  # a module may import what is asked for only then
+            told = one_line(text_of(error), _TOLD_CHARS_MAX)
+            raise BootError(f"{module.__name__} has no {name!r}: {type(error).__name__}: {told}") from None
     return found
 
 

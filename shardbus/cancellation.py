@@ -1,8 +1,9 @@
-"""Tells a task's own cancellation from one that the code in it has brought upon itself."""
+"""Tells a task's own cancellation from what the code of an application, which it calls, has to do with cancellations."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 
 def is_own_cancellation(error: BaseException) -> bool:
@@ -14,13 +15,11 @@ def is_own_cancellation(error: BaseException) -> bool:
     return task is None or bool(task.cancelling())
 
 
-def end_if_cancelled() -> None:
-    """End the running task where somebody has asked for that, whatever the application's code, which it has called, has made
-    of it: another error, or nothing. Nobody would ask again.
+def uncancel(task: asyncio.Task[Any] | None) -> None:
+    """Take back every cancellation that a task has not been ended by.
 
-    Raises:
-        CancelledError: the task is cancelled.
+    Whoever has called an application's code, and not been cancelled meanwhile, does so: in Python 3.11 a `TaskGroup` whose
+    child has failed leaves one behind, though its error was caught.
     """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
+    while task is not None and task.cancelling():
+        task.uncancel()

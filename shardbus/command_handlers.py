@@ -11,10 +11,11 @@ import contextvars
 from functools import partial
 from typing import Any, Final
 
+from shardbus.cancellation import uncancel
 from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.failures import Failures, failed_reply
-from shardbus.handler_calls import HandlerTasks, absorb, call_handler, context_of, uncancel
+from shardbus.handler_calls import HandlerTasks, absorb, call_handler, context_of
 from shardbus.inbound import UNKNOWN, Delivery
 from shardbus.lane_host import LaneHost
 from shardbus.outlet import OUTLET, Outlet

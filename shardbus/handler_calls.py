@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final
 
+from shardbus.cancellation import uncancel
 from shardbus.clock import NowNs
 from shardbus.context import Context
 from shardbus.failures import HandlerTimeout
@@ -69,14 +70,8 @@ class HandlerTasks:
 
 def absorb(error: BaseException) -> None:
     """Let a cancellation that a handler brought upon itself end with the handler."""
-    if issubclass(type(error), asyncio.CancelledError) and (task := asyncio.current_task()) is not None:
-        uncancel(task)
-
-
-def uncancel(task: asyncio.Task[Any]) -> None:
-    """Take back every cancellation that a task has not been ended by."""
-    while task.cancelling():
-        task.uncancel()
+    if issubclass(type(error), asyncio.CancelledError):
+        uncancel(asyncio.current_task())
 
 
 async def call_handler(handler: Registered, message: Any, context: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
-from shardbus.cancellation import end_if_cancelled, is_own_cancellation
+from shardbus.cancellation import is_own_cancellation, uncancel
 from shardbus.clock import NowNs
 from shardbus.config import Limits
 from shardbus.errors import ShardbusError, UsageError
@@ -252,8 +252,8 @@ class SessionStates:
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=timeout_s)
             left = len(late) + len(self._states)
+            self._states.clear()  # first: whatever an end makes of its cancellation, no other is begun
             await self._give_up(late)
-            self._states.clear()
         if left:
             log.error("of %s the end was not run: there was no time for it (%g s)", counted(left, "session"), timeout_s)
         return left
@@ -267,7 +267,6 @@ class SessionStates:
             except BaseException as error:  # the application's
                 if is_own_cancellation(error):
                     raise
-            end_if_cancelled()
         self._states.clear()
 
     async def _stop(self) -> None:
@@ -285,7 +284,7 @@ class SessionStates:
                 if is_own_cancellation(error):
                     raise
                 self.failed(key, error)
-            end_if_cancelled()
+            uncancel(asyncio.current_task())
 
     @staticmethod
     async def _give_up(tasks: set[asyncio.Task[None]]) -> None:

@@ -13,7 +13,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from shardbus.cancellation import end_if_cancelled, is_own_cancellation
+from shardbus.cancellation import is_own_cancellation, uncancel
 from shardbus.errors import ClientClosed, UsageError
 from shardbus.messages import Command, Event, Message, key_getter, to_wire_key
 from shardbus.session_events import SessionEnded, SessionKept, SessionStarted
@@ -247,7 +247,9 @@ class Session:
             if is_own_cancellation(error):
                 raise
             log_error(log, error, "a handler of the session %r failed with %s", self.key, type(event).__name__)
-        end_if_cancelled()
+        if not self._is_open:  # whatever the handler has made of its cancellation, which comes only once
+            raise asyncio.CancelledError
+        uncancel(asyncio.current_task())
 
     async def _listening(self) -> None:
         """Wait until the workers have confirmed what was registered, so that it hears what is published now."""

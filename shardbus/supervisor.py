@@ -132,6 +132,7 @@ class _Worker:
         self.stalled_in = ""  # what blocks its event loop, as far as is known
         self.at_rest = False
         self.drained: Drained | None = None
+        self.is_cut_short = False  # it had drained, and was killed for what it did beyond that
 
     @property
     def restarts(self) -> int:
@@ -323,6 +324,7 @@ class Supervisor:
         self._drop_spare()
         for worker in self._workers:
             if worker.child is not None:
+                worker.is_cut_short = worker.drained is not None
                 worker.child.kill()
         self._stopping = True
         end = time.monotonic() + 10.0
@@ -574,7 +576,7 @@ class Supervisor:
         """A worker is dead and reaped: decide whether and when its successor starts."""
         was_ready, worker.ready, worker.child = worker.ready, False, None
         worker.last_exit = worker.boot_error or signal_name(code)
-        if code != 0:
+        if code != 0 and not worker.is_cut_short:
             worker.drained = None  # whatever it said, it has not ended so
         # Else the journal still shows what the one before was running, and that one's end goes with it.
         took_over = worker.journal.journal.deaths != worker.judged
@@ -823,6 +825,9 @@ class Supervisor:
         lines = []
         for worker in self._workers:
             if worker.drained is not None and not worker.drained.keys:
+                if worker.child is not None:
+                    why = "a second signal ended it" if self._aborting else "there was no time left"
+                    lines.append(f"shard {worker.shard}: its lifespan was not closed: {why}")
                 if worker.drained.backlog:
                     unfinished = counted(worker.drained.backlog, "message", "was")
                     lines.append(f"shard {worker.shard}: {unfinished} not finished")

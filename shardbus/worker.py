@@ -95,15 +95,15 @@ async def run_worker(boot: Boot, descriptor: int, make_outgoing: MakeOutgoing) -
         info = WorkerInfo(bus=registry.name, shard=spec.shard, shards=spec.shards)
         async with _application(registry, info):
             code = await _serve(spec, registry, info, pipe, stop, end, make_outgoing(spec, _broken))
-        # A task that a handler has left behind may not let itself be cancelled, and nothing is to be waited for any more.
-        asyncio.get_running_loop().call_later(_TASKS_S, os._exit, code)
-        return code
     except (BootError, ConfigError, StoreError) as error:
         pipe.send(encode_report(BootFailed(str(error))))
+        code = EXIT_BOOT
     finally:
         alive.cancel()
         pipe.close()
-    return EXIT_BOOT
+    # A task that the application has left behind may not let itself be cancelled, and nothing is to be waited for any more.
+    asyncio.get_running_loop().call_later(_TASKS_S, os._exit, code)
+    return code
 
 
 @contextlib.asynccontextmanager

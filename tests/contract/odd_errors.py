@@ -142,10 +142,32 @@ async def _with_nothing() -> None:
         await asyncio.sleep(600)
 
 
+async def _with_nothing_as_it_is_documented() -> None:
+    try:
+        await asyncio.sleep(600)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        assert task is not None
+        task.uncancel()
+
+
+async def catch_what_a_child_raises() -> None:
+    """A `TaskGroup` whose child fails, which is caught: nobody is cancelled."""
+
+    async def child() -> None:
+        await asyncio.sleep(0)
+        raise ConnectionError("no answer")
+
+    with contextlib.suppress(ExceptionGroup):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(child())
+
+
 ANSWERS: Final[dict[str, Callable[[], Awaitable[None]]]] = {
     "a group's": _in_a_group,
     "another error": _with_another_error,
     "what ends programs": _with_what_ends_programs,
     "nothing": _with_nothing,
+    "nothing, as documented": _with_nothing_as_it_is_documented,
 }
 """Each takes ten minutes, and answers a cancellation in its own way."""

@@ -12,7 +12,7 @@ from uuid import UUID
 import msgspec
 import pytest
 from msgspec.structs import replace
-from odd_errors import ANSWERS, Odd
+from odd_errors import ANSWERS, Odd, catch_what_a_child_raises
 
 from shardbus import (
     Bus,
@@ -590,6 +590,16 @@ async def test_a_worker_that_drains_ends_all_states_before_its_lifespan(
     assert chats.told[-1] == "pool closed"
     assert chats.told.count("pool closed") == 1
     assert [record.getMessage() for record in caplog.records] == ["the end of the session '1' failed; its state is gone"]
+
+
+async def test_all_ends_are_run_also_where_they_catch_what_tasks_of_theirs_raise(chats: Chats):
+    async def end(session: str) -> None:
+        await catch_what_a_child_raises()
+
+    chats.ends = end
+    async with running(chats.bus) as client:
+        await client.publish_many([Said(chat=f"chat-{number}", text="x") for number in range(200)])
+    assert len(chats.saved) == 200
 
 
 async def test_ends_that_take_too_long_do_not_hold_up_a_worker_that_drains(

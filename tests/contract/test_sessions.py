@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from odd_errors import ANSWERS, ODD_ERRORS
+from odd_errors import ANSWERS, ODD_ERRORS, catch_what_a_child_raises
 
 from shardbus import (
     Bus,
@@ -200,6 +200,20 @@ async def test_leaving_ends_a_handler_however_it_answers_that(client: Client, an
             await session.publish(Said(chat="7", text=text))
         await until(lambda: heard == ["a"] and any(reader.queue for reader in client._subscriptions._readers))
     assert heard == ["a"]
+
+
+async def test_a_handler_that_catches_what_a_task_of_its_own_raises_is_called_again(client: Client):
+    heard: list[str] = []
+
+    async def hear(event: Said) -> None:
+        heard.append(event.text)
+        await catch_what_a_child_raises()
+
+    async with client.session("7") as session:
+        session.on(Said, hear)
+        for text in "abc":
+            await session.publish(Said(chat="7", text=text))
+        await until(lambda: heard == ["a", "b", "c"])
 
 
 async def test_a_handler_that_cancels_itself_hears_no_more_and_that_is_told(

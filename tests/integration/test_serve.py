@@ -200,13 +200,7 @@ def test_a_lifespan_that_raises_ends_the_start(make_bus: MakeBus) -> None:
 def test_a_lifespan_that_cannot_be_closed_is_told_and_what_was_drained_is_drained(make_bus: MakeBus) -> None:
     bus = make_bus("--workers", "1", application="accounts:nothing")
     bus.close()
-    (bus.directory / "leaky.py").write_text(
-        "import asyncio\nfrom shardbus import Bus\nbus = Bus('leaky')\n\n"
-        "async def stay():\n    while True:\n        try:\n            await asyncio.sleep(600)\n"
-        "        except asyncio.CancelledError:\n            pass\n\n"
-        "@bus.lifespan\nasync def pool(worker):\n    task = asyncio.ensure_future(stay())\n    yield\n"
-        "    raise ConnectionError('the pool is gone')\n"
-    )
+    (bus.directory / "leaky.py").write_text(LEAKY + "    yield\n    raise ConnectionError('the pool is gone')\n")
     bus = make_bus("--workers", "1", application="leaky:bus")
     bus.wait_ready()
     code, errors = bus.end()
@@ -214,6 +208,39 @@ def test_a_lifespan_that_cannot_be_closed_is_told_and_what_was_drained_is_draine
     assert "the application's lifespan failed when it was to be closed" in errors
     assert "ConnectionError: the pool is gone" in errors
     assert errors.splitlines()[-1].endswith("supervisor: drained")
+
+
+LEAKY = (
+    "import asyncio\nfrom shardbus import Bus\nbus = Bus('leaky')\n\n"
+    "async def stay():\n    while True:\n        try:\n            await asyncio.sleep(600)\n"
+    "        except asyncio.CancelledError:\n            pass\n\n"
+    "@bus.lifespan\nasync def pool(worker):\n    task = asyncio.ensure_future(stay())\n    await asyncio.sleep(0)\n"
+)
+
+
+def test_a_lifespan_that_cannot_be_opened_ends_the_start_at_once_whatever_it_has_begun(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1", application="accounts:nothing")
+    bus.close()
+    (bus.directory / "leaky.py").write_text(LEAKY + "    raise ConnectionError('no database')\n    yield\n")
+    refused = bus.shardbus("serve", "leaky:bus", "--bind", bus.address, "--workers", "1", timeout=60)
+    assert refused.returncode == 1
+    assert "its lifespan raised ConnectionError: no database" in refused.stderr.splitlines()[-1]
+    assert "silent" not in refused.stderr
+    assert not os.path.exists(bus.state)
+
+
+def test_a_lifespan_that_has_no_time_to_close_is_told(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1", application="accounts:nothing")
+    bus.close()
+    (bus.directory / "slow.py").write_text(
+        "import asyncio\nfrom shardbus import Bus\nbus = Bus('slow')\n\n@bus.lifespan\nasync def pool(worker):\n    yield\n"
+        "    await asyncio.sleep(600)\n"
+    )
+    bus = make_bus("--workers", "1", "--drain-timeout", "0.5", application="slow:bus")
+    bus.wait_ready()
+    code, errors = bus.end()
+    assert (code, errors.splitlines()[-1]) == (1, "shard 0: its lifespan was not closed: there was no time left")
+    assert not os.path.exists(bus.state)
 
 
 def test_a_bus_that_is_stopped_before_it_is_ready_leaves_nothing(make_bus: MakeBus) -> None:

@@ -24,6 +24,7 @@ MODULES = {
     "    def __str__(self):\n        raise SystemExit(3)\nraise Mute\n",
     "wordy": "raise ValueError('two\\nlines')\n",
     "proxies": "class Proxy:\n    __class__ = property(lambda self: 1 / 0)\nrequest = Proxy()\n",
+    "lazy": "def __getattr__(name):\n    import no_such_module_anywhere\n",
     "lacks": "import no_such_module_anywhere\n",
     "misregisters": "from shardbus import Bus\nbus = Bus('')\n",
 }
@@ -57,6 +58,7 @@ BUSES = [
     ("mute:bus", "mute does not import: Mute: <its text cannot be shown: SystemExit> ({here}/mute.py:6)"),
     ("wordy:bus", r"wordy does not import: ValueError: two\nlines ({here}/wordy.py:1)"),
     ("proxies:bus", "proxies has no Bus named 'bus'"),
+    ("lazy:bus", "lazy has no 'bus': ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
     ("lacks:bus", "lacks does not import: No module named 'no_such_module_anywhere' ({here}/lacks.py:1)"),
     ("misregisters:bus", "misregisters does not import: a bus needs a name, for instance Bus('shop') ({here}/misreg"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from typing import Any, cast
 
 import pytest
+from msgspec.structs import replace
 
 import shardbus
 from loadgen.collector import Collector, Processes
@@ -48,6 +50,28 @@ async def test_an_interval_has_what_came_since_the_last_one_and_the_whole_is_the
         assert await collector.interval([progress(3, 30, 60)], []) is None
         silent = await collector.interval([progress(4, 30, 60)], [])
         assert (silent.latency_us, silent.service_p99_us, silent.queue_p99_us) == (None, None, None)
+
+
+async def test_what_waits_in_a_store_is_waited_for_until_somebody_has_had_enough():
+    application, gate = shardbus.Bus("fails"), asyncio.Event()
+
+    @application.on(Tick, retry=shardbus.Retry(attempts=2, base_s=1e9, cap_s=1e9))
+    async def fail(event: Tick) -> None:
+        gate.set()
+        raise ConnectionError
+
+    async with application.local() as client:
+        collector = Collector(client, local=False)
+        collector.publishers = [client.publisher]
+        await client.publish_many([Tick(key="a")], ordinals=[1], intended_ns=[1])
+        await client.flush(10.0)
+        waiting = replace(progress(1.0, 0, None).counts, published=1, waiting=1)
+        enough = asyncio.Event()
+        settling = asyncio.create_task(collector.settle(waiting, 3600.0, enough))
+        await asyncio.sleep(0.05)
+        assert not settling.done()
+        enough.set()
+        assert (await settling).distinct == 0
 
 
 @pytest.mark.parametrize("settled", [True, False], ids=["at the end", "meanwhile"])
