@@ -1,12 +1,14 @@
 """`shardbus`, and `python -m shardbus`. Imports first what makes an interrupt of the other imports a line."""
 
 from shardbus.interrupts import EndedByInterrupts
+from shardbus.standard_output import buffer_output
 
 
 def main() -> None:
     """Entry of the `shardbus` command."""
     with EndedByInterrupts("shardbus"):
         from shardbus.cli import main as command
+    buffer_output()
     command()
 
 

@@ -21,7 +21,7 @@ FACE = "shardbus"
 
 # Lowest first. A module imports modules of earlier lines only; those on one line do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("interrupts",),
+    ("interrupts", "standard_output"),
     ("wording",),
     ("errors",),
     ("config", "arguments", "tracebacks", "cancellation"),
@@ -117,6 +117,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
         "shardbus.metrics",
         "shardbus.errors",
         "shardbus.interrupts",
+        "shardbus.standard_output",
     ),
     "benchmarks": (
         "benchmarks.*",

@@ -1,0 +1,41 @@
+"""What is printed arrives, however little the system takes at a time."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from shardbus.standard_output import buffer_output
+
+
+class Narrow(io.RawIOBase):
+    """Takes ten bytes at a time."""
+
+    def __init__(self) -> None:
+        self.taken = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object, /) -> int:
+        part = bytes(memoryview(data)[:10])  # type: ignore[arg-type]  # bytes, or what has some
+        self.taken += part
+        return len(part)
+
+
+def test_all_of_a_long_text_arrives_where_python_does_not_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = Narrow()
+    before = io.TextIOWrapper(narrow, encoding="utf-8", write_through=True)  # type: ignore[arg-type]  # as `python -u` does
+    monkeypatch.setattr(sys, "stdout", before)
+    buffer_output()
+    sys.stdout.write("x" * 1000 + "\n")
+    assert narrow.taken == b"x" * 1000 + b"\n"  # at the end of the line
+
+
+def test_what_is_buffered_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(sys, "stdout", before)
+    buffer_output()
+    assert sys.stdout is before
