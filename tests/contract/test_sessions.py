@@ -148,13 +148,21 @@ async def test_handlers_of_a_session_hear_its_key_in_order_and_end_with_it(clien
     assert not client._subscriptions._readers
 
 
-@pytest.mark.parametrize("make", [ValueError, *ODD_ERRORS.values()], ids=["plain", *ODD_ERRORS])
+HANDLERS_OWN = {
+    "plain": ValueError,
+    **ODD_ERRORS,
+    "of what was cancelled": asyncio.CancelledError,
+    "a group": lambda: BaseExceptionGroup("g", [KeyboardInterrupt()]),
+}
+
+
+@pytest.mark.parametrize("make", HANDLERS_OWN.values(), ids=HANDLERS_OWN)
 async def test_a_handler_that_fails_is_logged_and_called_again(
-    client: Client, caplog: pytest.LogCaptureFixture, make: Callable[[], Exception]
+    client: Client, caplog: pytest.LogCaptureFixture, make: Callable[[], BaseException]
 ):
     heard: list[str] = []
 
-    def hear(event: Said) -> None:
+    async def hear(event: Said) -> None:
         heard.append(event.text)
         raise make()
 
@@ -166,24 +174,6 @@ async def test_a_handler_that_fails_is_logged_and_called_again(
     assert [record.getMessage().partition("\n")[0] for record in caplog.records if record.levelno == logging.ERROR] == [
         "a handler of the session '7' failed with Said"
     ] * 2
-
-
-@pytest.mark.parametrize("kind", [asyncio.CancelledError, lambda: BaseExceptionGroup("g", [KeyboardInterrupt()])])
-async def test_a_handler_that_awaits_what_was_cancelled_is_called_again(
-    client: Client, caplog: pytest.LogCaptureFixture, kind: Callable[[], BaseException]
-):
-    heard: list[str] = []
-
-    async def hear(event: Said) -> None:
-        heard.append(event.text)
-        raise kind()
-
-    async with client.session("7") as session:
-        session.on(Said, hear)
-        for text in "abc":
-            await session.publish(Said(chat="7", text=text))
-        await until(lambda: heard == ["a", "b", "c"])
-    assert caplog.text.count("a handler of the session '7' failed with Said") == 3
 
 
 @pytest.mark.parametrize("answer", [ANSWERS[name] for name in ANSWERS if name != "what ends programs"])

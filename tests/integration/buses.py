@@ -208,7 +208,11 @@ class RunningBus:
     def end(self) -> tuple[int, str]:
         """SIGTERM, and wait; returns exit code and standard error."""
         self.process.send_signal(signal.SIGTERM)
-        _, errors = self.process.communicate(timeout=60)
+        return self.ended()
+
+    def ended(self, timeout: float = 60) -> tuple[int, str]:
+        """Wait until it has ended by itself; returns exit code and standard error."""
+        _, errors = self.process.communicate(timeout=timeout)
         return self.process.returncode, errors
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import socket
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,29 +180,76 @@ def test_a_second_bus_at_an_address_is_refused(make_bus: MakeBus) -> None:
 
 def test_an_application_that_cannot_start_is_told_in_one_line(make_bus: MakeBus) -> None:
     bus = make_bus("--workers", "1", application="accounts:nothing")  # the rest is in `tests/unit/test_application.py`
-    told = bus.process.communicate(timeout=30)[1]
-    assert (bus.process.returncode, told) == (2, "shardbus: accounts has no Bus named 'nothing'; it has bus\n")
+    assert bus.ended() == (2, "shardbus: accounts has no Bus named 'nothing'; it has bus\n")
 
 
-def test_a_lifespan_that_raises_ends_the_start(make_bus: MakeBus) -> None:
-    bus = make_bus("--workers", "1", application="accounts:nothing")
-    bus.close()
-    (bus.directory / "pools.py").write_text(
-        "from shardbus import Bus\nbus = Bus('pools')\n\n"
-        "class Away(OSError):\n    def __getattr__(self, name):\n        raise KeyError(name)\n\n"
-        "@bus.lifespan\nasync def pool(worker):\n    raise Away('no database \\udce9 here')\n    yield\n"
-    )
-    refused = bus.shardbus("serve", "pools:bus", "--bind", bus.address, "--workers", "2")
-    assert refused.returncode == 1
-    assert r"its lifespan raised Away: no database \udce9 here" in refused.stderr
+POOLS = """\
+import asyncio
+from shardbus import Bus
+
+bus = Bus("pools")
+
+
+class Away(OSError):
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+
+async def stay():
+    while True:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            pass
+
+
+@bus.lifespan
+async def pool(worker):
+"""
+
+
+def serve_pools(make_bus: MakeBus, directory: Path, life: str, *arguments: str) -> RunningBus:
+    """Serve an application whose lifespan is this."""
+    (directory / "pools.py").write_text(POOLS + textwrap.indent(textwrap.dedent(life), "    "))
+    return make_bus("--workers", "1", *arguments, application="pools:bus")
+
+
+def test_a_lifespan_that_raises_ends_the_start(make_bus: MakeBus, short_path: Path) -> None:
+    bus = serve_pools(make_bus, short_path, r"""
+        raise Away("no database \udce9 here")
+        yield
+    """, "--workers", "2")
+    code, errors = bus.ended()
+    assert code == 1
+    assert r"its lifespan raised Away: no database \udce9 here" in errors
     assert not os.path.exists(bus.state)
 
 
-def test_a_lifespan_that_cannot_be_closed_is_told_and_what_was_drained_is_drained(make_bus: MakeBus) -> None:
-    bus = make_bus("--workers", "1", application="accounts:nothing")
-    bus.close()
-    (bus.directory / "leaky.py").write_text(LEAKY + "    yield\n    raise ConnectionError('the pool is gone')\n")
-    bus = make_bus("--workers", "1", application="leaky:bus")
+def test_a_lifespan_that_cannot_be_opened_ends_the_start_at_once_whatever_it_has_begun(
+    make_bus: MakeBus, short_path: Path
+) -> None:
+    bus = serve_pools(make_bus, short_path, """
+        task = asyncio.ensure_future(stay())
+        await asyncio.sleep(0)
+        raise ConnectionError("no database")
+        yield
+    """)
+    code, errors = bus.ended()
+    assert code == 1
+    assert "its lifespan raised ConnectionError: no database" in errors.splitlines()[-1]
+    assert "silent" not in errors
+    assert not os.path.exists(bus.state)
+
+
+def test_a_lifespan_that_cannot_be_closed_is_told_and_what_was_drained_is_drained(
+    make_bus: MakeBus, short_path: Path
+) -> None:
+    bus = serve_pools(make_bus, short_path, """
+        task = asyncio.ensure_future(stay())
+        await asyncio.sleep(0)
+        yield
+        raise ConnectionError("the pool is gone")
+    """)
     bus.wait_ready()
     code, errors = bus.end()
     assert (code, os.path.exists(bus.state)) == (0, False)
@@ -210,59 +258,32 @@ def test_a_lifespan_that_cannot_be_closed_is_told_and_what_was_drained_is_draine
     assert errors.splitlines()[-1].endswith("supervisor: drained")
 
 
-LEAKY = (
-    "import asyncio\nfrom shardbus import Bus\nbus = Bus('leaky')\n\n"
-    "async def stay():\n    while True:\n        try:\n            await asyncio.sleep(600)\n"
-    "        except asyncio.CancelledError:\n            pass\n\n"
-    "@bus.lifespan\nasync def pool(worker):\n    task = asyncio.ensure_future(stay())\n    await asyncio.sleep(0)\n"
-)
-
-
-def test_a_lifespan_that_cannot_be_opened_ends_the_start_at_once_whatever_it_has_begun(make_bus: MakeBus) -> None:
-    bus = make_bus("--workers", "1", application="accounts:nothing")
-    bus.close()
-    (bus.directory / "leaky.py").write_text(LEAKY + "    raise ConnectionError('no database')\n    yield\n")
-    refused = bus.shardbus("serve", "leaky:bus", "--bind", bus.address, "--workers", "1", timeout=60)
-    assert refused.returncode == 1
-    assert "its lifespan raised ConnectionError: no database" in refused.stderr.splitlines()[-1]
-    assert "silent" not in refused.stderr
-    assert not os.path.exists(bus.state)
-
-
-def test_a_lifespan_that_has_no_time_to_close_is_told(make_bus: MakeBus) -> None:
-    bus = make_bus("--workers", "1", application="accounts:nothing")
-    bus.close()
-    (bus.directory / "slow.py").write_text(
-        "import asyncio\nfrom shardbus import Bus\nbus = Bus('slow')\n\n@bus.lifespan\nasync def pool(worker):\n    yield\n"
-        "    await asyncio.sleep(600)\n"
-    )
-    bus = make_bus("--workers", "1", "--drain-timeout", "0.5", application="slow:bus")
+def test_a_lifespan_that_has_no_time_to_close_is_told(make_bus: MakeBus, short_path: Path) -> None:
+    bus = serve_pools(make_bus, short_path, """
+        yield
+        await asyncio.sleep(600)
+    """, "--drain-timeout", "0.5")
     bus.wait_ready()
     code, errors = bus.end()
     assert (code, errors.splitlines()[-1]) == (1, "shard 0: its lifespan was not closed: there was no time left")
     assert not os.path.exists(bus.state)
 
 
-def test_a_bus_that_is_stopped_before_it_is_ready_leaves_nothing(make_bus: MakeBus) -> None:
-    bus = make_bus("--workers", "1", application="accounts:nothing")
-    bus.close()
-    (bus.directory / "slow.py").write_text(
-        "import asyncio\nfrom shardbus import Bus\nbus = Bus('slow')\n\n@bus.lifespan\nasync def pool(worker):\n"
-        "    await asyncio.sleep(600)\n    yield\n"
-    )
-    bus = make_bus("--workers", "1", application="slow:bus")
+def test_a_bus_that_is_stopped_before_it_is_ready_leaves_nothing(make_bus: MakeBus, short_path: Path) -> None:
+    bus = serve_pools(make_bus, short_path, """
+        await asyncio.sleep(600)
+        yield
+    """)
     wait_until(lambda: os.path.exists(bus.state) and len(os.listdir(bus.state)) > 2)
-    bus.process.terminate()
-    bus.process.wait(timeout=30)
+    bus.end()
     assert not os.path.exists(bus.state)
 
 
 def test_a_host_that_cannot_be_found_is_told_as_that(make_bus: MakeBus) -> None:
-    bus = make_bus("--workers", "1", application="accounts:nothing")
-    bus.close()
-    refused = bus.shardbus("serve", "accounts:bus", "--bind", "tcp://nohost.invalid:9999", "--workers", "1", timeout=120)
-    assert refused.returncode == 2
-    assert "cannot listen at tcp://nohost.invalid:9999: its host cannot be found here" in refused.stderr
+    # Of an option that is given twice the last one counts.
+    code, errors = make_bus("--workers", "1", "--bind", "tcp://nohost.invalid:9999").ended(120)
+    assert code == 2
+    assert "cannot listen at tcp://nohost.invalid:9999: its host cannot be found here" in errors
 
 
 async def test_a_client_without_a_bus_says_so(short_path: Path) -> None:
