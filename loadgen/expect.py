@@ -61,6 +61,13 @@ _UNITS: Final[dict[Unit, str]] = {
     "time": "us, ms or s, for instance 'p99<10ms'",
     "bytes": "KB, MB or GB, for instance 'worker_rss<200MB'",
 }
+_READ: Final[dict[Unit, Callable[[str], float]]] = {
+    "time": notation.seconds,
+    "count": notation.count,
+    "rate": notation.rate,
+    "bytes": notation.size,
+    "share": notation.share,
+}
 _TEXT: Final = re.compile(r"\s*([a-z][a-z0-9_.]*)\s*(<=|>=|==|!=|<|>|=)\s*(\S.*?)\s*", re.IGNORECASE)
 
 
@@ -103,14 +110,7 @@ def parse(text: str) -> Expectation:
 def _bound(unit: Unit, value: str, text: str) -> float:
     if unit in _UNITS and value[-1:].isdigit() and float(notation.number(value)):
         raise LoadError(f"{text!r} says no unit; give {_UNITS[unit]}")
-    if unit == "time":
-        return notation.seconds(value)
-    if unit == "bytes":
-        return notation.size(value)
-    if unit == "share":
-        percent = value.endswith("%")
-        return notation.rate(value.removesuffix("%")) / (100 if percent else 1)
-    return notation.rate(value)
+    return _READ[unit](value)
 
 
 def check_measurable(expectation: Expectation, spec: LoadSpec) -> None:

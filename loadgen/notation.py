@@ -15,7 +15,8 @@ _NUMBER: Final = r"[0-9][0-9_,]*(?:\.[0-9]+)?|\.[0-9]+"
 _SCALES: Final = {"": 1.0, "k": 1e3, "m": 1e6}
 _SECONDS: Final = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _BYTES: Final = {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "kib": 1024, "m": 1e6, "mb": 1e6, "mib": 1024**2, "gb": 1e9}
-_RATE: Final = re.compile(rf"({_NUMBER})\s*([km]?)(?:/s)?", re.IGNORECASE)
+_COUNT: Final = re.compile(rf"({_NUMBER})\s*([km]?)", re.IGNORECASE)
+_SHARE: Final = re.compile(rf"({_NUMBER})\s*(%?)")
 _TIME: Final = re.compile(rf"({_NUMBER})\s*([a-zµ]*)", re.IGNORECASE)
 _SIZE: Final = re.compile(rf"({_NUMBER})\s*([a-z]*)", re.IGNORECASE)
 _FAULT: Final = re.compile(r"(kill|stop|term):worker(?:-?(\d+))?(?::([^@]+))?@(.+)")
@@ -28,10 +29,26 @@ def number(text: str) -> float:
 
 def rate(text: str) -> float:
     """Events per second: `20000`, `20k`, `1.5M`."""
-    found = _RATE.fullmatch(text.strip())
+    found = _COUNT.fullmatch(text.strip().removesuffix("/s"))
     if found is None:
         raise LoadError(f"{text!r} is no rate; give events per second, for instance 20000 or 20k, or max")
     return number(found[1]) * _SCALES[found[2].lower()]
+
+
+def count(text: str) -> float:
+    """How many: `0`, `19,988`, `10k`."""
+    found = _COUNT.fullmatch(text.strip())
+    if found is None:
+        raise LoadError(f"{text!r} is no number; give how many, for instance 0 or 10k")
+    return number(found[1]) * _SCALES[found[2].lower()]
+
+
+def share(text: str) -> float:
+    """A part of one: `0.8`, `80%`."""
+    found = _SHARE.fullmatch(text.strip())
+    if found is None:
+        raise LoadError(f"{text!r} is no share; give a part of one core, for instance 0.8 or 80%")
+    return number(found[1]) / (100 if found[2] else 1)
 
 
 def rate_or_max(text: str) -> float | None:
@@ -59,10 +76,10 @@ def keys(text: str) -> int | None:
     """How many keys, or `unique`, which is None."""
     if text.strip().lower() == "unique":
         return None
-    found = _RATE.fullmatch(text.strip())
-    if found is None or not (count := number(found[1]) * _SCALES[found[2].lower()]).is_integer():
+    found = _COUNT.fullmatch(text.strip())
+    if found is None or not (many := number(found[1]) * _SCALES[found[2].lower()]).is_integer():
         raise LoadError(f"{text!r} is no number of keys; give one up to {KEYS_MAX:,}, or unique")
-    return int(count)
+    return int(many)
 
 
 def stages(text: str) -> tuple[Stage, ...]:

@@ -131,7 +131,6 @@ class Lanes:
         self._due_next = False  # and it is their turn, before the batches'
         self._leader: object | None = None
         self._armed = False
-        self._closing = False
         self._stride = 1
         # What the leader runs outside the fast path, for whoever overtakes it.
         self._running: Delivery | Batch | Together | None = None
@@ -201,7 +200,7 @@ class Lanes:
 
     async def close(self) -> None:
         """Cancel what runs. What has not reached an outcome stays unfinished."""
-        self._closing = True
+        self._tasks.closing = True
         self._inbox.clear()
         self._cursor = None
         self._batches.hurry()
@@ -216,7 +215,7 @@ class Lanes:
     def _turn(self) -> None:
         """Once a turn of the event loop while there is work: overtake a leader that is suspended, start the next one."""
         self._armed = False
-        if self._closing:
+        if self._tasks.closing:
             return
         if self._leader is not None:
             self._overtake()
@@ -239,7 +238,7 @@ class Lanes:
         return bool(self._cursor or self._inbox or self._ready or self._due or self._batches.departing)
 
     def _arm(self) -> None:
-        if not self._armed and not self._closing:
+        if not self._armed and not self._tasks.closing:
             self._armed = True
             asyncio.get_running_loop().call_soon(self._turn, context=self._clean)
 
@@ -281,12 +280,13 @@ class Lanes:
         """Run messages until there are none, a slice is used up, or this task is overtaken inside a handler."""
         end_ns = self._now() + _SLICE_NS
         ready, departing, trials, inbox = self._ready, self._batches.departing, self._trials, self._inbox
+        tasks = self._tasks
         overdue = len(departing)  # batches of an earlier turn: first
         if trials.solo is not None:
             await self._run_taken(*trials.begin_solo(), token)
             if _differ(context, self._clean):
                 end_ns = 0
-        while self._leader is token and not self._closing and trials.hush is None and end_ns:
+        while self._leader is token and not tasks.closing and trials.hush is None and end_ns:
             if departing and (overdue > 0 or not (ready or self._due or inbox or self._cursor is not None)):
                 overdue -= 1
                 await self._run_gathered(next(iter(departing)), token)

@@ -32,6 +32,10 @@ READ: list[tuple[Any, str, Any]] = [
     (notation.skew, "hot:0.5", Skew(kind="hot", by=0.5)),
     (notation.payload, "1kB", Payload(low=1000)),
     (notation.payload, "10-100", Payload(kind="uniform", low=10, high=100)),
+    (notation.count, "19,988", 19_988.0),
+    (notation.count, "10k", 10_000.0),
+    (notation.share, "80%", 0.8),
+    (notation.share, "1.5", 1.5),
     (notation.payload, "lognormal:500:0.8", Payload(kind="lognormal", low=500, sigma=0.8)),
     (notation.fault, "kill:worker@5s", FaultSpec(kind="kill", at_s=5.0)),
     (notation.fault, "term:worker-1@500ms", FaultSpec(kind="term", at_s=0.5, shard=1)),
@@ -60,6 +64,11 @@ UNREADABLE: list[tuple[Any, str, str]] = [
     (notation.fault, "kill:worker:1s@5s", "is no fault"),
     (notation.fault, "stop:worker@5s", "is no fault"),
     (notation.keys, "1.5", "is no number of keys"),
+    (notation.keys, "100/s", "is no number of keys"),
+    (notation.count, "5ms", "is no number; give how many"),
+    (notation.count, "5/s", "is no number; give how many"),
+    (notation.share, "80 percent", "is no share"),
+    (notation.share, "5k", "is no share"),
 ]
 
 
