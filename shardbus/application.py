@@ -60,18 +60,12 @@ def _import(name: str, form: str) -> tuple[ModuleType, str]:
     try:
         return importlib.import_module(module_name), attribute
     except ModuleNotFoundError as error:
-        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
+        missing = error.name
+        if isinstance(missing, str) and f"{module_name}.".startswith(f"{missing}."):
             raise BootError(f"there is no module {module_name!r} here ({os.getcwd()}) or on the Python path") from None
-        raise BootError(f"{module_name} does not import: {error} ({_place(error)})") from None
-    except ShardbusError as error:
-        raise BootError(f"{module_name} does not import: {error} ({_place(error)})") from None
-    except SyntaxError as error:
-        raise BootError(f"{module_name} does not import: {type(error).__name__}: {error.msg} ({_place(error)})") from None
+        raise _raised(f"{module_name} does not import", error) from None
     except BaseException as error:  # whatever the user's module raises while it is imported
-        if issubclass(type(error), KeyboardInterrupt):
-            raise
-        told = one_line(text_of(error), _TOLD_CHARS_MAX)
-        raise BootError(f"{module_name} does not import: {type(error).__name__}: {told} ({_place(error)})") from None
+        raise _raised(f"{module_name} does not import", error) from None
 
 
 def _attribute(module: ModuleType, name: str) -> Any:
@@ -79,10 +73,18 @@ def _attribute(module: ModuleType, name: str) -> Any:
     for part in name.split("."):
         try:
             found = getattr(found, part, None)
-        except Exception as error:  # a module may import what is asked for only then
-            told = one_line(text_of(error), _TOLD_CHARS_MAX)
-            raise BootError(f"{module.__name__} has no {name!r}: {type(error).__name__}: {told}") from None
+        except BaseException as error:  # a module may import what is asked for only then
+            raise _raised(f"{module.__name__} has no {name!r}", error) from None
     return found
+
+
+def _raised(what: str, error: BaseException) -> BootError:
+    """What the user's code has raised, as a line; an interrupt is raised itself."""
+    if issubclass(type(error), KeyboardInterrupt):
+        raise error
+    told = one_line(error.msg if type(error) is SyntaxError else text_of(error), _TOLD_CHARS_MAX)
+    kind = "" if issubclass(type(error), ImportError | ShardbusError) else f"{type(error).__name__}: "
+    return BootError(f"{what}: {kind}{told} ({_place(error)})")
 
 
 def _is_declared(thing: Any) -> bool:
@@ -92,7 +94,7 @@ def _is_declared(thing: Any) -> bool:
 
 def _place(error: Any) -> str:
     """The last place of the user's own code that an import went through; of a `SyntaxError`, where it stands."""
-    if issubclass(type(error), SyntaxError) and error.filename and error.lineno:
+    if type(error) is SyntaxError and error.filename and error.lineno:
         return f"{error.filename}:{error.lineno}"
     frames = [frame for frame in steps_of(error) if "importlib" not in frame.filename]
     own = [frame for frame in frames if f"{os.sep}shardbus{os.sep}" not in frame.filename] or frames

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from shardbus import blocking
 from shardbus.addresses import check_ports, default_address, parse_address
@@ -197,7 +198,8 @@ def serve(
 
     configure_logging(log_level, log_format, None)
     if leave_nothing:
-        if bind is None:
+        given = click.get_current_context().get_parameter_source("bind")
+        if given is not ParameterSource.COMMANDLINE:  # the environment may name a real bus
             raise click.UsageError("--leave-nothing needs --bind: what lies at the default address is a real bus's")
         dead_letters = None  # from the environment: those stores are a real bus's
     try:

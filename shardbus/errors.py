@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shardbus.wording import counted
+from shardbus.wording import counted, encodable
 
 
 class ShardbusError(Exception):
@@ -181,8 +181,9 @@ class BootError(ShardbusError):
 
 
 def text_of(error: BaseException) -> str:
-    """An error's text, a plain `str`, whatever its own `__str__` does: that must not take down whoever tells of it."""
+    """An error's text, a plain `str` that can be sent, whatever its own `__str__` does: that must not take down who tells of
+    it."""
     try:
-        return str.__str__(str(error))  # which may be of a class of its own, with methods of its own
+        return encodable(str.__str__(str(error)))  # which may be of a class of its own, with methods of its own
     except BaseException as broken:  # SystemExit, too: it only was to be told of
         return f"<its text cannot be shown: {type(broken).__name__}>"

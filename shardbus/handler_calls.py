@@ -46,10 +46,9 @@ class HandlerTasks:
         """Lead to the end. What fails when it is cancelled, at the end of the shard, is no defect of ours."""
         try:
             await leading(*arguments)
-        except GeneratorExit:  # it is thrown away
-            raise
         except BaseException as error:
-            if not self.closing:
+            # An interrupt of the program around a local bus is nobody's answer.
+            if not self.closing or self._is_thrown_away(error) or issubclass(type(error), KeyboardInterrupt):
                 raise
             if not issubclass(type(error), asyncio.CancelledError):
                 log_error(log, error, "a handler that was cancelled at the end has failed")
@@ -65,7 +64,16 @@ class HandlerTasks:
 
     def is_ours(self, error: BaseException) -> bool:
         """Whether it ends the task and not just a handler: the worker closes, or the coroutine is thrown away."""
-        return self.closing or (issubclass(type(error), GeneratorExit) and asyncio.current_task() not in self.running)
+        return self.closing or self._is_thrown_away(error)
+
+    def _is_thrown_away(self, error: BaseException) -> bool:
+        """Whether somebody throws the coroutine away, outside its task; a handler may raise the same."""
+        if not issubclass(type(error), GeneratorExit):
+            return False
+        try:
+            return asyncio.current_task() not in self.running
+        except RuntimeError:  # no loop runs any more
+            return True
 
 
 def absorb(error: BaseException) -> None:

@@ -6,7 +6,6 @@ Owns the declarations of an application. Knows nothing of lanes, processes or tr
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import inspect
 import math
@@ -336,8 +335,8 @@ class Registry:
         """Register what opens before a worker's first message and closes after its last: an async generator function.
 
         It takes a `WorkerInfo`, or nothing, and yields once. Several open in order and close in reverse. What is raised
-        meanwhile, in the block of `bus.local()` for instance, is not raised at the `yield`, a cancellation excepted: they
-        close as usual.
+        meanwhile, in the block of `bus.local()` for instance, or a cancellation, is not raised at the `yield`: they close
+        as usual.
         """
         is_lifespan: bool = inspect.isasyncgenfunction(function)
         if not is_lifespan:
@@ -610,16 +609,11 @@ def _place(kind: type) -> str:
 async def _deaf(manager: contextlib.AbstractAsyncContextManager[None]) -> AsyncIterator[None]:
     """A context that closes as if nothing had been raised in it: a lifespan need not expect that at its `yield`.
 
-    But it hears of a cancellation: that may come of a scope of its own, a `TaskGroup` for instance, which waits for it.
+    Nor a cancellation. A scope of its own, for instance a `TaskGroup` one of whose tasks has failed, knows without that it
+    has cancelled, and raises what that came of.
     """
     await manager.__aenter__()
     try:
         yield
-    except asyncio.CancelledError as error:
-        if not await manager.__aexit__(type(error), error, error.__traceback__):
-            raise
-    except BaseException:
-        await manager.__aexit__(None, None, None)
-        raise
-    else:
+    finally:
         await manager.__aexit__(None, None, None)

@@ -132,7 +132,6 @@ class _Worker:
         self.stalled_in = ""  # what blocks its event loop, as far as is known
         self.at_rest = False
         self.drained: Drained | None = None
-        self.is_cut_short = False  # it had drained, and was killed for what it did beyond that
 
     @property
     def restarts(self) -> int:
@@ -232,6 +231,9 @@ class Supervisor:
                 raise BootError(self._failure)
             return self._not_drained()
         finally:
+            # What nobody will ask for again does not stay on RAM for ever; that a worker is killed for what it does beyond
+            # its drain changes nothing of that.
+            spent = bool(self._workers) and all(one.drained and one.drained.is_clean for one in self._workers)
             await self._end_all()
             self._forks.close()
             listener.close()
@@ -240,8 +242,6 @@ class Supervisor:
             for worker in self._workers:
                 worker.evidence.close()
                 worker.journal.close()
-            # What nobody will ask for again does not stay on RAM for ever.
-            spent = bool(self._workers) and all(one.drained and one.drained.is_clean for one in self._workers)
             unused = is_first and not any(one.ready_at for one in self._workers)
             rundir.close(forget=spent or unused or self._options.leave_nothing)
 
@@ -324,7 +324,6 @@ class Supervisor:
         self._drop_spare()
         for worker in self._workers:
             if worker.child is not None:
-                worker.is_cut_short = worker.drained is not None
                 worker.child.kill()
         self._stopping = True
         end = time.monotonic() + 10.0
@@ -576,7 +575,7 @@ class Supervisor:
         """A worker is dead and reaped: decide whether and when its successor starts."""
         was_ready, worker.ready, worker.child = worker.ready, False, None
         worker.last_exit = worker.boot_error or signal_name(code)
-        if code != 0 and not worker.is_cut_short:
+        if code != 0:
             worker.drained = None  # whatever it said, it has not ended so
         # Else the journal still shows what the one before was running, and that one's end goes with it.
         took_over = worker.journal.journal.deaths != worker.judged

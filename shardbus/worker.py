@@ -16,6 +16,7 @@ import gc
 import logging
 import os
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Final
@@ -55,7 +56,7 @@ from shardbus.sql.store import SqlStore
 from shardbus.store import StoreError
 from shardbus.tracebacks import log_error, traceback_of
 from shardbus.watchdog import Stall, Watchdog
-from shardbus.wording import encodable
+from shardbus.wording import one_line
 from shardbus.zmq_transport import Router, ZmqListener
 
 log = logging.getLogger("shardbus.worker")
@@ -101,8 +102,24 @@ async def run_worker(boot: Boot, descriptor: int, make_outgoing: MakeOutgoing) -
     finally:
         alive.cancel()
         pipe.close()
-    # A task that the application has left behind may not let itself be cancelled, and nothing is to be waited for any more.
-    asyncio.get_running_loop().call_later(_TASKS_S, os._exit, code)
+    return code
+
+
+async def _run_to_the_end(boot: Boot, descriptor: int, make_outgoing: MakeOutgoing) -> int:
+    """As `run_worker`; whatever the application has left behind, this process ends with that code soon after."""
+    code = EXIT_BROKEN  # so that no handler is blamed
+    try:
+        code = await run_worker(boot, descriptor, make_outgoing)
+    except asyncio.CancelledError:
+        # By nobody of ours: by the scope of a lifespan, one of whose tasks has failed, which was told when that was closed.
+        log.critical("a lifespan has ended the worker")
+    except BaseException as error:
+        log.critical("defect: %s", traceback_of(error))
+    # A task or a thread of the application may not let itself be ended, and nothing is to be waited for any more; nor is the
+    # loop, which ends before such a thread.
+    last = threading.Timer(_TASKS_S, os._exit, (code,))
+    last.daemon = True
+    last.start()
     return code
 
 
@@ -118,25 +135,15 @@ async def _application(registry: Registry, info: WorkerInfo) -> AsyncIterator[No
         await lifespans.__aenter__()
     except BaseException as error:  # the user's own
         log.error("the application cannot start: %s", traceback_of(error))
-        told = encodable(text_of(error)[:_TOLD_CHARS_MAX])
+        told = one_line(text_of(error), _TOLD_CHARS_MAX)
         raise BootError(f"its lifespan raised {type(error).__name__}: {told}") from None
     try:
         yield
-    except asyncio.CancelledError as cancelled:
-        # Of a scope of the application's own, as of a `TaskGroup` one of whose tasks has failed: that says so in its stead.
-        await lifespans.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
-        raise
-    except BaseException:
-        await _close(lifespans)
-        raise
-    await _close(lifespans)
-
-
-async def _close(lifespans: contextlib.AbstractAsyncContextManager[None]) -> None:
-    try:
-        await lifespans.__aexit__(None, None, None)
-    except BaseException as error:  # the user's own
-        log_error(log, error, "the application's lifespan failed when it was to be closed")
+    finally:
+        try:
+            await lifespans.__aexit__(None, None, None)
+        except BaseException as error:  # the user's own
+            log_error(log, error, "the application's lifespan failed when it was to be closed")
 
 
 async def _stay_alive(pipe: ReportPipe) -> None:
@@ -317,4 +324,4 @@ def main(make_outgoing: MakeOutgoing) -> None:
         sys.exit("shardbus.worker is started by `shardbus serve`")
     die_with_parent(boot.parent)
     configure_logging(boot.log_level, boot.log_format, None)
-    sys.exit(run(run_worker(boot, descriptor, make_outgoing)))
+    sys.exit(run(_run_to_the_end(boot, descriptor, make_outgoing)))
