@@ -137,6 +137,13 @@ async def _with_what_ends_programs() -> None:
         raise SystemExit(3) from None
 
 
+async def _as_if_thrown_away() -> None:
+    try:
+        await asyncio.sleep(600)
+    except asyncio.CancelledError:
+        raise GeneratorExit from None
+
+
 async def _with_nothing() -> None:
     with contextlib.suppress(asyncio.CancelledError):
         await asyncio.sleep(600)
@@ -167,6 +174,7 @@ ANSWERS: Final[dict[str, Callable[[], Awaitable[None]]]] = {
     "a group's": _in_a_group,
     "another error": _with_another_error,
     "what ends programs": _with_what_ends_programs,
+    "as if thrown away": _as_if_thrown_away,
     "nothing": _with_nothing,
     "nothing, as documented": _with_nothing_as_it_is_documented,
 }

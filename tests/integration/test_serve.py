@@ -258,6 +258,60 @@ def test_a_lifespan_that_cannot_be_closed_is_told_and_what_was_drained_is_draine
     assert errors.splitlines()[-1].endswith("supervisor: drained")
 
 
+class Polled(shardbus.Event, key="key"):
+    key: str
+
+
+POLLS = POOLS.partition("@bus.lifespan")[0] + """
+import os
+
+
+class Polled(Event, key="key"):
+    key: str
+
+
+begun = asyncio.Event()
+fails = not os.path.exists("failed") or os.path.getsize("failed") < 3
+
+
+@bus.on(Polled)
+async def polled(event):
+    begun.set()
+    await asyncio.sleep(600 if fails else 0)
+
+
+async def poll():
+    await begun.wait()
+    with open("failed", "a") as file:
+        file.write("x")
+    raise ConnectionError("the poller is gone")
+
+
+@bus.lifespan
+async def poller(worker):
+    task = asyncio.ensure_future(stay())
+    async with asyncio.TaskGroup() as group:
+        if fails:
+            group.create_task(poll())
+        yield
+"""
+
+
+async def test_a_lifespan_that_ends_its_worker_is_told_and_no_handler_is_blamed(make_bus: MakeBus, short_path: Path) -> None:
+    (short_path / "polls.py").write_text(POLLS.replace("import Bus\n", "import Bus, Event\n"))
+    bus = make_bus("--workers", "1", application="polls:bus")
+    bus.wait_ready()
+    async with shardbus.connect(bus.address) as client:
+        await client.publish(Polled(key="a"))
+        ledger = await client.flush()
+    assert (ledger.handled, ledger.dead) == (1, 0)
+    code, errors = await asyncio.to_thread(bus.end)
+    assert code == 0
+    assert errors.count("ConnectionError: the poller is gone") == errors.count("a lifespan has ended the worker") == 3
+    assert "found to end workers" not in errors
+    assert "silent" not in errors
+
+
 def test_a_lifespan_that_has_no_time_to_close_is_told(make_bus: MakeBus, short_path: Path) -> None:
     bus = serve_pools(make_bus, short_path, """
         yield

@@ -25,6 +25,9 @@ MODULES = {
     "wordy": "raise ValueError('two\\nlines')\n",
     "proxies": "class Proxy:\n    __class__ = property(lambda self: 1 / 0)\nrequest = Proxy()\n",
     "lazy": "def __getattr__(name):\n    import no_such_module_anywhere\n",
+    "half": "raise ValueError('half \\ud800')\n",
+    "misnames": "raise ModuleNotFoundError('by number', name=5)\n",
+    "leaves": "import sys\ndef __getattr__(name):\n    sys.exit(3)\n",
     "lacks": "import no_such_module_anywhere\n",
     "misregisters": "from shardbus import Bus\nbus = Bus('')\n",
 }
@@ -59,6 +62,9 @@ BUSES = [
     ("wordy:bus", r"wordy does not import: ValueError: two\nlines ({here}/wordy.py:1)"),
     ("proxies:bus", "proxies has no Bus named 'bus'"),
     ("lazy:bus", "lazy has no 'bus': No module named 'no_such_module_anywhere'"),
+    ("half:bus", r"half does not import: ValueError: half \ud800 ({here}/half.py:1)"),
+    ("misnames:bus", "misnames does not import: by number ({here}/misnames.py:1)"),
+    ("leaves:bus", "leaves has no 'bus': SystemExit: 3 ({here}/leaves.py:3)"),
     ("lacks:bus", "lacks does not import: No module named 'no_such_module_anywhere' ({here}/lacks.py:1)"),
     ("misregisters:bus", "misregisters does not import: a bus needs a name, for instance Bus('shop') ({here}/misreg"),
 ]

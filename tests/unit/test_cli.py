@@ -170,6 +170,7 @@ def test_a_mistake_is_told_in_a_line_and_exits_with_2(shell: Shell, arguments: t
         (SERVE, {"SHARDBUS_SERVE_WORKERS": "two"}, "'two' is not a valid integer"),
         (SERVE, {"SHARDBUS_SERVE_DRAIN_TIMEOUT": "nan"}, "'nan' is no number"),
         (SERVE, {"SHARDBUS_SERVE_BIND": "nowhere"}, "'nowhere' is not an address"),
+        ((*SERVE, "--leave-nothing"), {"SHARDBUS_SERVE_BIND": "ipc:///run/real"}, "--leave-nothing needs --bind"),
         (("publish", "Placed", PLACED), {"SHARDBUS_APP": "nowhere:bus"}, "there is no module 'nowhere' here"),
         (("publish", "Placed", PLACED), {"SHARDBUS_APP": "cli_shop"}, "'cli_shop' is not MODULE:BUS"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import operator
 from collections.abc import AsyncIterator, Callable
@@ -517,6 +518,27 @@ async def test_a_lifespan_closes_as_usual_whatever_the_block_has_raised(bus: Reg
             raise LookupError("in the block")
     assert isinstance(raised.value.__context__, LookupError)
     assert seen == ["second closes", "first closes"]
+
+
+async def test_a_lifespan_closes_under_a_cancellation_too_and_swallows_none(bus: Registry):
+    seen: list[str] = []
+
+    @bus.lifespan
+    async def pool() -> AsyncIterator[None]:
+        yield  # without `try`
+        seen.append("pool closes")
+
+    @bus.lifespan
+    async def tolerant() -> AsyncIterator[None]:
+        with contextlib.suppress(asyncio.CancelledError):
+            yield
+        seen.append("tolerant closes")
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            async with bus.running(WORKER):
+                await asyncio.sleep(600)
+    assert seen == ["tolerant closes", "pool closes"]
 
 
 async def test_a_lifespan_whose_own_task_fails_ends_the_block(bus: Registry):
