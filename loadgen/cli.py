@@ -363,7 +363,11 @@ def cli(
     histogram = Histogram()
     report = _run(spec, expectations, histogram)
     if "-" not in (json_path, csv_path, hgrm_path):
-        show(report)  # first: a file that cannot be written does not take it along
+        try:
+            show(report)  # first: a file that cannot be written does not take it along
+            sys.stdout.flush()
+        except BrokenPipeError:  # nor does a reader that has left take the files: `| tee` ends by the same Ctrl-C
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if json_path is not None:
         _write(_json(report), json_path)
     if csv_path is not None:

@@ -1,11 +1,13 @@
-"""The process that sends: `python -m loadgen.driver`. Two JSON lines on stdin say what and when; `DriverLine`s on stdout.
+"""The process that sends: `python -m loadgen.driver`. JSON lines on stdin say what, when, and perhaps to end before its
+time; it says `DriverLine`s on stdout.
 
 Owns the open loop and its clock. It alone decides when an event goes; what the bus made of it is the collector's to say.
 It ends when its stdin does, so that it never outlives whoever started it.
 
 Paced, it wakes up when the next event is due, though not within 100 µs, sends all that is due, each event stamped with
 its own intended instant, and gives the event loop one turn. It sleeps in `time.sleep` on purpose: asyncio rounds a delay
-up to a millisecond, and spinning would steal the core that the bus is measured on.
+up to a millisecond, and spinning would steal the core that the bus is measured on. While commands are under way it sleeps no
+longer than 100 µs at a time, and then gives the loop as many turns as a reply takes to be noted.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ BATCH: Final = 512  # events a call: what fits into a frame of the bus
 COMMANDS_MAX: Final = 4096  # whose replies one driver waits for; when so many are under way, the next one waits
 _NS: Final = 1_000_000_000
 _NAP_NS_MIN: Final = 100_000  # really about 160 µs: what Linux makes of it
+_REPLY_TURNS: Final = 4  # of the event loop, from a reply in the socket to the task that waits for it
 _NAP_NS_MAX: Final = 1_000_000  # so long may an ack or a credit lie unread
 _LONG_WAIT_NS: Final = 3_000_000  # longer waits are asyncio's: a slow load does not keep a core awake
 _SLEEP_NS_MAX: Final = 200_000_000  # the end of a window is not slept through
@@ -215,6 +218,7 @@ class Driver:
         self._lags_told.merge(self._lags.counts())
         return DriverResult(
             scheduled=None if self._arrivals is None else self._scheduled_in_window(self._arrivals),
+            scheduled_s=max(0, self._end_ns - self._warm_ns) / _NS,
             sent=after.sent - before.sent,
             window_s=window_s,
             before=before.counts,
@@ -280,10 +284,20 @@ class Driver:
                 # would be no other before a batch is full. And a nap, or every event would be a frame of its own.
                 await asyncio.sleep(0)
                 if due.count < BATCH:
-                    await _idle(_NAP_NS_MIN)
+                    await self._idle(_NAP_NS_MIN)
             else:
                 edge_ns = self._end_ns if measured else self._warm_ns
-                await _idle(min(due.wait_ns, edge_ns - now_ns))
+                await self._idle(min(due.wait_ns, edge_ns - now_ns))
+
+    async def _idle(self, wait_ns: int) -> None:
+        if wait_ns > _LONG_WAIT_NS:
+            await asyncio.sleep(min(wait_ns - _LONG_WAIT_NS // 2, _SLEEP_NS_MAX) / _NS)
+            return
+        listens = self._commands is not None and self._commands.under_way
+        longest_ns = _NAP_NS_MIN if listens else _NAP_NS_MAX
+        time.sleep(min(max(wait_ns, _NAP_NS_MIN), longest_ns) / _NS)  # noqa: ASYNC251 - see the module's docstring
+        for _ in range(_REPLY_TURNS if listens else 0):
+            await asyncio.sleep(0)
 
     def _end_warm_up(self, arrivals: Arrivals) -> None:
         if not arrivals.due(self._sent, self._warm_ns - 1).count:
@@ -372,6 +386,11 @@ class Commands:
         self.replies = LagTotals()
         """When replies came, from the intended instant."""
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a reply may come."""
+        return bool(self._running)
+
     async def send(self, load: Load, intended_ns: list[int] | None) -> None:
         """Send commands without waiting for their replies; see `Send`."""
         loop = asyncio.get_running_loop()
@@ -407,13 +426,6 @@ class Commands:
         return Counts(
             published=self._sent, handled=self._replied, dead=self._failed, waiting=0, dropped=0, in_flight=left
         )
-
-
-async def _idle(wait_ns: int) -> None:
-    if wait_ns > _LONG_WAIT_NS:
-        await asyncio.sleep(min(wait_ns - _LONG_WAIT_NS // 2, _SLEEP_NS_MAX) / _NS)
-    else:
-        time.sleep(min(max(wait_ns, _NAP_NS_MIN), _NAP_NS_MAX) / _NS)  # noqa: ASYNC251 - see the module's docstring
 
 
 async def drive(part: Part, say: Say, go: Awaitable[int], stop: asyncio.Event) -> None:

@@ -128,8 +128,9 @@ async def _until_ready(stream: asyncio.StreamReader, pid: int) -> None:
 
 
 def _pass_on(octets: bytes) -> None:
-    sys.stderr.buffer.write(octets)
-    sys.stderr.buffer.flush()
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it any more; what prints it goes on
+        sys.stderr.buffer.write(octets)
+        sys.stderr.buffer.flush()
 
 
 async def _pass_on_all(stream: asyncio.StreamReader) -> None:
@@ -153,7 +154,7 @@ def own_address(name: str) -> Iterator[str]:
             os.rmdir(directory)
 
 
-def is_in_use(address: str) -> bool:
+def is_there(address: str) -> bool:
     """Whether there is something at an address of `own_address`: a bus, or what one has left."""
     return os.path.exists(address.removeprefix("ipc://"))
 

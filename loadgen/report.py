@@ -31,6 +31,7 @@ DRIVER_CPU_MIN: Final = 0.8  # of a core; a driver that took as much was busy it
 MACHINE_BUSY_MIN: Final = 0.9  # of all cores; above it, or with more to run than cores, whoever sleeps wakes up late
 STOLEN_MAX: Final = 0.05  # of all cores, taken by the host of a virtual machine
 PUBLISHERS_MAX: Final = 256  # of a shard, by the bus' own limits
+_WORKERLESS: Final = ("down", "given-up")  # states of a shard of which nothing is handled
 OWN_PACE_MIN: Final = 0.9  # of what was due while the generator did not wait; below it, it was too slow by itself
 
 
@@ -134,19 +135,20 @@ class Judgement(msgspec.Struct, frozen=True):
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """All that a verdict rests on.
 
-    Of the whole run: `lost`, `in_flight` (published and not finished when the flush gave up), `duplicates`, `redelivered`,
-    `out_of_order`; `gone`: the bus was, and with it the evidence. Of the window: the offered and the achieved rate in events
-    per second (offered None: unpaced), how many events were `scheduled` and `sent`, the 99th percentile of the send lag, and
-    the share of the time that publish waited for room. `driver_cpu` is what each driver had of a core; `cpu_count` and
-    `machine_load` (None: not looked at) are this machine's.
+    Of the whole run: `lost`, `not_delivered` (not finished when the flush gave up), `duplicates`, `redelivered`,
+    `out_of_order`; `gone`: the bus was, and with it the evidence; `is_up`: all its workers were, at the end. Of the window:
+    the offered and the achieved rate in events per second (offered None: unpaced), how many events were `scheduled` and
+    `sent`, the 99th percentile of the send lag, and the share of the time that publish waited for room. `driver_cpu` is what
+    each driver had of a core; `cpu_count` and `machine_load` (None: not looked at) are this machine's.
     """
 
     lost: int
-    in_flight: int
+    not_delivered: int
     duplicates: int
     redelivered: int
     out_of_order: int
     gone: bool = False
+    is_up: bool = True
     offered_rate: float | None
     achieved_rate: float
     scheduled: int | None
@@ -163,16 +165,22 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 def judge(facts: Facts) -> Judgement:
     """The verdict on a run. What broke a promise comes first, then the bus that was too slow, then the generator.
 
-    An unpaced run offers no rate, so it can only be ok or failed.
+    An unpaced run offers no rate, so it can only be ok or failed. What was not finished in the end is the mark of a bus that
+    was too slow where it was; where it had kept up, or a worker was missing, it is a broken promise.
     """
     broken = _broken_promises(facts)
-    if broken:
-        return Judgement("failed", tuple(broken))
+    slow = facts.offered_rate is not None and facts.achieved_rate < (1 - _behind_max(facts)) * facts.offered_rate
+    unfinished = []
+    if facts.not_delivered:
+        unfinished.append(f"{_events_were(facts.not_delivered)} not finished when the time for the flush was up")
+    if broken or (unfinished and not (slow and facts.is_up)):
+        return Judgement("failed", (*broken, *unfinished))
     if facts.offered_rate is None or facts.scheduled is None:
         return Judgement("ok")
     late = _lateness(facts)
-    slow = facts.achieved_rate < (1 - _behind_max(facts)) * facts.offered_rate
     achieved = f"{facts.achieved_rate:,.0f} of {facts.offered_rate:,.0f} events/s were finished in the measured window"
+    if unfinished:
+        return _saturated(facts, achieved, *unfinished)
     if late and _is_bus_behind(facts, facts.offered_rate, facts.scheduled):
         return _saturated(facts, achieved, late)
     if late and _is_generators_fault(facts, facts.scheduled):
@@ -238,8 +246,6 @@ def _broken_promises(facts: Facts) -> list[str]:
     elif facts.lost:
         it = "it was" if facts.lost == 1 else "they were"
         reasons.append(f"{_events_were(facts.lost)} acknowledged, and nothing shows that {it} ever handled")
-    if facts.in_flight:
-        reasons.append(f"{_events_were(facts.in_flight)} not finished when the time for the flush was up")
     if facts.out_of_order:
         its = "its" if facts.out_of_order == 1 else "their"
         reasons.append(f"{_events_were(facts.out_of_order)} handled after a later one of {its} key")
@@ -299,14 +305,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     most. An event that came again counts by its first outcome, so published = handled + dead-lettered + waiting + lost +
     not delivered. `duplicates`: all repeats; `redelivered`: those that said so. `unchecked`: events of keys that the shards
     no longer remembered. Not `proven`: the bus was gone at the end, so `handled` and `dead_lettered` are what publishers
-    were told, and of `PROVEN` nothing is known. `interrupted`: the load was ended before its time, and everything here is of
-    what was done until then.
+    were told, and of `PROVEN` nothing is known. `interrupted`: the load, or the waiting for what lay in stores, was ended
+    before its time, and everything here is of what was done until then.
     Times run from the intended instant: `send_lag_us` to the publish call, `latency_us` (the response time) to the end of
     the handler, or, for a command, to its reply. It is the sum of two, for each event: `queue_us`, to the beginning of the
     handler (with the send lag in it), and `service_us`, the handler's own time, of the attempt that settled the event.
     Nobody measures these two of a command. All three are null where they would mislead; `notes` say why.
-    `load` is what was asked for. Counts of commands stand where those of events would: `handled` were replied to,
-    `dead_lettered` failed, `lost` got no reply.
+    `load` is what was asked for, its `address` and `workers` too; what served is in those beside it. Counts of commands
+    stand where those of events would: `handled` were replied to, `dead_lettered` failed, `lost` got no reply.
     """
 
     verdict: Verdict
@@ -396,11 +402,16 @@ PROVEN: Final = ("lost", "duplicates", "redelivered", "out_of_order", "unchecked
 
 def held_against(report: Report, expectations: Sequence[Expectation]) -> Report:
     """A report with its expectations checked. One that is not met makes an ok run a failed one, and any run where no load is
-    an excuse."""
+    an excuse. That something is handled is expected of every run that does not say what else is to become of its events."""
     figures = figures_of(report)
     outcomes = tuple(check(expectation, figures) for expectation in expectations)
     missed = tuple(f"expected {shown(outcome)}" for outcome in outcomes if not outcome.met)
     verdict = report.verdict
+    all_dead = report.dead_lettered > 0 and not report.handled
+    if all_dead and not any(expectation.figure in ("handled", "dead_lettered") for expectation in expectations):
+        became = "commands failed" if report.load.commands else "events became dead letters"
+        missed += (f"none was handled: {report.dead_lettered:,} {became}",)
+        verdict = "failed"
     if (missed and verdict == "ok") or not all(outcome.met or outcome.is_excused for outcome in outcomes):
         verdict = "failed"
     return msgspec.structs.replace(
@@ -456,6 +467,7 @@ def together(results: Sequence[DriverResult]) -> DriverResult:
         return one
     return DriverResult(
         scheduled=None if one.scheduled is None else sum(result.scheduled or 0 for result in results),
+        scheduled_s=max(result.scheduled_s for result in results),
         sent=sum(result.sent for result in results),
         window_s=max(result.window_s for result in results),
         before=Counts.sum(result.before for result in results),
@@ -503,9 +515,15 @@ class Absence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Observed(msgspec.Struct, frozen=True, kw_only=True):
-    """What was seen beside drivers and evidence; see `Report`. `gone`: the bus, before it could be asked for evidence."""
+    """What was seen beside drivers and evidence; see `Report`.
+
+    `gone`: the bus, before it could be asked for evidence. `cut_short`: an interrupt ended the waiting for what lay in
+    stores. `undone`: faults whose time had not come when the load ended.
+    """
 
     gone: bool = False
+    cut_short: bool = False
+    undone: tuple[str, ...] = ()
     absence: Absence = Absence()
     faults: tuple[FaultRecord, ...] = ()
     processes: tuple[ProcessUse, ...] = ()
@@ -540,13 +558,14 @@ def make_report(
     window_s = result.window_s
     achieved_rate = (result.after.finished - result.before.finished) / window_s if window_s else 0.0
     offered_rate = spec.rate
-    by_count = offered_rate is None or spec.recording is not None or spec.arrivals == "poisson" or result.interrupted
+    by_count = offered_rate is None or spec.recording is not None or spec.arrivals == "poisson"
     if result.scheduled is not None and by_count:  # the rate is what was due: it is not the same at every moment, or in all
-        offered_rate = result.scheduled / window_s if window_s else 0.0
+        offered_rate = result.scheduled / result.scheduled_s if result.scheduled_s else 0.0
     judgement = judge(
         Facts(
             lost=books.lost,
-            in_flight=result.final.in_flight,
+            not_delivered=books.not_delivered,
+            is_up=all(worker.state not in _WORKERLESS for worker in bus.workers),
             duplicates=books.duplicates,
             redelivered=totals.announced,
             out_of_order=totals.out_of_order,
@@ -589,7 +608,7 @@ def make_report(
         out_of_order=totals.out_of_order,
         unchecked=totals.unchecked,
         proven=not observed.gone,
-        interrupted=result.interrupted,
+        interrupted=result.interrupted or observed.cut_short,
         latency_us=None if silence else totals.latency_us,
         service_us=None if silence else totals.service_us,
         queue_us=None if silence else totals.queue_us,
@@ -638,7 +657,7 @@ def _closed(bus: BusState, not_delivered: int) -> Sequence[str]:
     notes = [
         f"shard {worker.shard} was {worker.state} at the end: nothing of its keys is handled until it has a worker"
         for worker in bus.workers
-        if worker.state in ("down", "given-up")
+        if worker.state in _WORKERLESS
     ]
     notes += [
         f"shard {worker.shard} had {worker.publishers:,} publishers at the end, and takes no other until one has finished"
@@ -656,6 +675,9 @@ def _notes(result: DriverResult, totals: Totals, books: Account, observed: Obser
         notes.append(f"the bus was served anew {times} during the run")
     if absence.silent_s and not observed.gone:
         notes.append(f"the bus' supervisor did not answer for {absence.silent_s:.1f} s")
+    if observed.cut_short:
+        notes.append("an interrupt ended the waiting for events that lay in stores")
+    notes += [f"{fault} was not done: the load had ended" for fault in observed.undone]
     if observed.unseen:
         notes.append(f"not always seen, so their processor time and memory may be too low: {', '.join(observed.unseen)}")
     if totals.unchecked:

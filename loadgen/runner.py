@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,7 +20,7 @@ from loadgen.histogram import Histogram
 from loadgen.injector import Injector, is_set_within
 from loadgen.machine import shares_clock, this_machine
 from loadgen.meters import merged
-from loadgen.processes import DriverProcess, first_interrupt, is_in_use, own_address, started_bus, started_driver
+from loadgen.processes import DriverProcess, first_interrupt, is_there, own_address, started_bus, started_driver
 from loadgen.replay import check_readable
 from loadgen.report import (
     BusState,
@@ -45,8 +46,7 @@ _POLL_S: Final = 0.05
 _SILENCE_S: Final = 20.0  # a driver speaks every second; on a machine in trouble, rather less often
 _READY_S: Final = 600.0  # a long recording is read before its driver is ready
 _HEAD_START_NS: Final = 100_000_000  # from the word to go until the schedule begins
-_INTERVAL_S: Final = 1.0  # between two looks at the bus
-_INTERVALS_MAX: Final = 3600  # of one run; a longer one has longer intervals
+_INTERVALS_MAX: Final = 3600  # of one run, about a second each; a longer one has longer intervals
 
 
 class Watcher(Protocol):
@@ -118,7 +118,14 @@ async def run_async(
     watcher = watcher or _Silent()
     if spec.recording is not None:
         check_readable(spec.recording)
+    run_: _Run | None = None
+
+    def take_interrupt() -> bool:
+        return run_ is not None and run_.take_interrupt()
+
     async with contextlib.AsyncExitStack() as stack:
+        if report_on_interrupt:  # up to the end of all: what was served for the run may take its time for that
+            stack.enter_context(first_interrupt(take_interrupt))
         address, lives_on = await _find_bus(spec, stack, watcher.say)
         client = await stack.enter_async_context(shardbus.connect(address, timeout=_CONNECT_S))
         local = shares_clock(client.address)
@@ -126,8 +133,7 @@ async def run_async(
             raise LoadError(f"faults need a bus on this host; {client.address} is elsewhere")
         found = msgspec.structs.replace(spec, address=client.address, application=None)
         run_ = _Run(found, client, watcher, Collector(client, local=local), lives_on=lives_on)
-        interrupts = first_interrupt(run_.take_interrupt) if report_on_interrupt else contextlib.nullcontext()
-        report = msgspec.structs.replace(await run_.measure(interrupts), load=spec)
+        report = msgspec.structs.replace(await run_.measure(), load=spec)
         if histogram is not None and report.latency_us is not None:
             histogram.merge(run_.histogram())
         return held_against(report, expectations)
@@ -155,7 +161,7 @@ async def _find_bus(
     # At an address of its own: at that of a bus which does not run now, events may wait for their application.
     _check_shards(spec.faults, spec.workers)
     address = stack.enter_context(own_address(_own_name(application, spec.workers)))
-    if is_in_use(address):
+    if is_there(address):
         await _check_free(address, application)
     say(f"{why}serving {application} at {address} for this run, workers: {spec.workers}")
     options = ["--leave-nothing"]  # nobody would look there
@@ -202,6 +208,8 @@ class _Run:
         self._collector = collector
         self._lives_on = lives_on
         self._latest: list[Progress | None] = [None] * spec.drivers
+        self._unheard = set(range(spec.drivers))  # since the last news
+        self._news = asyncio.Event()  # each driver has said how far it is, which they do once a second
         self._results: list[DriverResult | None] = [None] * spec.drivers
         self._pids: list[int] = []
         self._intervals: list[Interval] = []
@@ -209,6 +217,10 @@ class _Run:
         self._drivers: list[DriverProcess] = []
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()  # before its time, by an interrupt
+        self._over = asyncio.Event()  # nothing is sent any more
+        self._is_measured = False  # nothing is left to be found out
+        self._cut_short = False  # by an interrupt that came when all was sent
+        self._undone: list[str] = []  # faults
 
     def histogram(self) -> Histogram:
         """The response times of the measured window."""
@@ -225,20 +237,24 @@ class _Run:
 
     def _stop(self) -> None:
         self._stopped.set()
-        sent = "all was sent" if all(line is not None and line.over for line in self._latest) else "no more is sent"
-        self._watcher.say(f"interrupted: {sent}; waiting for what is under way (once more to end without a report)")
-        for driver in self._drivers:
+        self._over.set()
+        for driver in self._drivers:  # first: to tell of it may take its time
             driver.stop()
+        if self._is_measured:
+            doing = "all is measured; ending what was started"
+        elif None not in self._results:
+            doing = "all was sent; waiting no longer for what lies in stores"
+        elif all(line is not None and line.over for line in self._latest):
+            doing = "all was sent; waiting for what is under way"
+        else:
+            doing = "no more is sent; waiting for what is under way"
+        self._watcher.say(f"interrupted: {doing} (once more to end without a report)")
 
-    async def measure(self, interrupts: contextlib.AbstractContextManager[None]) -> Report:
-        """Make the run, and its report. From the drivers' start on, `interrupts` is entered."""
-        with contextlib.ExitStack() as covered:
-            return await self._measure(lambda: covered.enter_context(interrupts))
-
-    async def _measure(self, cover: Callable[[], None]) -> Report:
+    async def measure(self) -> Report:
+        """Make the run, and its report."""
         spec, collector = self._spec, self._collector
         _check_shards(spec.faults, len((await collector.state()).workers))
-        await self._drive(cover)
+        await self._drive()
         machine_load = collector.machine_load()
         result = self._result()
         gone = False
@@ -249,6 +265,7 @@ class _Run:
                 totals, state = await self._settled(result)
             except shardbus.BusUnreachable:
                 gone, totals, state = True, totals_of_acks(result), await collector.state()  # the verdict says so
+        self._is_measured = True
         found = {shard: histogram.percentiles() for shard, histogram in sorted(collector.by_shard.items())}
         return make_report(
             spec,
@@ -260,6 +277,8 @@ class _Run:
             machine=this_machine(),
             observed=Observed(
                 gone=gone,
+                cut_short=self._cut_short,
+                undone=tuple(self._undone),
                 absence=collector.absence,
                 faults=tuple(self._faults),
                 processes=collector.processes(),
@@ -275,6 +294,7 @@ class _Run:
         collector, final = self._collector, result.final
         enough = asyncio.Event() if self._stopped.is_set() else self._stopped  # an interrupt has one effect
         totals, state = await collector.settle(final, self._spec.flush_s, enough), await collector.state()
+        self._cut_short = enough.is_set() and state.waiting > 0
         until_s = time.monotonic() + _BEATS_S
         while final.waiting and account(result, totals, state.waiting).lost and time.monotonic() < until_s:
             await asyncio.sleep(_POLL_S)
@@ -286,7 +306,7 @@ class _Run:
     def _result(self) -> DriverResult:
         return together([result for result in self._results if result is not None])
 
-    async def _drive(self, cover: Callable[[], None]) -> None:
+    async def _drive(self) -> None:
         """Start the drivers, give the word to go once all are ready, and follow them to their results."""
         spec = self._spec
         async with contextlib.AsyncExitStack() as stack:
@@ -308,7 +328,6 @@ class _Run:
             start_ns = time.monotonic_ns() + _HEAD_START_NS
             for driver in self._drivers:
                 driver.go(start_ns)
-            cover()
             self._watcher.begin(spec, planned)
             watching = asyncio.create_task(self._watch())
             beside = [watching, *self._fault_tasks(start_ns)]
@@ -324,6 +343,7 @@ class _Run:
 
     async def _end(self, beside: Sequence[asyncio.Task[None]]) -> None:
         watching, *faults = beside
+        self._over.set()
         if faults and None not in self._results:
             # A recovery that is still awaited is part of the report.
             await asyncio.wait(faults, timeout=_CONNECT_S)
@@ -345,23 +365,34 @@ class _Run:
             match line:
                 case Progress():
                     self._latest[number] = _later(self._latest[number], line)
+                    self._unheard.discard(number)
+                    if not self._unheard:
+                        self._unheard.update(range(self._spec.drivers))
+                        self._news.set()
                 case DriverResult():
                     self._results[number] = line
         if self._results[number] is None:
             raise LoadError("a driver process ended without a result; what it wrote stands above")
 
     async def _watch(self) -> None:
-        interval_s = max(_INTERVAL_S, self._spec.planned_s / _INTERVALS_MAX)
+        every = max(1, math.ceil(self._spec.planned_s / _INTERVALS_MAX))
         while True:
-            await asyncio.sleep(interval_s)
+            for _ in range(every):
+                await self._news.wait()
+                self._news.clear()
             await self._observe()
 
     async def _observe(self, *, last: bool = False) -> None:
         latest = [line for line in self._latest if line is not None]
         if len(latest) < self._spec.drivers or len(self._intervals) >= 2 * _INTERVALS_MAX:
             return
-        interval = await self._collector.interval(latest, [] if last else self._pids)
+        # First: what is said meanwhile is the next interval's.
         self._latest = [msgspec.structs.replace(line, send_lag_us={}) for line in latest]
+        try:
+            interval = await self._collector.interval(latest, [] if last else self._pids)
+        except asyncio.CancelledError:
+            self._latest = [_later(before, line) for before, line in zip(latest, self._latest, strict=True) if line]
+            raise
         if interval is not None:
             self._intervals.append(interval)
             self._watcher.progress(interval)
@@ -379,13 +410,14 @@ class _Run:
 
     async def _fault(self, fault: FaultSpec, shard: int, start_ns: int) -> None:
         injector = Injector(self._client)
-        if await is_set_within(self._stopped, start_ns / 1e9 + fault.at_s - time.monotonic()):
-            return  # nobody sends any more
+        if await is_set_within(self._over, start_ns / 1e9 + fault.at_s - time.monotonic()):
+            self._undone.append(str(fault))
+            return
         record = FaultRecord(fault=str(fault), shard=shard, at_s=time.monotonic() - start_ns / 1e9)
         at = len(self._faults)
         self._faults.append(record)
         if fault.kind == "stop":
-            record = msgspec.structs.replace(record, stopped_s=await injector.stop(shard, fault.seconds, self._stopped))
+            record = msgspec.structs.replace(record, stopped_s=await injector.stop(shard, fault.seconds, self._over))
         else:
             end = injector.kill if fault.kind == "kill" else injector.terminate
             record = msgspec.structs.replace(record, recovery_s=await end(shard))

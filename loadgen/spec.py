@@ -78,12 +78,20 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
     """Messages of the user's own application: `type` is their name on the wire, `key` the field that holds their key.
 
     `body` is a JSON object with the other fields; see `loadgen.source` for what stands in braces.
+
+    Raises:
+        LoadError: the body has the key's field, and the key is not in it: order, losses and repeats are looked for by key.
     """
 
     type: str
     key: str
     body: dict[str, Any] = {}
     key_type: Literal["str", "int"] = "str"
+
+    def __post_init__(self) -> None:
+        of_key = self.body.get(self.key, "{key}")
+        if not (isinstance(of_key, str) and "{key}" in of_key):
+            raise LoadError(f'the body has {self.key!r}, which is the key\'s field: leave it out, or put "{{key}}" into it')
 
 
 class Recording(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,6 +206,12 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             (bool(self.stages) and self.rate is not None, "give a rate or stages, not both"),
             (self.arrivals != "even" and not paced, "random arrivals need a rate"),
             (self.commands and not paced, "commands need a rate: each waits for its reply, so none is sent 'at will'"),
+            (
+                self.payload != Payload() and not self._has_payload,
+                'the payload has no place: put "{payload}" into a field of the body'
+                if self.template is not None
+                else "only the demo's events, and a body of your own, have a payload",
+            ),
             (self.keys is None and self.skew.kind != "uniform", "keys that are all new have no skew"),
             (self.application is not None and self.address is not None, "give a running bus or an application, not both"),
         )
@@ -213,6 +227,12 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def is_paced(self) -> bool:
         """Whether there is a schedule, which can be kept or not."""
         return self._has_rate or self._is_by_time
+
+    @property
+    def _has_payload(self) -> bool:
+        if self.template is not None:
+            return "{payload}" in str(self.template.body)
+        return self.recording is None and not self.commands
 
     @property
     def _has_rate(self) -> bool:
@@ -300,16 +320,18 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
 class DriverResult(msgspec.Struct, frozen=True, kw_only=True, tag="result"):
     """What a driver saw of its own run.
 
-    The window is the measured part, behind the warm-up. `before` and `after` are the ledger at its edges, `final` the
-    ledger after the flush, which took `flush_s`. `scheduled` events should have been sent in the window (None: unpaced),
-    `sent` were. `send_lag_us` counts the measured ones by how late the publish call of their batch began, in microseconds.
-    `waited_s` of the window passed inside publish calls that waited for room. `cpu_share` is the processor time that the
-    driver took in the window (1.0: one whole core), `rss_bytes` the most memory that it ever held. Commands, where it sent
-    any, stand in the ledger as events do: `dead` failed, `in_flight` got no reply; `replies_us` counts the measured ones by
-    when their reply came. It was `interrupted` where its schedule ended before its time.
+    The window is the measured part, behind the warm-up. `before` and `after` are the ledger at its edges, `final` the ledger
+    after the flush, which took `flush_s`. `scheduled` events were due in the `scheduled_s` behind the warm-up (None:
+    unpaced), and `sent` were sent in the window, which is longer where the last of them had to wait for room. `send_lag_us`
+    counts the measured ones by how late the publish call of their batch began, in microseconds. `waited_s` of the window
+    passed inside publish calls that waited for room. `cpu_share` is the processor time that the driver took in the window
+    (1.0: one whole core), `rss_bytes` the most memory that it ever held. Commands, where it sent any, stand in the ledger as
+    events do: `dead` failed, `in_flight` got no reply; `replies_us` counts the measured ones by when their reply came. It
+    was `interrupted` where its schedule ended before its time.
     """
 
     scheduled: int | None
+    scheduled_s: float = 0.0
     sent: int
     window_s: float
     before: Counts

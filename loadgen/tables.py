@@ -50,17 +50,9 @@ def rows_of(report: Report) -> list[tuple[str, str]]:
         rows.append(("load average", f"{load.load_average:.1f}; cores {load.busy:.0%} busy, {load.stolen:.0%} stolen"))
     rows += [("note", note) for note in report.notes]
     rows += [(_passed(outcome), shown(outcome)) for outcome in report.expectations]
-    cut_short = (f"but interrupted after {report.window_s:,.1f} s that were measured",) if report.interrupted else ()
-    rows.append(("verdict", "; ".join((report.verdict, *report.reasons, *cut_short, *_all_dead(report)))))
+    cut_short = (f"interrupted after {report.window_s:,.1f} s that were measured",) if report.interrupted else ()
+    rows.append(("verdict", "; ".join((report.verdict, *report.reasons, *cut_short))))
     return rows
-
-
-def _all_dead(report: Report) -> tuple[str, ...]:
-    """What a reader must not miss beside an `ok`, which says that the bus did its part: nothing of it was handled."""
-    if not report.dead_lettered or report.handled:
-        return ()
-    became = "commands failed" if report.load.commands else "events became dead letters"
-    return (f"but none was handled: {report.dead_lettered:,} {became}",)
 
 
 def _passed(outcome: Outcome) -> str:

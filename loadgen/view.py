@@ -5,6 +5,7 @@ It shows what the collector found and looks at nothing itself, so the figures ar
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Final
 
@@ -120,11 +121,12 @@ class View:
         return Text("until it ends")
 
     def _print(self, text: str) -> None:
-        if self._console.is_terminal:
-            self._console.print(text, markup=False)
-        else:
-            # Lines for files and pipes are not wrapped at a width that they do not have.
-            print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # nobody reads it any more, which is no reason to end the run
+            if self._console.is_terminal:
+                self._console.print(text, markup=False)
+            else:
+                # Lines for files and pipes are not wrapped at a width that they do not have.
+                print(text, file=sys.stderr, flush=True)
 
 
 def show(report: Report) -> None:

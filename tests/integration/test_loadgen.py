@@ -7,6 +7,7 @@ is what was handled, and that loadgen and the application agree on it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import gzip
 import json
@@ -15,7 +16,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,29 @@ CHECKOUT = Path(__file__).parents[2]
 QUOTED_OR_REFUSED = (0, 3, 4)
 
 
-def loadgen(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+@contextlib.contextmanager
+def running(directory: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A loadgen, ended with the block."""
     path = os.pathsep.join([str(CHECKOUT), str(directory)])
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOADGEN_", "SHARDBUS_"))}
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", "loadgen", *arguments],
         cwd=directory,
         env={**clean, "PYTHONPATH": path, "PYTHONWARNINGS": "error", "TMPDIR": str(directory), **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=280,
-        check=False,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def loadgen(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    with running(directory, *arguments, **environment) as process:
+        told, errors = process.communicate(timeout=280)
+    done = subprocess.CompletedProcess(process.args, process.returncode, told, errors)
     for address in re.findall(r"serving \S+ at (\S+) for this run", done.stderr):
         # Nothing of it may stay: no dead letter on RAM, no directory.
         assert not os.path.exists(state_of(address))
@@ -77,18 +89,9 @@ def test_a_bus_is_started_where_shardbus_url_names_none_and_ended_with_the_run(s
 
 
 def test_a_bus_that_was_started_for_a_run_ends_with_it_also_where_that_is_killed(short_path: Path) -> None:
-    address = f"ipc://{short_path}/bus"
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOADGEN_", "SHARDBUS_"))}
-    with subprocess.Popen(
-        [sys.executable, "-m", "loadgen", "--rate", "100", "--duration", "60"],
-        cwd=short_path,
-        env={**clean, "PYTHONPATH": str(CHECKOUT), "SHARDBUS_URL": address, "TMPDIR": str(short_path)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as running:
+    with running(short_path, "--rate", "100", "--duration", "60", SHARDBUS_URL=f"ipc://{short_path}/bus"):
         wait_until(lambda: list(short_path.glob("loadgen-*/control")), 60)
         (control,) = short_path.glob("loadgen-*/control")
-        running.kill()
     wait_until(lambda: not control.exists() and not os.path.exists(state_of(f"ipc://{control.parent}")), 60)
 
 
@@ -107,37 +110,83 @@ async def pay(event: Pay) -> None:
 
 
 def test_an_interrupted_run_reports_what_it_has_done_and_another_one_does_not_disturb_it(short_path: Path) -> None:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOADGEN_", "SHARDBUS_"))}
-    process = subprocess.Popen(
-        [
-            *[sys.executable, "-m", "loadgen", "--rate", "500", "--duration", "200", "--warmup", "0.1", "--drivers", "2"],
-            *["--fault", "kill:worker@100s", "--expect", "lost==0", "--json", "report.json"],
-        ],
-        cwd=short_path,
-        env={**clean, "PYTHONPATH": str(CHECKOUT), "TMPDIR": str(short_path), "SHARDBUS_URL": f"ipc://{short_path}/bus"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "p50/p99/p99.9" in line and "warming up" not in line:
-            break
-    other = loadgen(short_path, "--rate", "5", "--duration", "1", SHARDBUS_URL=f"ipc://{short_path}/bus")
-    assert other.returncode == 2
-    assert "loadgen: another run of loadgen serves shardbus.demo:bus at ipc://" in other.stderr.splitlines()[-1]
-    process.send_signal(signal.SIGINT)
-    told, errors = process.communicate(timeout=120)
+    arguments = ["--rate", "500", "--duration", "200", "--warmup", "0.1", "--drivers", "2"]
+    arguments += ["--fault", "kill:worker@100s", "--expect", "lost==0", "--json", "report.json"]
+    with running(short_path, *arguments, SHARDBUS_URL=f"ipc://{short_path}/bus") as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "p50/p99/p99.9" in line and "warming up" not in line:
+                break
+        other = loadgen(short_path, "--rate", "5", "--duration", "1", SHARDBUS_URL=f"ipc://{short_path}/bus")
+        assert other.returncode == 2
+        assert "loadgen: another run of loadgen serves shardbus.demo:bus at ipc://" in other.stderr.splitlines()[-1]
+        process.send_signal(signal.SIGINT)
+        told, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "interrupted: no more is sent; waiting for what is under way" in errors
     assert "Traceback" not in errors
-    assert "; but interrupted after " in told.splitlines()[-1]
+    assert "; interrupted after " in told.splitlines()[-1]
+    assert "kill:worker@100s was not done: the load had ended" in told
     report = json.loads((short_path / "report.json").read_text())
     assert report["interrupted"]
     assert report["window_s"] < 190
     assert report["published"] == report["handled"] > 0
     assert (report["lost"], report["duplicates"], report["out_of_order"], report["faults"]) == (0, 0, 0, [])
     assert [outcome["met"] for outcome in report["expectations"]] == [True]
+
+
+def test_a_reader_that_leaves_takes_no_report_along(short_path: Path) -> None:
+    arguments = ["--rate", "200", "--duration", "1", "--warmup", "0", "--json", "report.json"]
+    with running(short_path, *arguments, SHARDBUS_URL=f"ipc://{short_path}/bus") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "for this run" in process.stderr.readline()
+        process.stderr.close()  # as `2>&1 | tee log` does at Ctrl-C
+        process.stdout.close()
+        assert process.wait(120) in QUOTED_OR_REFUSED
+    assert json.loads((short_path / "report.json").read_text())["handled"] == 200
+
+
+SLOW_TO_END = """
+import asyncio
+import os
+from shardbus import Bus, Event
+
+class Said(Event, key="key"):
+    key: str
+
+bus = Bus("slow")
+
+@bus.on(Said)
+async def said(event: Said) -> None:
+    pass
+
+@bus.lifespan
+async def pool(worker):
+    yield
+    print("closes", flush=True)
+    while not os.path.exists("interrupted"):
+        await asyncio.sleep(0.01)
+"""
+
+
+def test_an_interrupt_while_the_bus_of_the_run_ends_leaves_the_report(short_path: Path) -> None:
+    (short_path / "slow.py").write_text(SLOW_TO_END)
+    arguments = ["--app", "slow:bus", "--type", "Said", "--key", "key", "--rate", "200", "--duration", "1", "--warmup", "0"]
+    with running(short_path, *arguments, "--json", "report.json") as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "closes" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        for line in process.stderr:
+            if "interrupted: all is measured; ending what was started" in line:
+                break
+        (short_path / "interrupted").touch()
+        told, errors = process.communicate(timeout=120)
+    assert process.returncode in QUOTED_OR_REFUSED, errors
+    assert "verdict" in told
+    assert not json.loads((short_path / "report.json").read_text())["interrupted"]
 
 
 def test_what_waits_for_an_application_that_does_not_run_now_is_nobody_elses(

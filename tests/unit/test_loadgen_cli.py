@@ -211,6 +211,10 @@ MISTAKES = [
     (("--rate", "5", "--fault", "kill:worker@12s"), "kill:worker@12s: the run is over after 12 s, so it would never happen"),
     (("--stages", "5:3s", "--fault", "kill:worker2@6s"), "kill:worker2@6s: the run is over after 5 s"),
     (("--rate", "5", "--fault", "kill:worker@-1s"), "'-1s' is no time"),
+    (("--rate", "5", "--type", "A", "--key", "b", "--body", '{"b": "z"}'), "the body has 'b', which is the key's field"),
+    (("--rate", "5", "--type", "A", "--key", "b", "--body", '{"b": 7}'), 'leave it out, or put "{key}" into it'),
+    (("--rate", "5", "--type", "A", "--key", "b", "--payload", "9"), 'no place: put "{payload}" into a field of the body'),
+    (("--rate", "5", "--commands", "--payload", "9"), "only the demo's events, and a body of your own, have a payload"),
     (("--rate", "5", "--expect", "p99<nanms"), "'nanms' is no time"),
 ]
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 import loadgen.injector
@@ -90,17 +91,124 @@ class Blind(Collector):
         raise LoadError("no room for it")
 
 
-@pytest.mark.parametrize("kind", ["kill", "stop"])
-async def test_no_fault_is_done_once_nothing_is_sent_any_more(kind: Any) -> None:
+def run_of(spec: LoadSpec, collector: Collector | None = None) -> tuple[_Run, list[str]]:
+    """A run whose parts are called one by one, and what its watcher is told."""
+    told: list[str] = []
+    watcher = _Silent()
+    watcher.say = told.append  # type: ignore[method-assign]
     client = cast("shardbus.Client", None)
-    fault = FaultSpec(kind=kind, at_s=3000.0, seconds=600.0)
-    spec = LoadSpec(rate=1.0, duration_s=3600.0, faults=(fault,))
-    run = _Run(spec, client, _Silent(), Blind(client, local=False), lives_on=True)
+    return _Run(spec, client, watcher, collector or Blind(client, local=False), lives_on=True), told
+
+
+@pytest.mark.parametrize("how", ["interrupted", "over"])
+async def test_no_fault_is_done_once_nothing_is_sent_any_more_and_that_is_told(how: str) -> None:
+    fault = FaultSpec(kind="kill", at_s=3000.0)
+    run, _ = run_of(LoadSpec(rate=1.0, duration_s=3600.0, faults=(fault,)))
     doing = asyncio.create_task(run._fault(fault, 0, time.monotonic_ns()))
     await asyncio.sleep(0)
-    run._stop()
+    if how == "interrupted":
+        run._stop()
+    else:
+        watching = asyncio.create_task(asyncio.sleep(600))
+        run._results = [cast("Any", "a result")]
+        await run._end([watching, doing])
     await doing
-    assert run._faults == []
+    assert (run._faults, run._undone) == ([], ["kill:worker@3000s"])
+
+
+MEASURED = Progress(
+    at_s=1.0, warming_up=False, counts=Counts(published=9, handled=9, dead=0, waiting=0, dropped=0, in_flight=0)
+)
+OVER = msgspec.structs.replace(MEASURED, over=True)
+STAGES: list[tuple[str, list[Progress | None], list[Any], bool, str]] = [
+    ("nothing is known", [None, None], [None, None], False, ""),
+    ("one warms up", [MEASURED, msgspec.structs.replace(MEASURED, warming_up=True)], [None, None], False, ""),
+    ("measuring", [MEASURED, OVER], [None, None], False, "no more is sent; waiting for what is under way"),
+    ("flushing", [OVER, OVER], [None, None], False, "all was sent; waiting for what is under way"),
+    ("settling", [OVER, OVER], ["a", "b"], False, "all was sent; waiting no longer for what lies in stores"),
+    ("ending", [OVER, OVER], ["a", "b"], True, "all is measured; ending what was started"),
+]
+
+
+@pytest.mark.parametrize(
+    ("latest", "results", "measured", "said"), [row[1:] for row in STAGES], ids=[row[0] for row in STAGES]
+)
+async def test_an_interrupt_is_taken_from_the_first_measured_second_on(
+    latest: list[Progress | None], results: list[Any], measured: bool, said: str
+) -> None:
+    run, told = run_of(LoadSpec(rate=1.0, drivers=2))
+    run._latest, run._results, run._is_measured = latest, results, measured
+    assert run.take_interrupt() == bool(said)
+    await asyncio.sleep(0)
+    assert told == ([f"interrupted: {said} (once more to end without a report)"] if said else [])
+    assert run._stopped.is_set() == bool(said)
+
+
+async def test_drivers_are_stopped_though_nobody_can_be_told() -> None:
+    class Stopped:
+        def stop(self) -> None:
+            stopped.append(self)
+
+    def gone(_: str) -> None:
+        raise BrokenPipeError
+
+    stopped: list[Any] = []
+    run, _ = run_of(LoadSpec(rate=1.0))
+    run._watcher.say = gone  # type: ignore[method-assign]
+    run._drivers = [cast("Any", Stopped())]
+    with pytest.raises(BrokenPipeError):
+        run._stop()
+    assert len(stopped) == 1
+
+
+async def test_what_drivers_say_while_the_bus_is_asked_is_the_next_intervals() -> None:
+    class Slow(Blind):
+        async def interval(self, drivers: Any, _: Any) -> Interval | None:
+            asked.append([(line.at_s, line.send_lag_us) for line in drivers])
+            begun.set()
+            await go.wait()
+            return None
+
+    asked: list[Any] = []
+    begun, go = asyncio.Event(), asyncio.Event()
+    run, _ = run_of(LoadSpec(rate=1.0), Slow(cast("shardbus.Client", None), local=False))
+    run._latest = [msgspec.structs.replace(MEASURED, send_lag_us={7: 1})]
+
+    async def lines() -> AsyncIterator[DriverLine]:
+        await begun.wait()
+        yield msgspec.structs.replace(MEASURED, at_s=2.0, send_lag_us={9: 2})
+
+    observing = asyncio.create_task(run._observe())
+    with pytest.raises(LoadError, match="ended without a result"):
+        await run._follow(0, lines())
+    observing.cancel()  # what it has not shown is shown with the rest
+    await asyncio.wait([observing])
+    go.set()
+    await run._observe()
+    assert asked == [[(1.0, {7: 1})], [(2.0, {7: 1, 9: 2})]]
+
+
+async def test_the_bus_is_asked_when_each_driver_has_said_more() -> None:
+    class Counting(Blind):
+        async def interval(self, drivers: Any, _: Any) -> Interval | None:
+            asked.append(len(drivers))
+            return None
+
+    async def line() -> AsyncIterator[DriverLine]:
+        yield MEASURED
+
+    asked: list[int] = []
+    run, _ = run_of(LoadSpec(rate=1.0, drivers=2), Counting(cast("shardbus.Client", None), local=False))
+    watching = asyncio.create_task(run._watch())
+    found = []
+    for number in (0, 0, 1, 0, 1):
+        with pytest.raises(LoadError, match="ended without a result"):
+            await run._follow(number, line())
+        for _ in range(5):  # turns, for who watches
+            await asyncio.sleep(0)
+        found.append(len(asked))
+    watching.cancel()
+    assert found == [0, 0, 1, 1, 2]
 
 
 async def test_a_worker_that_is_stopped_goes_on_when_nothing_is_sent_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,11 +237,10 @@ async def test_a_run_that_cannot_be_judged_any_more_ends_at_once_and_says_why(mo
         yield Endless()
 
     monkeypatch.setattr(loadgen.runner, "started_driver", started_driver)
-    monkeypatch.setattr(loadgen.runner, "_INTERVAL_S", 0.001)
     client = cast("shardbus.Client", None)
     spec = LoadSpec(rate=1.0, duration_s=3.0, warmup_s=0.0)
     run = _Run(spec, client, _Silent(), Blind(client, local=False), lives_on=True)
     async with asyncio.timeout(20.0) as limit:
         with pytest.raises(LoadError, match=r"^no room for it$"):
-            await run.measure(contextlib.nullcontext())
+            await run.measure()
     assert not limit.expired()

@@ -534,10 +534,12 @@ async def test_a_lifespan_closes_under_a_cancellation_too_and_swallows_none(bus:
             yield
         seen.append("tolerant closes")
 
+    async def run() -> None:
+        async with bus.running(WORKER):
+            await asyncio.sleep(600)
+
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.01):
-            async with bus.running(WORKER):
-                await asyncio.sleep(600)
+        await asyncio.wait_for(run(), 0.01)
     assert seen == ["tolerant closes", "pool closes"]
 
 
