@@ -77,7 +77,7 @@ _connect_option = click.option(
     "address",
     metavar="URL",
     help="The bus: ipc://DIRECTORY or tcp://HOST:PORT. One that is just starting is waited for, up to "
-    f"{_CONNECT_S:g} seconds. [env: SHARDBUS_URL]",
+    f"{_CONNECT_S:g} seconds (`status`: no longer than its --timeout). [env: SHARDBUS_URL]",
 )
 
 
@@ -253,9 +253,9 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
+        how = "draining" if found["draining"] else "healthy" if found["healthy"] else "UNHEALTHY"
         click.echo(
-            f"{found['bus']} at {found['address']}: {'healthy' if found['healthy'] else 'UNHEALTHY'}"
-            f"{', draining' if found['draining'] else ''}, up {found['uptime_s']:g} s, "
+            f"{found['bus']} at {found['address']}: {how}, up {found['uptime_s']:g} s, "
             f"{found['handled_per_s']:,.0f} events/s, {counted(found['dead_letters'], 'dead letter')}, "
             f"{found['waiting']:,} waiting{_scheduled_told(found)}"
             f"{', ' + counted(found['parked'], 'parked key') if found['parked'] else ''}"
@@ -587,7 +587,12 @@ _filter_option = functools.partial(click.option, multiple=True, callback=_once)
 
 def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        _filter_option("--since", type=_parse_since, metavar="TIME", help="Died since: 10m, 2h or 3d ago, or ISO 8601."),
+        _filter_option(
+            "--since",
+            type=_parse_since,
+            metavar="TIME",
+            help="Died last since: 10m, 2h or 3d ago, or ISO 8601, local time where it has no zone.",
+        ),
         _filter_option("--handler", help="A handler that gave up, by its full name."),
         _filter_option("--reason", type=click.Choice(DEAD_REASONS), help="Why it is dead."),
         _filter_option("--key", type=_parse_key, metavar="KEY", help="Text, or int:42, bytes:0a0b, uuid:…, text:int:42."),

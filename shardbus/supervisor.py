@@ -205,7 +205,7 @@ class Supervisor:
         self._check_descriptors()
         rundir = RunDir(self._options.address)
         if self._store_url(rundir, 0) != MEMORY_URL:
-            on_ram = f"{rundir.state}, on RAM, until this machine ends"
+            on_ram = f"{rundir.state}, on RAM, until this machine restarts"
             self._kept = f"in {self._options.dead_letters or on_ram}"
         is_first = not rundir.shards_before()
         listener = ZmqListener()
@@ -610,7 +610,8 @@ class Supervisor:
         """Do what a policy has decided of a worker that `what` says the end of."""
         match decision:
             case RestartIn(delay_s=delay_s):
-                log.warning("shard %d %s (%s); starting it again in %g s", worker.shard, what, worker.last_exit, delay_s)
+                when = f"in {delay_s:g} s" if delay_s else "at once"
+                log.warning("shard %d %s (%s); starting it again %s", worker.shard, what, worker.last_exit, when)
                 if delay_s <= 0:
                     self._start(worker, rundir)
                 else:

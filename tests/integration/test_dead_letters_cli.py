@@ -107,7 +107,7 @@ async def test_parked_keys_are_marked_counted_and_survive_the_bus(make_bus: Make
     assert all(letter["parked"] for letter in letters)
     assert "parked  yes" in bus.told("dead-letters", "show", letters[0]["id"]).stdout
     code, errors = bus.end()
-    kept = f"7 dead letters and 7 waiting events are kept in {bus.state}, on RAM, until this machine ends"
+    kept = f"7 dead letters and 7 waiting events are kept in {bus.state}, on RAM, until this machine restarts"
     assert (code, errors.splitlines()[-1]) == (0, f"{kept}; the next `shardbus serve` there has them again")
     bus.start()
     bus.wait_ready()

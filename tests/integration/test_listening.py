@@ -21,6 +21,7 @@ MakeBus = Callable[..., RunningBus]
 
 APPLICATION = """
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator
 
@@ -99,6 +100,17 @@ async def tokens(command: Tokens) -> AsyncIterator[int]:
             n += 1
     finally:
         told.append(f"closed at {n}")
+
+
+class Stubborn(Command[int], key="key"):
+    key: str
+
+
+@bus.command(Stubborn)
+async def stubborn(command: Stubborn) -> AsyncIterator[int]:
+    yield 0
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.sleep(3600)
 """
 
 LISTENER = """
@@ -124,10 +136,10 @@ asyncio.run(main())
 """
 
 
-def served(make_bus: MakeBus, directory: Path, workers: int = 1) -> tuple[RunningBus, dict[str, Any]]:
+def served(make_bus: MakeBus, directory: Path, workers: int = 1, *options: str) -> tuple[RunningBus, dict[str, Any]]:
     (directory / "listened.py").write_text(APPLICATION)
     (directory / "listener.py").write_text(LISTENER)
-    bus = make_bus("--workers", str(workers), application="listened:bus")
+    bus = make_bus("--workers", str(workers), *options, application="listened:bus")
     bus.wait_ready()
     space: dict[str, Any] = {}
     exec(compile(APPLICATION, "listened.py", "exec"), space)  # noqa: S102 - the same message types as the served application
@@ -282,3 +294,14 @@ async def test_a_stream_is_closed_when_its_client_leaves(make_bus: MakeBus, shor
         (found,) = await told(client, space, "closed")
         last = int(found.split()[-1])  # what it yielded last
         assert 99 <= last <= 109
+
+
+async def test_a_stream_that_its_worker_has_cut_short_does_not_look_complete(make_bus: MakeBus, short_path: Path) -> None:
+    bus, space = await asyncio.to_thread(served, make_bus, short_path, 1, "--drain-timeout", "0.2")
+    async with shardbus.connect(bus.address) as client:
+        stream = client.stream(space["Stubborn"](key="a"), timeout=5)
+        assert await anext(stream) == 0
+        ending = asyncio.create_task(asyncio.to_thread(bus.end))
+        with pytest.raises((CommandFailed, CommandLost, TimeoutError)):  # and not StopAsyncIteration
+            await anext(stream)
+    assert "Stubborn is running" in (await ending)[1]
