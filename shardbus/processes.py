@@ -31,7 +31,7 @@ _REPORT_BYTES_MAX: Final = 65_536
 _DESCRIPTORS_MAX: Final = 65_536
 _POLL_S: Final = 0.05  # where there is no pidfd
 
-EXIT_BROKEN: Final = 70  # EX_SOFTWARE: a worker met a defect of its own
+EXIT_BROKEN: Final = 70  # EX_SOFTWARE: a worker met a defect of its own, or its lifespan has ended it
 EXIT_BOOT: Final = 78  # EX_CONFIG: a worker cannot start
 _OWN_FAULTS: Final = frozenset(
     # By these the system ends a process for what it did itself. Any other may come from anybody.
