@@ -1,11 +1,12 @@
 """`loadgen`, and `python -m loadgen`. Imports first what makes an interrupt of the other imports a line."""
 
 from shardbus.interrupts import EndedByInterrupts
-from shardbus.standard_output import buffer_output
+from shardbus.standard_output import buffer_output, open_standard_streams
 
 
 def main() -> None:
     """Entry of the `loadgen` command."""
+    open_standard_streams()
     with EndedByInterrupts("loadgen"):
         from loadgen.cli import main as command
     buffer_output()

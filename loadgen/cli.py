@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TextIO
 
 import click
 import msgspec
@@ -77,15 +77,34 @@ def _check_target(option: str, path: str | None) -> None:
         raise click.BadParameter(f"{path!r} cannot be written", param_hint=option)
 
 
-def _write(text: str, path: str) -> None:
+def _tell(write: Callable[[], None], stream: TextIO) -> list[str]:
+    """Write to a stream whose reader may have left, as `| tee` does at the same Ctrl-C: nothing is wrong then. Returns what
+    else is, in words."""
+    try:
+        write()
+        stream.flush()
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # or the interpreter tries once more at its end
+        os.close(nowhere)
+        return [] if isinstance(error, BrokenPipeError) else [_unwritten("standard output", error)]
+    return []
+
+
+def _write(text: str, path: str) -> list[str]:
+    """Write a file, or to standard output; returns what is wrong, in words."""
     if path == "-":
-        click.echo(text, nl=False)
-        return
+        return _tell(lambda: print(text, end=""), sys.stdout)
     try:
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:  # it could be written before the run; a disk that is full meanwhile, for instance
-        _fail(f"the run was made, but {path} cannot be written: {error.strerror or error}", EXIT_USAGE)
+        return [_unwritten(path, error)]
+    return []
+
+
+def _unwritten(what: str, error: OSError) -> str:
+    return f"{what} cannot be written: {error.strerror or error}"
 
 
 def _json(report: Report) -> str:
@@ -249,7 +268,7 @@ class _Command(click.Command):
     type=_reads(notation.seconds),
     default="30",
     show_default=True,
-    help="Time to wait for the rest.",
+    help="Time to wait for the rest; of commands, --timeout is.",
 )
 @click.option(
     "--timeout",
@@ -321,10 +340,10 @@ def cli(
     queue time until its handler begins, send lag included, and service time from there to the handler's end.
 
     Without --type it sends events of the built-in demo application. Every option is also read from LOADGEN_…, for instance
-    LOADGEN_RATE. Exit code 0: ok; 1: events were lost, overtaken, repeated unannounced or not finished, or an --expect was
-    not met; 2: the run could not be made or judged, or its report not be written; 3: this machine could not offer the rate;
-    4: the bus did not keep up; 130: interrupted. Ctrl-C from the first measured second on ends the load, and the report is
-    of what was done until then; once more, and there is none.
+    LOADGEN_RATE. Exit code 0: ok; 1: events were lost, overtaken, repeated unannounced, or not finished by a bus that had
+    kept up; or none was handled; or an --expect was not met; 2: the run could not be made or judged, or its report not be
+    written; 3: this machine could not offer the rate; 4: the bus did not keep up; 130: interrupted. Ctrl-C from the first
+    measured second on ends the load, and the report is of what was done until then; once more, and there is none.
     """
     for option, path in (("--json", json_path), ("--csv", csv_path), ("--hgrm", hgrm_path)):
         _check_target(option, path)
@@ -362,20 +381,20 @@ def cli(
         _fail(str(error), EXIT_USAGE)
     histogram = Histogram()
     report = _run(spec, expectations, histogram)
+    wrong = []
     if "-" not in (json_path, csv_path, hgrm_path):
-        try:
-            show(report)  # first: a file that cannot be written does not take it along
-            sys.stdout.flush()
-        except BrokenPipeError:  # nor does a reader that has left take the files: `| tee` ends by the same Ctrl-C
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        wrong += _tell(lambda: show(report), sys.stdout)
     if json_path is not None:
-        _write(_json(report), json_path)
+        wrong += _write(_json(report), json_path)
     if csv_path is not None:
-        _write(csv_of(report.intervals), csv_path)
+        wrong += _write(csv_of(report.intervals), csv_path)
     if hgrm_path is not None and histogram.total:
-        _write(histogram.hgrm(), hgrm_path)
+        wrong += _write(histogram.hgrm(), hgrm_path)
     elif hgrm_path is not None:
-        click.echo(f"loadgen: {hgrm_path} was not written: the run quotes no latency", err=True)
+        told = f"loadgen: {hgrm_path} was not written: the run quotes no latency"
+        _tell(lambda: print(told, file=sys.stderr), sys.stderr)
+    if wrong:
+        _fail(f"the run was made, but {'; '.join(wrong)}", EXIT_USAGE)
     sys.exit(report.exit_code)
 
 

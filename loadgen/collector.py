@@ -155,7 +155,7 @@ class Collector:
         state = await self.state()
         gained = await self._gained()
         uses = self._look(state, driver_pids)
-        at_s = sum(one.at_s for one in drivers) / len(drivers)
+        at_s = max(one.at_s for one in drivers)
         counts = Counts.sum(one.counts for one in drivers)
         scheduled = None
         if all(one.scheduled is not None for one in drivers):

@@ -413,7 +413,7 @@ class Commands:
             await self._client.execute(command, timeout=self._timeout_s)
         except shardbus.CommandFailed:
             self._failed += 1
-        except (TimeoutError, shardbus.CommandLost):
+        except (TimeoutError, shardbus.CommandLost, shardbus.ClientClosed):
             self._unanswered += 1
         else:
             self._replied += 1

@@ -31,6 +31,7 @@ _READY_BYTES_MAX: Final = 8192  # of the line that says that a bus is ready: nam
 _READY_S: Final = 60.0
 _DRAIN_S: Final = 5.0
 _END_S: Final = 10.0  # longer than a drain; then it is killed
+_ABORT_S: Final = 2.0  # for its processes and files
 
 
 @contextlib.asynccontextmanager
@@ -66,6 +67,13 @@ async def _end(process: Process) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
+    except asyncio.CancelledError:  # by another interrupt: a bus does not drain any longer either, once it has a second one
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ABORT_S):
+                await process.wait()
+        raise
 
 
 @contextlib.asynccontextmanager
@@ -128,7 +136,7 @@ async def _until_ready(stream: asyncio.StreamReader, pid: int) -> None:
 
 
 def _pass_on(octets: bytes) -> None:
-    with contextlib.suppress(BrokenPipeError):  # nobody reads it any more; what prints it goes on
+    with contextlib.suppress(OSError):  # nobody reads it any more, or a disk is full; what prints it goes on
         sys.stderr.buffer.write(octets)
         sys.stderr.buffer.flush()
 

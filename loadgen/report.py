@@ -31,7 +31,6 @@ DRIVER_CPU_MIN: Final = 0.8  # of a core; a driver that took as much was busy it
 MACHINE_BUSY_MIN: Final = 0.9  # of all cores; above it, or with more to run than cores, whoever sleeps wakes up late
 STOLEN_MAX: Final = 0.05  # of all cores, taken by the host of a virtual machine
 PUBLISHERS_MAX: Final = 256  # of a shard, by the bus' own limits
-_WORKERLESS: Final = ("down", "given-up")  # states of a shard of which nothing is handled
 OWN_PACE_MIN: Final = 0.9  # of what was due while the generator did not wait; below it, it was too slow by itself
 
 
@@ -169,15 +168,17 @@ def judge(facts: Facts) -> Judgement:
     was too slow where it was; where it had kept up, or a worker was missing, it is a broken promise.
     """
     broken = _broken_promises(facts)
-    slow = facts.offered_rate is not None and facts.achieved_rate < (1 - _behind_max(facts)) * facts.offered_rate
     unfinished = []
     if facts.not_delivered:
         unfinished.append(f"{_events_were(facts.not_delivered)} not finished when the time for the flush was up")
+    if facts.offered_rate is None or facts.scheduled is None:
+        return Judgement("failed", (*broken, *unfinished)) if broken or unfinished else Judgement("ok")
+    late = _lateness(facts)
+    slow = facts.achieved_rate < (1 - _behind_max(facts)) * facts.offered_rate
+    if late and not _is_bus_behind(facts, facts.offered_rate, facts.scheduled):
+        slow = slow and not _is_generators_fault(facts, facts.scheduled)
     if broken or (unfinished and not (slow and facts.is_up)):
         return Judgement("failed", (*broken, *unfinished))
-    if facts.offered_rate is None or facts.scheduled is None:
-        return Judgement("ok")
-    late = _lateness(facts)
     achieved = f"{facts.achieved_rate:,.0f} of {facts.offered_rate:,.0f} events/s were finished in the measured window"
     if unfinished:
         return _saturated(facts, achieved, *unfinished)
@@ -400,6 +401,10 @@ PROVEN: Final = ("lost", "duplicates", "redelivered", "out_of_order", "unchecked
 """Of these, what only the bus can show."""
 
 
+_FATES: Final = ("handled", "dead_lettered", "waiting", "not_delivered")
+"""Of these, what becomes of events that are not lost."""
+
+
 def held_against(report: Report, expectations: Sequence[Expectation]) -> Report:
     """A report with its expectations checked. One that is not met makes an ok run a failed one, and any run where no load is
     an excuse. That something is handled is expected of every run that does not say what else is to become of its events."""
@@ -407,10 +412,11 @@ def held_against(report: Report, expectations: Sequence[Expectation]) -> Report:
     outcomes = tuple(check(expectation, figures) for expectation in expectations)
     missed = tuple(f"expected {shown(outcome)}" for outcome in outcomes if not outcome.met)
     verdict = report.verdict
-    all_dead = report.dead_lettered > 0 and not report.handled
-    if all_dead and not any(expectation.figure in ("handled", "dead_lettered") for expectation in expectations):
-        became = "commands failed" if report.load.commands else "events became dead letters"
-        missed += (f"none was handled: {report.dead_lettered:,} {became}",)
+    if report.published and not report.handled and not any(one.figure in _FATES for one in expectations):
+        dead = "failed" if report.load.commands else "became dead letters"
+        fates = ((report.dead_lettered, dead), (report.waiting, "wait in a store"), (report.not_delivered, "did not end"))
+        told = ", ".join(f"{count:,} {fate}" for count, fate in fates if count)
+        missed += (f"none was handled{': ' if told else ''}{told}",)
         verdict = "failed"
     if (missed and verdict == "ok") or not all(outcome.met or outcome.is_excused for outcome in outcomes):
         verdict = "failed"
@@ -565,7 +571,7 @@ def make_report(
         Facts(
             lost=books.lost,
             not_delivered=books.not_delivered,
-            is_up=all(worker.state not in _WORKERLESS for worker in bus.workers),
+            is_up=all(worker.state == "up" for worker in bus.workers),
             duplicates=books.duplicates,
             redelivered=totals.announced,
             out_of_order=totals.out_of_order,
@@ -657,7 +663,7 @@ def _closed(bus: BusState, not_delivered: int) -> Sequence[str]:
     notes = [
         f"shard {worker.shard} was {worker.state} at the end: nothing of its keys is handled until it has a worker"
         for worker in bus.workers
-        if worker.state in _WORKERLESS
+        if worker.state in ("down", "given-up")
     ]
     notes += [
         f"shard {worker.shard} had {worker.publishers:,} publishers at the end, and takes no other until one has finished"

@@ -218,6 +218,7 @@ class _Run:
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()  # before its time, by an interrupt
         self._over = asyncio.Event()  # nothing is sent any more
+        self._released = asyncio.Event()  # workers that are stopped go on
         self._is_measured = False  # nothing is left to be found out
         self._cut_short = False  # by an interrupt that came when all was sent
         self._undone: list[str] = []  # faults
@@ -236,8 +237,8 @@ class _Run:
         return True
 
     def _stop(self) -> None:
-        self._stopped.set()
-        self._over.set()
+        for event in (self._stopped, self._over, self._released):
+            event.set()
         for driver in self._drivers:  # first: to tell of it may take its time
             driver.stop()
         if self._is_measured:
@@ -294,7 +295,7 @@ class _Run:
         collector, final = self._collector, result.final
         enough = asyncio.Event() if self._stopped.is_set() else self._stopped  # an interrupt has one effect
         totals, state = await collector.settle(final, self._spec.flush_s, enough), await collector.state()
-        self._cut_short = enough.is_set() and state.waiting > 0
+        self._cut_short = enough.is_set() and totals.distinct < final.published - final.dropped - final.in_flight
         until_s = time.monotonic() + _BEATS_S
         while final.waiting and account(result, totals, state.waiting).lost and time.monotonic() < until_s:
             await asyncio.sleep(_POLL_S)
@@ -344,6 +345,7 @@ class _Run:
     async def _end(self, beside: Sequence[asyncio.Task[None]]) -> None:
         watching, *faults = beside
         self._over.set()
+        self._released.set()
         if faults and None not in self._results:
             # A recovery that is still awaited is part of the report.
             await asyncio.wait(faults, timeout=_CONNECT_S)
@@ -365,14 +367,20 @@ class _Run:
             match line:
                 case Progress():
                     self._latest[number] = _later(self._latest[number], line)
-                    self._unheard.discard(number)
-                    if not self._unheard:
-                        self._unheard.update(range(self._spec.drivers))
-                        self._news.set()
                 case DriverResult():
                     self._results[number] = line
+            self._hear(number)
         if self._results[number] is None:
             raise LoadError("a driver process ended without a result; what it wrote stands above")
+
+    def _hear(self, number: int) -> None:
+        """A driver has said something. There is news once all have that still do."""
+        self._unheard.discard(number)
+        if not self._unheard:
+            self._unheard.update(at for at, result in enumerate(self._results) if result is None)
+            self._news.set()
+        if all(line is not None and line.over for line in self._latest):
+            self._over.set()
 
     async def _watch(self) -> None:
         every = max(1, math.ceil(self._spec.planned_s / _INTERVALS_MAX))
@@ -417,7 +425,7 @@ class _Run:
         at = len(self._faults)
         self._faults.append(record)
         if fault.kind == "stop":
-            record = msgspec.structs.replace(record, stopped_s=await injector.stop(shard, fault.seconds, self._over))
+            record = msgspec.structs.replace(record, stopped_s=await injector.stop(shard, fault.seconds, self._released))
         else:
             end = injector.kill if fault.kind == "kill" else injector.terminate
             record = msgspec.structs.replace(record, recovery_s=await end(shard))

@@ -94,6 +94,14 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
             raise LoadError(f'the body has {self.key!r}, which is the key\'s field: leave it out, or put "{{key}}" into it')
 
 
+def _has_place(value: Any, hole: str) -> bool:
+    """Whether a body has this in one of its texts; names of fields are not filled in."""
+    if isinstance(value, str):
+        return hole in value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(_has_place(part, hole) for part in parts)
+
+
 class Recording(msgspec.Struct, frozen=True, kw_only=True):
     """Events that were recorded, one JSON object a line, in `path` (gzip where it ends in .gz).
 
@@ -231,7 +239,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def _has_payload(self) -> bool:
         if self.template is not None:
-            return "{payload}" in str(self.template.body)
+            return _has_place(self.template.body, "{payload}")
         return self.recording is None and not self.commands
 
     @property

@@ -59,6 +59,16 @@ def line_of(interval: Interval) -> str:
     return f"{interval.at_s:7.1f} s  " + "  ".join(f"{caption} {text}" for caption, text in cells_of(interval).items())
 
 
+class _Console(Console):
+    """One whose reader may leave: others end the program then, with 1, and take standard output along."""
+
+    def on_broken_pipe(self) -> None:
+        """See `Console.on_broken_pipe`."""
+        if not self.stderr:
+            raise  # noqa: PLE0704 - it is called where that is handled
+        self.quiet = True  # the run goes on untold
+
+
 class View:
     """Tells on stderr how a run goes: a table that stays in place on a terminal, lines now and then elsewhere.
 
@@ -66,7 +76,7 @@ class View:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or _Console(stderr=True, highlight=False)
         self._live: Live | None = None
         self._planned_s = 0.0
         self._planned: int | None = None
@@ -121,17 +131,17 @@ class View:
         return Text("until it ends")
 
     def _print(self, text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # nobody reads it any more, which is no reason to end the run
+        with contextlib.suppress(OSError):  # nobody reads it any more, or a disk is full: no reason to end the run
             if self._console.is_terminal:
-                self._console.print(text, markup=False)
+                self._console.print(text, markup=False, soft_wrap=True)
             else:
                 # Lines for files and pipes are not wrapped at a width that they do not have.
                 print(text, file=sys.stderr, flush=True)
 
 
 def show(report: Report) -> None:
-    """Write a report to stdout: a table on a terminal, lines elsewhere."""
-    console = Console(highlight=False)
+    """Write a report to stdout: a table on a terminal, lines elsewhere. Raises `BrokenPipeError` where nobody reads it."""
+    console = _Console(highlight=False)
     rows = rows_of(report)
     if not console.is_terminal:
         for caption, value in rows:

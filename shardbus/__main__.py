@@ -1,11 +1,12 @@
 """`shardbus`, and `python -m shardbus`. Imports first what makes an interrupt of the other imports a line."""
 
 from shardbus.interrupts import EndedByInterrupts
-from shardbus.standard_output import buffer_output
+from shardbus.standard_output import buffer_output, open_standard_streams
 
 
 def main() -> None:
     """Entry of the `shardbus` command."""
+    open_standard_streams()
     with EndedByInterrupts("shardbus"):
         from shardbus.cli import main as command
     buffer_output()

@@ -12,10 +12,11 @@ from shardbus.errors import BootError, ShardbusError, text_of
 from shardbus.messages import Command, Event, Message
 from shardbus.registry import Registry
 from shardbus.tracebacks import steps_of
-from shardbus.wording import one_line
+from shardbus.wording import encodable, one_line
 
 DEMO: Final = "shardbus.demo:bus"
 _TOLD_CHARS_MAX: Final = 2000  # of what a module raises
+_SYNTAX: Final = (SyntaxError, IndentationError, TabError)
 
 
 def load_application(name: str) -> Registry:
@@ -78,11 +79,13 @@ def _attribute(module: ModuleType, name: str) -> Any:
     return found
 
 
-def _raised(what: str, error: BaseException) -> BootError:
+def _raised(what: str, error: Any) -> BootError:
     """What the user's code has raised, as a line; an interrupt is raised itself."""
     if issubclass(type(error), KeyboardInterrupt):
         raise error
-    told = one_line(error.msg if type(error) is SyntaxError else text_of(error), _TOLD_CHARS_MAX)
+    # A `SyntaxError` has its place in its text, too, where it is not the user's own class, or made by hand.
+    is_parsers = type(error) in _SYNTAX and isinstance(error.msg, str)
+    told = one_line(encodable(error.msg) if is_parsers else text_of(error), _TOLD_CHARS_MAX)
     kind = "" if issubclass(type(error), ImportError | ShardbusError) else f"{type(error).__name__}: "
     return BootError(f"{what}: {kind}{told} ({_place(error)})")
 
@@ -94,7 +97,7 @@ def _is_declared(thing: Any) -> bool:
 
 def _place(error: Any) -> str:
     """The last place of the user's own code that an import went through; of a `SyntaxError`, where it stands."""
-    if type(error) is SyntaxError and error.filename and error.lineno:
+    if type(error) in _SYNTAX and error.filename and error.lineno:
         return f"{error.filename}:{error.lineno}"
     frames = [frame for frame in steps_of(error) if "importlib" not in frame.filename]
     own = [frame for frame in frames if f"{os.sep}shardbus{os.sep}" not in frame.filename] or frames

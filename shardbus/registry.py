@@ -609,8 +609,8 @@ def _place(kind: type) -> str:
 async def _deaf(manager: contextlib.AbstractAsyncContextManager[None]) -> AsyncIterator[None]:
     """A context that closes as if nothing had been raised in it: a lifespan need not expect that at its `yield`.
 
-    Nor a cancellation. A scope of its own, for instance a `TaskGroup` one of whose tasks has failed, knows without that it
-    has cancelled, and raises what that came of.
+    Nor a cancellation. A `TaskGroup` of its own one of whose tasks has failed knows without that it has cancelled, and
+    raises what that came of; `asyncio.timeout` does not, so around a `yield` it ends what runs there as a cancellation.
     """
     await manager.__aenter__()
     try:

@@ -111,7 +111,7 @@ async def _run_to_the_end(boot: Boot, descriptor: int, make_outgoing: MakeOutgoi
     try:
         code = await run_worker(boot, descriptor, make_outgoing)
     except asyncio.CancelledError:
-        # By nobody of ours: by the scope of a lifespan, one of whose tasks has failed, which was told when that was closed.
+        # By nobody of ours: by a scope of a lifespan, for instance a `TaskGroup`, which was told when that was closed.
         log.critical("a lifespan has ended the worker")
     except BaseException as error:
         log.critical("defect: %s", traceback_of(error))

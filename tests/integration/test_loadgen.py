@@ -35,7 +35,8 @@ QUOTED_OR_REFUSED = (0, 3, 4)
 def running(directory: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """A loadgen, ended with the block."""
     path = os.pathsep.join([str(CHECKOUT), str(directory)])
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOADGEN_", "SHARDBUS_"))}
+    terminals = ("FORCE_COLOR", "NO_COLOR", "TTY_", "COLUMNS")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOADGEN_", "SHARDBUS_", *terminals))}
     with subprocess.Popen(
         [sys.executable, "-m", "loadgen", *arguments],
         cwd=directory,
@@ -135,9 +136,19 @@ def test_an_interrupted_run_reports_what_it_has_done_and_another_one_does_not_di
     assert [outcome["met"] for outcome in report["expectations"]] == [True]
 
 
-def test_a_reader_that_leaves_takes_no_report_along(short_path: Path) -> None:
-    arguments = ["--rate", "200", "--duration", "1", "--warmup", "0", "--json", "report.json"]
-    with running(short_path, *arguments, SHARDBUS_URL=f"ipc://{short_path}/bus") as process:
+@pytest.mark.parametrize(
+    ("options", "environment"),
+    [
+        (("--json", "report.json"), {}),
+        (("--json", "report.json"), {"FORCE_COLOR": "1"}),  # as on a terminal
+        (("--csv", "-", "--json", "report.json", "--hgrm", "times.hgrm"), {}),
+    ],
+)
+def test_a_reader_that_leaves_takes_no_report_along(
+    short_path: Path, options: tuple[str, ...], environment: dict[str, str]
+) -> None:
+    arguments = ["--rate", "200", "--duration", "1", "--warmup", "0", *options]
+    with running(short_path, *arguments, SHARDBUS_URL=f"ipc://{short_path}/bus", **environment) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert "for this run" in process.stderr.readline()
@@ -150,6 +161,7 @@ def test_a_reader_that_leaves_takes_no_report_along(short_path: Path) -> None:
 SLOW_TO_END = """
 import asyncio
 import os
+from pathlib import Path
 from shardbus import Bus, Event
 
 class Said(Event, key="key"):
@@ -164,29 +176,42 @@ async def said(event: Said) -> None:
 @bus.lifespan
 async def pool(worker):
     yield
-    print("closes", flush=True)
-    while not os.path.exists("interrupted"):
+    Path("closes").touch()
+    while not os.path.exists("closed"):
         await asyncio.sleep(0.01)
 """
 
 
-def test_an_interrupt_while_the_bus_of_the_run_ends_leaves_the_report(short_path: Path) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupt_while_the_bus_of_the_run_ends_leaves_the_report_and_another_does_not(
+    short_path: Path, times: int
+) -> None:
     (short_path / "slow.py").write_text(SLOW_TO_END)
     arguments = ["--app", "slow:bus", "--type", "Said", "--key", "key", "--rate", "200", "--duration", "1", "--warmup", "0"]
     with running(short_path, *arguments, "--json", "report.json") as process:
         assert process.stderr is not None
-        for line in process.stderr:
-            if "closes" in line:
-                break
+        wait_until((short_path / "closes").exists, 60)
         process.send_signal(signal.SIGINT)
-        for line in process.stderr:
-            if "interrupted: all is measured; ending what was started" in line:
-                break
-        (short_path / "interrupted").touch()
-        told, errors = process.communicate(timeout=120)
-    assert process.returncode in QUOTED_OR_REFUSED, errors
-    assert "verdict" in told
-    assert not json.loads((short_path / "report.json").read_text())["interrupted"]
+        told = ""
+        while "interrupted: all is measured; ending what was started" not in told:
+            line = process.stderr.readline()
+            assert line, told
+            told += line
+        if times == 2:
+            process.send_signal(signal.SIGINT)
+        else:
+            (short_path / "closed").touch()
+        shown, errors = process.communicate(timeout=120)
+    (address,) = re.findall(r"serving \S+ at (\S+) for this run", told)
+    assert not os.path.exists(address.removeprefix("ipc://"))
+    assert not os.path.exists(state_of(address))
+    if times == 1:
+        assert process.returncode in QUOTED_OR_REFUSED, errors
+        assert "verdict" in shown
+        assert not json.loads((short_path / "report.json").read_text())["interrupted"]
+    else:
+        assert (process.returncode, shown) == (130, "")
+        assert errors.splitlines()[-1] == "loadgen: interrupted; what this run had started was ended"
 
 
 def test_what_waits_for_an_application_that_does_not_run_now_is_nobody_elses(

@@ -87,6 +87,18 @@ VERDICTS: list[tuple[str, dict[str, Any], Verdict, str]] = [
         "2 events were not finished",
     ),
     (
+        "nor is a generator that was too slow an excuse for the bus",
+        {"not_delivered": 1, "achieved_rate": 9_000.0, "sent": 90_000, "driver_cpu": 0.97},
+        "failed",
+        "1 event was not finished",
+    ),
+    (
+        "unpaced, what is not finished is a broken promise",
+        {"offered_rate": None, "scheduled": None, "not_delivered": 1},
+        "failed",
+        "1 event was not finished",
+    ),
+    (
         "a slow bus is no excuse for what it lost",
         {"not_delivered": 2, "achieved_rate": 9_000.0, "lost": 1},
         "failed",
@@ -556,9 +568,12 @@ def test_a_run_in_which_nothing_was_handled_has_failed_unless_that_is_expected()
     dead = report(msgspec.structs.replace(good, final=final), msgspec.structs.replace(evidence, dead=evidence.distinct))
     assert dead.handled == 0
     found = expected(["lost==0"], dead)
-    assert rows_of(found)[-1] == ("verdict", "failed; none was handled: 120 events became dead letters")
+    assert rows_of(found)[-1] == ("verdict", "failed; none was handled: 120 became dead letters")
     assert found.exit_code == 1
     assert expected(["dead_lettered==120"], dead).verdict == "ok"
+    hanging = report(msgspec.structs.replace(good, final=counts(120, in_flight=120)), totals(0))
+    assert expected([], hanging).reasons[-1] == "none was handled: 120 did not end"
+    assert expected([], hanging).verdict == "failed"
     assert rows_of(expected([], report(*ALL_WELL)))[-1] == ("verdict", "ok")
 
 

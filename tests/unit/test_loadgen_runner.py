@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
@@ -18,11 +19,12 @@ import loadgen.runner
 import shardbus
 from loadgen.collector import Collector
 from loadgen.processes import Fault
-from loadgen.report import BusState, Interval
+from loadgen.report import BusState, Interval, Totals
 from loadgen.runner import _Run, _Silent, run_async
 from loadgen.spec import (
     Counts,
     DriverLine,
+    DriverResult,
     FaultSpec,
     LoadError,
     LoadSpec,
@@ -120,6 +122,9 @@ MEASURED = Progress(
     at_s=1.0, warming_up=False, counts=Counts(published=9, handled=9, dead=0, waiting=0, dropped=0, in_flight=0)
 )
 OVER = msgspec.structs.replace(MEASURED, over=True)
+NOTHING = Totals(
+    distinct=0, repeats=0, announced=0, out_of_order=0, missing=0, unchecked=0, dead=0, samples=0, latency_us=None
+)
 STAGES: list[tuple[str, list[Progress | None], list[Any], bool, str]] = [
     ("nothing is known", [None, None], [None, None], False, ""),
     ("one warms up", [MEASURED, msgspec.structs.replace(MEASURED, warming_up=True)], [None, None], False, ""),
@@ -201,14 +206,51 @@ async def test_the_bus_is_asked_when_each_driver_has_said_more() -> None:
     run, _ = run_of(LoadSpec(rate=1.0, drivers=2), Counting(cast("shardbus.Client", None), local=False))
     watching = asyncio.create_task(run._watch())
     found = []
-    for number in (0, 0, 1, 0, 1):
+    for number in (0, 0, 1, 0, 1, 1, 1):
+        if len(found) == 5:  # the first driver has ended
+            run._results[0] = cast("Any", "a result")
+            run._hear(0)
         with pytest.raises(LoadError, match="ended without a result"):
             await run._follow(number, line())
         for _ in range(5):  # turns, for who watches
             await asyncio.sleep(0)
         found.append(len(asked))
     watching.cancel()
-    assert found == [0, 0, 1, 1, 2]
+    assert found == [0, 0, 1, 1, 2, 3, 4]
+
+
+async def test_the_load_is_over_when_no_driver_sends_any_more() -> None:
+    async def line(over: bool) -> AsyncIterator[DriverLine]:
+        yield msgspec.structs.replace(MEASURED, over=over)
+
+    run, _ = run_of(LoadSpec(rate=1.0, drivers=2))
+    found = []
+    for number, over in ((0, False), (1, True), (0, True)):
+        with pytest.raises(LoadError, match="ended without a result"):
+            await run._follow(number, line(over))
+        found.append(run._over.is_set())
+    assert found == [False, False, True]
+    assert not run._released.is_set()
+
+
+@pytest.mark.parametrize(("accounted", "cut_short"), [(9, False), (7, True)])
+async def test_an_interrupt_of_the_settling_is_told_where_it_changed_something(accounted: int, cut_short: bool) -> None:
+    class Settling(Blind):
+        async def settle(self, final: Counts, deadline_s: float, enough: asyncio.Event | None = None) -> Totals:
+            if enough is not None:
+                run._stop()
+                assert enough.is_set()
+            return msgspec.structs.replace(NOTHING, distinct=accounted)
+
+    run, told = run_of(LoadSpec(rate=1.0), Settling(cast("shardbus.Client", None), local=False))
+    run._results = [cast("Any", "a result")]
+    final = msgspec.structs.replace(MEASURED.counts, handled=7, waiting=2)
+    totals, _ = await run._settled(cast("DriverResult", SimpleNamespace(final=final)))
+    assert totals.distinct == accounted
+    assert run._cut_short == cut_short
+    assert told == [
+        "interrupted: all was sent; waiting no longer for what lies in stores (once more to end without a report)"
+    ]
 
 
 async def test_a_worker_that_is_stopped_goes_on_when_nothing_is_sent_any_more(monkeypatch: pytest.MonkeyPatch) -> None:

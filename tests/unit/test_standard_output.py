@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +42,15 @@ def test_what_is_buffered_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "stdout", before)
     buffer_output()
     assert sys.stdout is before
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_command_runs_though_it_was_started_without_a_standard_stream(tmp_path: Path, closed: tuple[int, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "shardbus", "status", "--connect", f"ipc://{tmp_path}/nobody", "--timeout", "0.1"],
+        capture_output=True,
+        preexec_fn=lambda: [os.close(descriptor) for descriptor in closed],
+        check=False,
+    )
+    assert done.returncode == 1  # nobody answers; not libuv's abort
+    assert (b"no bus answered" in done.stderr) == (2 not in closed)
