@@ -257,6 +257,13 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def end_soon(code: int, seconds: float) -> None:
+    """Have this process end with that code after so many seconds, whatever its event loop and other threads do then."""
+    last = threading.Timer(seconds, os._exit, (code,))
+    last.daemon = True
+    last.start()
+
+
 def on_stop_signals(stop: Stop) -> None:
     """Have SIGTERM and SIGINT call `stop` from the event loop; install it in the main thread."""
     loop = asyncio.get_running_loop()

@@ -16,7 +16,6 @@ import gc
 import logging
 import os
 import sys
-import threading
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Final
@@ -33,7 +32,7 @@ from shardbus.evidence import SharedJournal, SharedRecorder
 from shardbus.fork_server import FORK, serve_forks
 from shardbus.logs import configure_logging
 from shardbus.outgoing import Outgoing
-from shardbus.processes import EXIT_BOOT, EXIT_BROKEN, ReportPipe, die_with_parent, on_stop_signals
+from shardbus.processes import EXIT_BOOT, EXIT_BROKEN, ReportPipe, die_with_parent, end_soon, on_stop_signals
 from shardbus.quarantine import PULSE_S
 from shardbus.registry import Registry, WorkerInfo
 from shardbus.reports import (
@@ -115,11 +114,8 @@ async def _run_to_the_end(boot: Boot, descriptor: int, make_outgoing: MakeOutgoi
         log.critical("a lifespan has ended the worker")
     except BaseException as error:
         log.critical("defect: %s", traceback_of(error))
-    # A task or a thread of the application may not let itself be ended, and nothing is to be waited for any more; nor is the
-    # loop, which ends before such a thread.
-    last = threading.Timer(_TASKS_S, os._exit, (code,))
-    last.daemon = True
-    last.start()
+    # A task or a thread of the application may not let itself be ended, and nothing is to be waited for any more.
+    end_soon(code, _TASKS_S)
     return code
 
 
