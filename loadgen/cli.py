@@ -62,7 +62,7 @@ def _body(text: str) -> dict[str, Any]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"loadgen: {message}", err=True)
+    _tell(lambda: print(f"loadgen: {message}", file=sys.stderr), sys.stderr)
     sys.exit(code)
 
 

@@ -93,13 +93,15 @@ class View:
         self._planned = planned
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            self._live.start()
+            with contextlib.suppress(OSError):  # here and below: as in `_print`
+                self._live.start()
 
     def progress(self, interval: Interval) -> None:
         """See `Watcher.progress`."""
         self._intervals += 1
         if self._live is not None:
-            self._live.update(self._table(interval), refresh=True)
+            with contextlib.suppress(OSError):
+                self._live.update(self._table(interval), refresh=True)
         elif not self._console.is_terminal and self._intervals % _PLAIN_EVERY == 0:
             self._print(line_of(interval))
 
@@ -113,8 +115,9 @@ class View:
     def close(self) -> None:
         """End the live table."""
         if self._live is not None:
-            self._live.stop()
-            self._live = None
+            live, self._live = self._live, None
+            with contextlib.suppress(OSError):
+                live.stop()
 
     def _table(self, interval: Interval) -> Table:
         table = Table.grid(padding=(0, 2))

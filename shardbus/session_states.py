@@ -267,6 +267,7 @@ class SessionStates:
             except BaseException as error:  # the application's
                 if is_own_cancellation(error):
                     raise
+            uncancel(asyncio.current_task())
         self._states.clear()
 
     async def _stop(self) -> None:
