@@ -62,7 +62,7 @@ def _body(text: str) -> dict[str, Any]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    _tell(lambda: print(f"loadgen: {message}", file=sys.stderr), sys.stderr)
+    _warn(message)
     sys.exit(code)
 
 
@@ -89,6 +89,10 @@ def _tell(write: Callable[[], None], stream: TextIO) -> list[str]:
         os.close(nowhere)
         return [] if isinstance(error, BrokenPipeError) else [_unwritten("standard output", error)]
     return []
+
+
+def _warn(message: str) -> None:
+    _tell(lambda: print(f"loadgen: {message}", file=sys.stderr), sys.stderr)
 
 
 def _write(text: str, path: str) -> list[str]:
@@ -391,8 +395,7 @@ def cli(
     if hgrm_path is not None and histogram.total:
         wrong += _write(histogram.hgrm(), hgrm_path)
     elif hgrm_path is not None:
-        told = f"loadgen: {hgrm_path} was not written: the run quotes no latency"
-        _tell(lambda: print(told, file=sys.stderr), sys.stderr)
+        _warn(f"{hgrm_path} was not written: the run quotes no latency")
     if wrong:
         _fail(f"the run was made, but {'; '.join(wrong)}", EXIT_USAGE)
     sys.exit(report.exit_code)

@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -142,12 +142,12 @@ class Collector:
     def _note_absence(self, since_s: float) -> None:
         self.absence = replace(self.absence, silent_s=max(self.absence.silent_s, time.monotonic() - since_s))
 
-    async def interval(self, drivers: Sequence[Progress], driver_pids: Sequence[int]) -> Interval | None:
+    async def interval(self, drivers: Sequence[Progress], driver_pids: Mapping[int, int]) -> Interval | None:
         """What has happened since the last call; None where the drivers have said nothing new since.
 
         Args:
             drivers: each driver's latest word.
-            driver_pids: their processes.
+            driver_pids: the processes of those that run, by their number.
 
         Raises:
             LoadError: the evidence is not whole.
@@ -184,7 +184,7 @@ class Collector:
             processes=uses,
         )
 
-    def begin(self, driver_pids: Sequence[int]) -> None:
+    def begin(self, driver_pids: Mapping[int, int]) -> None:
         """Look at all processes and the machine now, so that the first interval has a beginning."""
         self._machine = MachineMeter()
         self._look(self.latest, driver_pids)
@@ -228,8 +228,8 @@ class Collector:
             gained[of] = interval.percentiles()
         return gained
 
-    def _look(self, state: BusState, driver_pids: Sequence[int]) -> tuple[ProcessUse, ...]:
-        named = {f"driver {at}": pid for at, pid in enumerate(driver_pids)}
+    def _look(self, state: BusState, driver_pids: Mapping[int, int]) -> tuple[ProcessUse, ...]:
+        named = {f"driver {at}": pid for at, pid in driver_pids.items()}
         named["collector"] = os.getpid()
         if self._local:
             named |= {f"worker {worker.shard}": worker.pid for worker in state.workers}

@@ -29,18 +29,24 @@ def number(text: str) -> float:
 
 def rate(text: str) -> float:
     """Events per second: `20000`, `20k`, `1.5M`."""
-    found = _COUNT.fullmatch(text.strip().removesuffix("/s"))
+    found = _scaled(text.strip().removesuffix("/s"))
     if found is None:
         raise LoadError(f"{text!r} is no rate; give events per second, for instance 20000 or 20k, or max")
-    return number(found[1]) * _SCALES[found[2].lower()]
+    return found
 
 
 def count(text: str) -> float:
     """How many: `0`, `19,988`, `10k`."""
-    found = _COUNT.fullmatch(text.strip())
+    found = _scaled(text.strip())
     if found is None:
         raise LoadError(f"{text!r} is no number; give how many, for instance 0 or 10k")
-    return number(found[1]) * _SCALES[found[2].lower()]
+    return found
+
+
+def _scaled(text: str) -> float | None:
+    """A number with `k` or `M` behind it or not; None: it is none."""
+    found = _COUNT.fullmatch(text)
+    return None if found is None else number(found[1]) * _SCALES[found[2].lower()]
 
 
 def share(text: str) -> float:
@@ -76,10 +82,10 @@ def keys(text: str) -> int | None:
     """How many keys, or `unique`, which is None."""
     if text.strip().lower() == "unique":
         return None
-    found = _COUNT.fullmatch(text.strip())
-    if found is None or not (many := number(found[1]) * _SCALES[found[2].lower()]).is_integer():
+    found = _scaled(text.strip())
+    if found is None or not found.is_integer():
         raise LoadError(f"{text!r} is no number of keys; give one up to {KEYS_MAX:,}, or unique")
-    return int(many)
+    return int(found)
 
 
 def stages(text: str) -> tuple[Stage, ...]:

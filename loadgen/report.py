@@ -174,17 +174,17 @@ def judge(facts: Facts) -> Judgement:
     if facts.offered_rate is None or facts.scheduled is None:
         return Judgement("failed", (*broken, *unfinished)) if broken or unfinished else Judgement("ok")
     late = _lateness(facts)
-    slow = facts.achieved_rate < (1 - _behind_max(facts)) * facts.offered_rate
-    if late and not _is_bus_behind(facts, facts.offered_rate, facts.scheduled):
-        slow = slow and not _is_generators_fault(facts, facts.scheduled)
+    behind = bool(late) and _is_bus_behind(facts, facts.offered_rate, facts.scheduled)
+    generators = bool(late) and not behind and _is_generators_fault(facts, facts.scheduled)
+    slow = not generators and facts.achieved_rate < (1 - _behind_max(facts)) * facts.offered_rate
     if broken or (unfinished and not (slow and facts.is_up)):
         return Judgement("failed", (*broken, *unfinished))
     achieved = f"{facts.achieved_rate:,.0f} of {facts.offered_rate:,.0f} events/s were finished in the measured window"
     if unfinished:
         return _saturated(facts, achieved, *unfinished)
-    if late and _is_bus_behind(facts, facts.offered_rate, facts.scheduled):
+    if behind:
         return _saturated(facts, achieved, late)
-    if late and _is_generators_fault(facts, facts.scheduled):
+    if generators:
         return Judgement("generator-bound", (late, _why_late(facts)))
     if late:
         waited = f"publish waited for room {facts.waited_share:.0%} of the time"

@@ -325,7 +325,7 @@ class _Run:
                 self._pids.append(started.pid)
                 self._collector.publishers.append(bytes.fromhex(started.publisher))
                 planned = started.planned
-            self._collector.begin(self._pids)
+            self._collector.begin(self._running())
             start_ns = time.monotonic_ns() + _HEAD_START_NS
             for driver in self._drivers:
                 driver.go(start_ns)
@@ -353,7 +353,7 @@ class _Run:
             task.cancel()
         await asyncio.wait(beside)
         if None not in self._results:
-            await self._observe(last=True)
+            await self._observe()
         for task in (watching, *faults):
             error = None if task.cancelled() else task.exception()
             if isinstance(error, LoadError):
@@ -390,14 +390,18 @@ class _Run:
                 self._news.clear()
             await self._observe()
 
-    async def _observe(self, *, last: bool = False) -> None:
+    def _running(self) -> dict[int, int]:
+        """The processes of drivers that have not ended, by their number."""
+        return {at: pid for at, pid in enumerate(self._pids) if self._results[at] is None}
+
+    async def _observe(self) -> None:
         latest = [line for line in self._latest if line is not None]
         if len(latest) < self._spec.drivers or len(self._intervals) >= 2 * _INTERVALS_MAX:
             return
         # First: what is said meanwhile is the next interval's.
         self._latest = [msgspec.structs.replace(line, send_lag_us={}) for line in latest]
         try:
-            interval = await self._collector.interval(latest, [] if last else self._pids)
+            interval = await self._collector.interval(latest, self._running())
         except asyncio.CancelledError:
             self._latest = [_later(before, line) for before, line in zip(latest, self._latest, strict=True) if line]
             raise

@@ -20,6 +20,7 @@ from loadgen.report import FaultRecord, Interval, Report
 from loadgen.spec import LoadSpec
 from loadgen.tables import rows_of
 
+_UNHEARD: Final = contextlib.suppress(OSError)  # nobody reads it any more, or a disk is full: no reason to end a run
 _PLAIN_EVERY: Final = 5  # intervals that go to a file or a pipe: one of so many
 _SHARDS_MAX: Final = 16  # backlogs that are shown one by one
 _STYLES: Final = {"ok": "green", "failed": "red", "generator-bound": "yellow", "saturated": "yellow"}
@@ -60,13 +61,11 @@ def line_of(interval: Interval) -> str:
 
 
 class _Console(Console):
-    """One whose reader may leave: others end the program then, with 1, and take standard output along."""
+    """One that raises where its reader has left: others end the program then, with 1, and take standard output along."""
 
     def on_broken_pipe(self) -> None:
         """See `Console.on_broken_pipe`."""
-        if not self.stderr:
-            raise  # noqa: PLE0704 - it is called where that is handled
-        self.quiet = True  # the run goes on untold
+        raise  # noqa: PLE0704 - it is called where that is handled
 
 
 class View:
@@ -93,14 +92,14 @@ class View:
         self._planned = planned
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            with contextlib.suppress(OSError):  # here and below: as in `_print`
+            with _UNHEARD:
                 self._live.start()
 
     def progress(self, interval: Interval) -> None:
         """See `Watcher.progress`."""
         self._intervals += 1
         if self._live is not None:
-            with contextlib.suppress(OSError):
+            with _UNHEARD:
                 self._live.update(self._table(interval), refresh=True)
         elif not self._console.is_terminal and self._intervals % _PLAIN_EVERY == 0:
             self._print(line_of(interval))
@@ -116,7 +115,7 @@ class View:
         """End the live table."""
         if self._live is not None:
             live, self._live = self._live, None
-            with contextlib.suppress(OSError):
+            with _UNHEARD:
                 live.stop()
 
     def _table(self, interval: Interval) -> Table:
@@ -134,7 +133,7 @@ class View:
         return Text("until it ends")
 
     def _print(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # nobody reads it any more, or a disk is full: no reason to end the run
+        with _UNHEARD:
             if self._console.is_terminal:
                 self._console.print(text, markup=False, soft_wrap=True)
             else:

@@ -112,8 +112,8 @@ async def _run_to_the_end(boot: Boot, descriptor: int, make_outgoing: MakeOutgoi
     except asyncio.CancelledError:
         # By nobody of ours: by a scope of a lifespan, for instance a `TaskGroup`, which was told when that was closed.
         log.critical("a lifespan has ended the worker")
-    except BaseException as error:
-        log.critical("defect: %s", traceback_of(error))
+    except BaseException as error:  # nothing else leaves it, unless we are wrong
+        _broken(error)
     # A task or a thread of the application may not let itself be ended, and nothing is to be waited for any more.
     end_soon(code, _TASKS_S)
     return code
@@ -302,7 +302,7 @@ def _stalled(stall: Stall, pipe: ReportPipe) -> None:
 
 
 def _broken(error: BaseException) -> None:
-    """A defect of the lanes: end here and now; the supervisor starts anew and publishers resend."""
+    """A defect of ours: end here and now; the supervisor starts anew and publishers resend."""
     try:
         log.critical("defect: %s", traceback_of(error))
     finally:

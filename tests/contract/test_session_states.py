@@ -29,8 +29,11 @@ from shardbus import (
     WorkerInfo,
     testing,
 )
+from shardbus.clock import monotonic_ns
 from shardbus.config import DEFAULT_LIMITS, Limits
 from shardbus.local import run_local
+from shardbus.registry import StateMaker
+from shardbus.session_states import SessionStates
 from shardbus.testing import MemoryStore
 
 
@@ -657,6 +660,28 @@ async def test_a_state_is_made_again_after_its_worker_was_killed(chats: Chats):
             assert chats.told == ["SessionStarted 7", "open 7", "closed 7", "open 7"]
         await kit.settle()
         assert chats.told[4:] == ["SessionEnded 7 (left)", "end 7: y", "closed 7"]
+
+
+async def test_a_cancellation_that_one_state_leaves_behind_is_not_taken_for_that_of_another():
+    dropped: list[str] = []
+
+    async def state(session: str) -> AsyncIterator[str]:
+        try:
+            yield session
+        finally:
+            dropped.append(session)
+            if session == "a":
+                await catch_what_a_child_raises()  # it leaves a cancellation behind in Python 3.11
+            else:
+                raise asyncio.CancelledError  # as of what somebody else has cancelled
+
+    maker = StateMaker(name="state", make=state, idle_s=900.0)
+    states = SessionStates(maker, DEFAULT_LIMITS, monotonic_ns, None)
+    states.start()
+    for key in "abc":
+        await states.state(key)
+    await states.abort()
+    assert dropped == ["a", "b", "c"]
 
 
 async def test_who_has_a_session_open_is_known_to_the_successor_of_a_worker_that_was_killed(chats: Chats):

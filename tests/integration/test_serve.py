@@ -214,29 +214,35 @@ def serve_pools(make_bus: MakeBus, directory: Path, life: str, *arguments: str) 
     return make_bus("--workers", "1", *arguments, application="pools:bus")
 
 
-def test_a_lifespan_that_raises_ends_the_start(make_bus: MakeBus, short_path: Path) -> None:
-    bus = serve_pools(make_bus, short_path, r"""
-        raise Away("no database \udce9 here")
-        yield
-    """, "--workers", "2")
-    code, errors = bus.ended()
-    assert code == 1
-    assert r"its lifespan raised Away: no database \udce9 here" in errors
-    assert not os.path.exists(bus.state)
-
-
-def test_a_lifespan_that_cannot_be_opened_ends_the_start_at_once_whatever_it_has_begun(
-    make_bus: MakeBus, short_path: Path
+@pytest.mark.parametrize(
+    ("life", "told"),
+    [
+        (
+            r"""
+            raise Away("no database \udce9 here")
+            yield
+            """,
+            r"its lifespan raised Away: no database \udce9 here",
+        ),
+        (
+            """
+            task = asyncio.ensure_future(stay())
+            await asyncio.sleep(0)
+            raise ConnectionError("no database")
+            yield
+            """,
+            "its lifespan raised ConnectionError: no database",
+        ),
+    ],
+    ids=["at once", "whatever it has begun"],
+)
+def test_a_lifespan_that_cannot_be_opened_ends_the_start(
+    make_bus: MakeBus, short_path: Path, life: str, told: str
 ) -> None:
-    bus = serve_pools(make_bus, short_path, """
-        task = asyncio.ensure_future(stay())
-        await asyncio.sleep(0)
-        raise ConnectionError("no database")
-        yield
-    """)
+    bus = serve_pools(make_bus, short_path, life, "--workers", "2")
     code, errors = bus.ended()
     assert code == 1
-    assert "its lifespan raised ConnectionError: no database" in errors.splitlines()[-1]
+    assert told in errors.splitlines()[-1]
     assert "silent" not in errors
     assert not os.path.exists(bus.state)
 

@@ -30,14 +30,14 @@ async def test_an_interval_has_what_came_since_the_last_one_and_the_whole_is_the
     async with bus.local(shards=2) as client:
         collector = Collector(client)
         collector.publishers = [client.publisher]
-        collector.begin([])
+        collector.begin({})
         latencies = []
         for turn in (1, 2, 3):
             stamps = [1] * (10 * turn)  # long ago, so that each has a latency
             events = [Tick(key=f"k{turn}-{number}") for number in range(len(stamps))]
             await client.publish_many(events, ordinals=stamps, intended_ns=stamps)
             await client.flush(10.0)
-            interval = await collector.interval([progress(turn, 10 * turn, 20 * turn)], [os.getpid()])
+            interval = await collector.interval([progress(turn, 10 * turn, 20 * turn)], {0: os.getpid()})
             latencies.append(interval)
         assert [interval.latency_us is not None for interval in latencies] == [True] * 3
         for interval in latencies:
@@ -47,8 +47,8 @@ async def test_an_interval_has_what_came_since_the_last_one_and_the_whole_is_the
         assert collector.histogram.total == 60 == sum(one.total for one in collector.by_shard.values())
         assert set(collector.by_shard) == {0, 1}
         # Nothing new: no latency, and no interval where no time has passed.
-        assert await collector.interval([progress(3, 30, 60)], []) is None
-        silent = await collector.interval([progress(4, 30, 60)], [])
+        assert await collector.interval([progress(3, 30, 60)], {}) is None
+        silent = await collector.interval([progress(4, 30, 60)], {})
         assert (silent.latency_us, silent.service_p99_us, silent.queue_p99_us) == (None, None, None)
 
 
@@ -91,7 +91,7 @@ async def test_a_run_for_whose_evidence_a_shard_had_no_room_is_not_judged(settle
     collector.publishers = [b"p" * 16]
     last = progress(1.0, 10, None)
     with pytest.raises(LoadError, match=r"shard 1 had no room for the evidence of 1 of this run's .* fewer --drivers"):
-        await (collector.settle(last.counts, 1.0) if settled else collector.interval([last], []))
+        await (collector.settle(last.counts, 1.0) if settled else collector.interval([last], {}))
 
 
 async def test_a_run_whose_evidence_begins_anew_in_the_middle_is_not_judged():
@@ -100,7 +100,7 @@ async def test_a_run_whose_evidence_begins_anew_in_the_middle_is_not_judged():
         collector.publishers = [client.publisher]
         await client.publish_many([Tick(key="a"), Tick(key="a")], ordinals=[1, 2], intended_ns=[1, 1])
         await client.flush(10.0)
-        await collector.interval([progress(1.0, 2, None)], [])
+        await collector.interval([progress(1.0, 2, None)], {})
     async with bus.local() as after:
         await after.publish_many([Tick(key="a")], ordinals=[3], intended_ns=[1])
         await after.flush(10.0)

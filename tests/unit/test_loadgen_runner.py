@@ -93,19 +93,31 @@ class Blind(Collector):
         raise LoadError("no room for it")
 
 
-def run_of(spec: LoadSpec, collector: Collector | None = None) -> tuple[_Run, list[str]]:
-    """A run whose parts are called one by one, and what its watcher is told."""
-    told: list[str] = []
-    watcher = _Silent()
-    watcher.say = told.append  # type: ignore[method-assign]
-    client = cast("shardbus.Client", None)
-    return _Run(spec, client, watcher, collector or Blind(client, local=False), lives_on=True), told
+class Listening(_Silent):
+    """Keeps what it is told, or cannot be told anything."""
+
+    def __init__(self, *, gone: bool = False) -> None:
+        self.told: list[str] = []
+        self._gone = gone
+
+    def say(self, text: str) -> None:
+        if self._gone:
+            raise BrokenPipeError
+        self.told.append(text)
+
+
+def run_of(
+    spec: LoadSpec, collector: Collector | None = None, watcher: Listening | None = None, client: object = None
+) -> _Run:
+    """A run whose parts are called one by one."""
+    bus = cast("shardbus.Client", client)
+    return _Run(spec, bus, watcher or Listening(), collector or Blind(bus, local=False), lives_on=True)
 
 
 @pytest.mark.parametrize("how", ["interrupted", "over"])
 async def test_no_fault_is_done_once_nothing_is_sent_any_more_and_that_is_told(how: str) -> None:
     fault = FaultSpec(kind="kill", at_s=3000.0)
-    run, _ = run_of(LoadSpec(rate=1.0, duration_s=3600.0, faults=(fault,)))
+    run = run_of(LoadSpec(rate=1.0, duration_s=3600.0, faults=(fault,)))
     doing = asyncio.create_task(run._fault(fault, 0, time.monotonic_ns()))
     await asyncio.sleep(0)
     if how == "interrupted":
@@ -141,11 +153,12 @@ STAGES: list[tuple[str, list[Progress | None], list[Any], bool, str]] = [
 async def test_an_interrupt_is_taken_from_the_first_measured_second_on(
     latest: list[Progress | None], results: list[Any], measured: bool, said: str
 ) -> None:
-    run, told = run_of(LoadSpec(rate=1.0, drivers=2))
+    watcher = Listening()
+    run = run_of(LoadSpec(rate=1.0, drivers=2), watcher=watcher)
     run._latest, run._results, run._is_measured = latest, results, measured
     assert run.take_interrupt() == bool(said)
     await asyncio.sleep(0)
-    assert told == ([f"interrupted: {said} (once more to end without a report)"] if said else [])
+    assert watcher.told == ([f"interrupted: {said} (once more to end without a report)"] if said else [])
     assert run._stopped.is_set() == bool(said)
 
 
@@ -154,12 +167,8 @@ async def test_drivers_are_stopped_though_nobody_can_be_told() -> None:
         def stop(self) -> None:
             stopped.append(self)
 
-    def gone(_: str) -> None:
-        raise BrokenPipeError
-
     stopped: list[Any] = []
-    run, _ = run_of(LoadSpec(rate=1.0))
-    run._watcher.say = gone  # type: ignore[method-assign]
+    run = run_of(LoadSpec(rate=1.0), watcher=Listening(gone=True))
     run._drivers = [cast("Any", Stopped())]
     with pytest.raises(BrokenPipeError):
         run._stop()
@@ -176,7 +185,7 @@ async def test_what_drivers_say_while_the_bus_is_asked_is_the_next_intervals() -
 
     asked: list[Any] = []
     begun, go = asyncio.Event(), asyncio.Event()
-    run, _ = run_of(LoadSpec(rate=1.0), Slow(cast("shardbus.Client", None), local=False))
+    run = run_of(LoadSpec(rate=1.0), Slow(cast("shardbus.Client", None), local=False))
     run._latest = [msgspec.structs.replace(MEASURED, send_lag_us={7: 1})]
 
     async def lines() -> AsyncIterator[DriverLine]:
@@ -195,15 +204,18 @@ async def test_what_drivers_say_while_the_bus_is_asked_is_the_next_intervals() -
 
 async def test_the_bus_is_asked_when_each_driver_has_said_more() -> None:
     class Counting(Blind):
-        async def interval(self, drivers: Any, _: Any) -> Interval | None:
+        async def interval(self, drivers: Any, driver_pids: Any) -> Interval | None:
             asked.append(len(drivers))
+            looked_at.append(driver_pids)
             return None
 
     async def line() -> AsyncIterator[DriverLine]:
         yield MEASURED
 
     asked: list[int] = []
-    run, _ = run_of(LoadSpec(rate=1.0, drivers=2), Counting(cast("shardbus.Client", None), local=False))
+    looked_at: list[dict[int, int]] = []
+    run = run_of(LoadSpec(rate=1.0, drivers=2), Counting(cast("shardbus.Client", None), local=False))
+    run._pids = [41, 42]
     watching = asyncio.create_task(run._watch())
     found = []
     for number in (0, 0, 1, 0, 1, 1, 1):
@@ -217,13 +229,14 @@ async def test_the_bus_is_asked_when_each_driver_has_said_more() -> None:
         found.append(len(asked))
     watching.cancel()
     assert found == [0, 0, 1, 1, 2, 3, 4]
+    assert looked_at == [{0: 41, 1: 42}] * 2 + [{1: 42}] * 2  # who has ended is not missed
 
 
 async def test_the_load_is_over_when_no_driver_sends_any_more() -> None:
     async def line(over: bool) -> AsyncIterator[DriverLine]:
         yield msgspec.structs.replace(MEASURED, over=over)
 
-    run, _ = run_of(LoadSpec(rate=1.0, drivers=2))
+    run = run_of(LoadSpec(rate=1.0, drivers=2))
     found = []
     for number, over in ((0, False), (1, True), (0, True)):
         with pytest.raises(LoadError, match="ended without a result"):
@@ -242,13 +255,14 @@ async def test_an_interrupt_of_the_settling_is_told_where_it_changed_something(a
                 assert enough.is_set()
             return msgspec.structs.replace(NOTHING, distinct=accounted)
 
-    run, told = run_of(LoadSpec(rate=1.0), Settling(cast("shardbus.Client", None), local=False))
+    watcher = Listening()
+    run = run_of(LoadSpec(rate=1.0), Settling(cast("shardbus.Client", None), local=False), watcher)
     run._results = [cast("Any", "a result")]
     final = msgspec.structs.replace(MEASURED.counts, handled=7, waiting=2)
     totals, _ = await run._settled(cast("DriverResult", SimpleNamespace(final=final)))
     assert totals.distinct == accounted
     assert run._cut_short == cut_short
-    assert told == [
+    assert watcher.told == [
         "interrupted: all was sent; waiting no longer for what lies in stores (once more to end without a report)"
     ]
 
@@ -261,9 +275,8 @@ async def test_a_worker_that_is_stopped_goes_on_when_nothing_is_sent_any_more(mo
             return {"workers": [{"state": "up", "pid": 42}]}
 
     monkeypatch.setattr(loadgen.injector, "inject", lambda pid, fault: done.append((pid, fault)) or True)
-    client = cast("shardbus.Client", Client())
     fault = FaultSpec(kind="stop", at_s=0.0, seconds=600.0)
-    run = _Run(LoadSpec(rate=1.0, faults=(fault,)), client, _Silent(), Blind(client, local=False), lives_on=True)
+    run = run_of(LoadSpec(rate=1.0, faults=(fault,)), client=Client())
     doing = asyncio.create_task(run._fault(fault, 0, time.monotonic_ns()))
     while not done:  # noqa: ASYNC110 - the test ends by its time-out
         await asyncio.sleep(0.001)
@@ -279,9 +292,7 @@ async def test_a_run_that_cannot_be_judged_any_more_ends_at_once_and_says_why(mo
         yield Endless()
 
     monkeypatch.setattr(loadgen.runner, "started_driver", started_driver)
-    client = cast("shardbus.Client", None)
-    spec = LoadSpec(rate=1.0, duration_s=3.0, warmup_s=0.0)
-    run = _Run(spec, client, _Silent(), Blind(client, local=False), lives_on=True)
+    run = run_of(LoadSpec(rate=1.0, duration_s=3.0, warmup_s=0.0))
     async with asyncio.timeout(20.0) as limit:
         with pytest.raises(LoadError, match=r"^no room for it$"):
             await run.measure()
