@@ -5,12 +5,13 @@ from shardbus.standard_output import buffer_output, open_standard_streams
 
 
 def main() -> None:
-    """Entry of the `loadgen` command."""
+    """Entry of the `loadgen` command, which takes interrupts over once it has read its options."""
     open_standard_streams()
     with EndedByInterrupts("loadgen"):
         from loadgen.cli import main as command
-    buffer_output()
-    command()
+
+        buffer_output()
+        command()
 
 
 if __name__ == "__main__":

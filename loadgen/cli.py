@@ -34,7 +34,7 @@ from loadgen.spec import (
 )
 from loadgen.tables import csv_of
 from loadgen.view import View, show
-from shardbus.interrupts import EXIT_INTERRUPTED
+from shardbus.interrupts import EXIT_INTERRUPTED, hand_over
 
 _WARMUP_S: Final = 2.0
 _DURATION_S: Final = 10.0
@@ -133,6 +133,7 @@ class _Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run it."""
         try:
+            hand_over()
             return super().invoke(ctx)
         except (KeyboardInterrupt, asyncio.CancelledError):  # a loop that was interrupted twice may raise the latter
             _fail("interrupted; what this run had started was ended", EXIT_INTERRUPTED)

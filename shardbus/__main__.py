@@ -5,12 +5,13 @@ from shardbus.standard_output import buffer_output, open_standard_streams
 
 
 def main() -> None:
-    """Entry of the `shardbus` command."""
+    """Entry of the `shardbus` command, which takes interrupts over once it has read its options."""
     open_standard_streams()
     with EndedByInterrupts("shardbus"):
         from shardbus.cli import main as command
-    buffer_output()
-    command()
+
+        buffer_output()
+        command()
 
 
 if __name__ == "__main__":

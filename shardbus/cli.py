@@ -30,7 +30,7 @@ from shardbus.errors import CommandFailed, ConfigError, NotDelivered, ShardbusEr
 from shardbus.event_loop import run
 from shardbus.example_application import EXAMPLES, example_of, write_example
 from shardbus.fork_server import ForkServer
-from shardbus.interrupts import EXIT_INTERRUPTED, EndedByInterrupts
+from shardbus.interrupts import EXIT_INTERRUPTED, EndedByInterrupts, hand_over
 from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, key_from_text, message_from_json
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.messages import Command, Event, Message, wire_name
@@ -116,6 +116,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run what was asked for."""
         try:
+            hand_over()
             return super().invoke(ctx)
         except KeyboardInterrupt:
             _fail("interrupted", EXIT_INTERRUPTED)

@@ -1,4 +1,4 @@
-"""An interrupt while a command starts: one line, and the exit code that says so. Owns SIGINT until then.
+"""An interrupt while a command starts: one line, and the exit code that says so. Owns SIGINT until it runs.
 
 What a command needs takes half a second to import, and a `KeyboardInterrupt` then is a traceback, or nothing at all where it
 meets code that cannot raise. Imports next to nothing itself: until it is there, the interpreter answers.
@@ -14,7 +14,7 @@ EXIT_INTERRUPTED = 130
 
 
 class EndedByInterrupts:
-    """A block in which SIGINT ends this process at once, with one line: nothing in it is to be undone.
+    """A block in which SIGINT, up to `hand_over`, ends this process at once, with one line: nothing in it is to be undone.
 
     For the main thread. A process that ignores the signal, or handles it otherwise, is left as it is.
 
@@ -40,3 +40,10 @@ class EndedByInterrupts:
             os.write(2, self._told)
         finally:
             os._exit(EXIT_INTERRUPTED)
+
+
+def hand_over() -> None:
+    """From here on a command runs that answers interrupts itself: where they ended this process, they are raised again."""
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(getattr(handler, "__self__", None), EndedByInterrupts):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
