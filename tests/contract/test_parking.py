@@ -457,7 +457,7 @@ async def test_an_event_that_a_parking_handler_gave_up_parks_also_where_the_dead
     async def give_up(event: Late) -> None:
         raise ValueError("for good")
 
-    @bus.on(Late, retry=Retry(attempts=1000, base_s=0.01))
+    @bus.on(Late, retry=Retry(attempts=1000, base_s=0.01, cap_s=0.05))  # a wait of a second would be the store's
     async def go_on(event: Late) -> None:
         raise ConnectionError("again")
 
