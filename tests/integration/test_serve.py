@@ -277,7 +277,11 @@ class Polled(Event, key="key"):
 
 
 begun = asyncio.Event()
-fails = not os.path.exists("failed") or os.path.getsize("failed") < 3
+fails = False
+
+
+def has_failed():  # asked where a worker begins: a spare one has read this file before
+    return os.path.getsize("failed") if os.path.exists("failed") else 0
 
 
 @bus.on(Polled)
@@ -295,6 +299,8 @@ async def poll():
 
 @bus.lifespan
 async def poller(worker):
+    global fails
+    fails = has_failed() < 3
     task = asyncio.ensure_future(stay())
     async with asyncio.TaskGroup() as group:
         if fails:
