@@ -276,7 +276,7 @@ async def test_a_command_takes_its_place_behind_the_earlier_events_of_its_key(bu
 async def test_only_what_failed_is_called_again_and_by_itself(bus: Bus, run: Run, rows: MemoryRows):
     calls: list[list[tuple[int, int]]] = []
 
-    @bus.on(Step, batch=10, retry=FAST)
+    @bus.on(Step, batch=10, linger_s=5.0, retry=FAST)
     async def step(events: list[Step], contexts: list[Context]) -> list[Exception | None]:
         calls.append([(event.n, context.attempt) for event, context in zip(events, contexts, strict=True)])
         return [ValueError(f"{event.n} is bad") if event.n == 3 else None for event in events]
@@ -370,7 +370,7 @@ async def test_a_call_that_takes_too_long_is_a_failure_of_all_of_its_events(bus:
 async def test_behind_an_event_that_is_called_again_those_of_its_key_come_again_and_no_others(bus: Bus, run: Run):
     calls: list[list[tuple[str, int, int]]] = []
 
-    @bus.on(Step, batch=10, retry=FAST)
+    @bus.on(Step, batch=8, linger_s=0.3, retry=FAST)
     async def step(events: list[Step], contexts: list[Context]) -> list[Exception | None]:
         calls.append([(one.key, one.n, its.attempt) for one, its in zip(events, contexts, strict=True)])
         return [ValueError() if called == ("a", 2, 1) else None for called in calls[-1]]

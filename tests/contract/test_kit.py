@@ -445,7 +445,7 @@ async def test_a_batch_handler_is_watched_event_by_event_and_may_be_called_twice
     batches = Bus("batches")
     attempts: list[list[int]] = []
 
-    @batches.on(Ordered, batch=8, retry=Retry(attempts=1))
+    @batches.on(Ordered, batch=3, linger_s=5.0, retry=Retry(attempts=1))
     async def take(events: list[Ordered], contexts: list[Context]) -> list[Exception | None]:
         attempts.append([one.attempt for one in contexts])
         return [ValueError("bad") if event.n == 2 else None for event in events]
@@ -462,7 +462,7 @@ async def test_a_batch_handler_is_watched_event_by_event_and_may_be_called_twice
 async def test_a_batch_handler_that_waits_for_ever_is_named_with_its_first_key():
     batches = Bus("batches")
 
-    @batches.on(Ordered, batch=8)
+    @batches.on(Ordered, batch=3, linger_s=5.0)
     async def take(events: list[Ordered]) -> None:
         await asyncio.Event().wait()
 

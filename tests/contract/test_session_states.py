@@ -270,7 +270,7 @@ async def test_an_application_may_take_the_ends_of_sessions_in_batches():
     async def say(event: Said, context: Context) -> None:
         await context.session()
 
-    @bus.on(SessionEnded, batch=8)
+    @bus.on(SessionEnded, batch=2, linger_s=5.0)
     async def left(events: list[SessionEnded]) -> None:
         told.append(f"left {' '.join(event.session for event in events)}")
 
