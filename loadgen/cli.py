@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, Final, NoReturn, TextIO
+from typing import Any, Final, NoReturn
 
 import click
 import msgspec
@@ -34,7 +33,8 @@ from loadgen.spec import (
 )
 from loadgen.tables import csv_of
 from loadgen.view import View, show
-from shardbus.interrupts import EXIT_INTERRUPTED, hand_over
+from shardbus.command_line import Interruptible, run_and_exit
+from shardbus.standard_streams import warn, written
 
 _WARMUP_S: Final = 2.0
 _DURATION_S: Final = 10.0
@@ -77,28 +77,20 @@ def _check_target(option: str, path: str | None) -> None:
         raise click.BadParameter(f"{path!r} cannot be written", param_hint=option)
 
 
-def _tell(write: Callable[[], None], stream: TextIO) -> list[str]:
-    """Write to a stream whose reader may have left, as `| tee` does at the same Ctrl-C: nothing is wrong then. Returns what
-    else is, in words."""
-    try:
-        write()
-        stream.flush()
-    except OSError as error:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())  # or the interpreter tries once more at its end
-        os.close(nowhere)
-        return [] if isinstance(error, BrokenPipeError) else [_unwritten("standard output", error)]
-    return []
+def _tell(write: Callable[[], None]) -> list[str]:
+    """Write to standard output; returns what is wrong, in words."""
+    error = written(write, sys.stdout)
+    return [] if error is None else [_unwritten("standard output", error)]
 
 
 def _warn(message: str) -> None:
-    _tell(lambda: print(f"loadgen: {message}", file=sys.stderr), sys.stderr)
+    warn(f"loadgen: {message}")
 
 
 def _write(text: str, path: str) -> list[str]:
     """Write a file, or to standard output; returns what is wrong, in words."""
     if path == "-":
-        return _tell(lambda: print(text, end=""), sys.stdout)
+        return _tell(lambda: print(text, end=""))
     try:
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
@@ -127,16 +119,8 @@ def _run(spec: LoadSpec, expectations: tuple[Expectation, ...], histogram: Histo
         view.close()
 
 
-class _Command(click.Command):
-    """A command that an interrupt ends with one line, wherever it finds it."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run it."""
-        try:
-            hand_over()
-            return super().invoke(ctx)
-        except (KeyboardInterrupt, asyncio.CancelledError):  # a loop that was interrupted twice may raise the latter
-            _fail("interrupted; what this run had started was ended", EXIT_INTERRUPTED)
+class _Command(Interruptible):
+    interrupted = "loadgen: interrupted; what this run had started was ended"
 
 
 @click.command(cls=_Command, context_settings={"auto_envvar_prefix": "LOADGEN", "help_option_names": ["-h", "--help"]})
@@ -388,7 +372,7 @@ def cli(
     report = _run(spec, expectations, histogram)
     wrong = []
     if "-" not in (json_path, csv_path, hgrm_path):
-        wrong += _tell(lambda: show(report), sys.stdout)
+        wrong += _tell(lambda: show(report))
     if json_path is not None:
         wrong += _write(_json(report), json_path)
     if csv_path is not None:
@@ -437,4 +421,4 @@ def _recording(
 
 def main() -> None:
     """Entry of the `loadgen` command."""
-    cli()
+    run_and_exit(cli, "loadgen", unwritten=EXIT_USAGE)

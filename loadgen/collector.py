@@ -147,7 +147,7 @@ class Collector:
 
         Args:
             drivers: each driver's latest word.
-            driver_pids: the processes of those that run, by their number.
+            driver_pids: the processes of those that run, by their number; looked up when the bus has answered.
 
         Raises:
             LoadError: the evidence is not whole.

@@ -79,6 +79,10 @@ class Expectation(msgspec.Struct, frozen=True, kw_only=True):
     operator: str
     bound: float
 
+    def is_met_by(self, measured: float) -> bool:
+        """Whether that much, in the unit of `bound`, is what is expected."""
+        return _OPERATORS[self.operator](measured, self.bound)
+
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What became of an expectation; `measured` in its unit, None where it was not measured."""
@@ -130,7 +134,7 @@ def check_measurable(expectation: Expectation, spec: LoadSpec) -> None:
 def check(expectation: Expectation, figures: Mapping[str, float | None]) -> Outcome:
     """Hold an expectation against what was measured: times in seconds, everything else in its unit."""
     measured = figures.get(expectation.figure)
-    met = measured is not None and _OPERATORS[expectation.operator](measured, expectation.bound)
+    met = measured is not None and expectation.is_met_by(measured)
     is_too_much = expectation.figure in NO_LOADS_FAULT and (measured or 0.0) > expectation.bound
     return Outcome(text=expectation.text, measured=measured, met=met, is_excused=not (met or is_too_much))
 

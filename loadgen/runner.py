@@ -211,7 +211,7 @@ class _Run:
         self._unheard = set(range(spec.drivers))  # since the last news
         self._news = asyncio.Event()  # each driver has said how far it is, which they do once a second
         self._results: list[DriverResult | None] = [None] * spec.drivers
-        self._pids: list[int] = []
+        self._running: dict[int, int] = {}  # the processes of drivers that have not ended, by their number
         self._intervals: list[Interval] = []
         self._faults: list[FaultRecord] = []
         self._drivers: list[DriverProcess] = []
@@ -318,14 +318,14 @@ class _Run:
                 self._drivers.append(driver)
                 lines.append(driver.lines(_SILENCE_S + spec.flush_s, first_s=_READY_S))
             planned: int | None = None
-            for each in lines:
+            for number, each in enumerate(lines):
                 started = await anext(each, None)
                 if not isinstance(started, Started):
                     raise LoadError("a driver process ended before it was ready; what it wrote stands above")
-                self._pids.append(started.pid)
+                self._running[number] = started.pid
                 self._collector.publishers.append(bytes.fromhex(started.publisher))
                 planned = started.planned
-            self._collector.begin(self._running())
+            self._collector.begin(self._running)
             start_ns = time.monotonic_ns() + _HEAD_START_NS
             for driver in self._drivers:
                 driver.go(start_ns)
@@ -369,6 +369,7 @@ class _Run:
                     self._latest[number] = _later(self._latest[number], line)
                 case DriverResult():
                     self._results[number] = line
+                    del self._running[number]
             self._hear(number)
         if self._results[number] is None:
             raise LoadError("a driver process ended without a result; what it wrote stands above")
@@ -390,10 +391,6 @@ class _Run:
                 self._news.clear()
             await self._observe()
 
-    def _running(self) -> dict[int, int]:
-        """The processes of drivers that have not ended, by their number."""
-        return {at: pid for at, pid in enumerate(self._pids) if self._results[at] is None}
-
     async def _observe(self) -> None:
         latest = [line for line in self._latest if line is not None]
         if len(latest) < self._spec.drivers or len(self._intervals) >= 2 * _INTERVALS_MAX:
@@ -401,7 +398,7 @@ class _Run:
         # First: what is said meanwhile is the next interval's.
         self._latest = [msgspec.structs.replace(line, send_lag_us={}) for line in latest]
         try:
-            interval = await self._collector.interval(latest, self._running())
+            interval = await self._collector.interval(latest, self._running)
         except asyncio.CancelledError:
             self._latest = [_later(before, line) for before, line in zip(latest, self._latest, strict=True) if line]
             raise

@@ -334,8 +334,8 @@ class DriverResult(msgspec.Struct, frozen=True, kw_only=True, tag="result"):
     counts the measured ones by how late the publish call of their batch began, in microseconds. `waited_s` of the window
     passed inside publish calls that waited for room. `cpu_share` is the processor time that the driver took in the window
     (1.0: one whole core), `rss_bytes` the most memory that it ever held. Commands, where it sent any, stand in the ledger as
-    events do: `dead` failed, `in_flight` got no reply; `replies_us` counts the measured ones by when their reply came. It
-    was `interrupted` where its schedule ended before its time.
+    events do: `dead` failed, what got no reply is in none but `published`; `replies_us` counts the measured ones by when
+    their reply came. It was `interrupted` where its schedule ended before its time.
     """
 
     scheduled: int | None

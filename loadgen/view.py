@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Final
 
 from rich.console import Console
@@ -20,7 +21,6 @@ from loadgen.report import FaultRecord, Interval, Report
 from loadgen.spec import LoadSpec
 from loadgen.tables import rows_of
 
-_UNHEARD: Final = contextlib.suppress(OSError)  # nobody reads it any more, or a disk is full: no reason to end a run
 _PLAIN_EVERY: Final = 5  # intervals that go to a file or a pipe: one of so many
 _SHARDS_MAX: Final = 16  # backlogs that are shown one by one
 _STYLES: Final = {"ok": "green", "failed": "red", "generator-bound": "yellow", "saturated": "yellow"}
@@ -91,15 +91,16 @@ class View:
         self._planned_s = 0.0 if spec.duration_s is None and not spec.stages else spec.planned_s
         self._planned = planned
         if self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            with _UNHEARD:
-                self._live.start()
+            live = Live(console=self._console, auto_refresh=False, transient=True)
+            with self._heard():
+                live.start()
+                self._live = live
 
     def progress(self, interval: Interval) -> None:
         """See `Watcher.progress`."""
         self._intervals += 1
         if self._live is not None:
-            with _UNHEARD:
+            with self._heard():
                 self._live.update(self._table(interval), refresh=True)
         elif not self._console.is_terminal and self._intervals % _PLAIN_EVERY == 0:
             self._print(line_of(interval))
@@ -115,8 +116,17 @@ class View:
         """End the live table."""
         if self._live is not None:
             live, self._live = self._live, None
-            with _UNHEARD:
+            with self._heard():
                 live.stop()
+
+    @contextlib.contextmanager
+    def _heard(self) -> Iterator[None]:
+        """What is shown in the block; from then on nothing is, where nobody reads it any more, or a disk is full: that is no
+        reason to end a run, and rich would keep what it cannot write."""
+        try:
+            yield
+        except OSError:
+            self._console.quiet = True
 
     def _table(self, interval: Interval) -> Table:
         table = Table.grid(padding=(0, 2))
@@ -133,7 +143,7 @@ class View:
         return Text("until it ends")
 
     def _print(self, text: str) -> None:
-        with _UNHEARD:
+        with self._heard():
             if self._console.is_terminal:
                 self._console.print(text, markup=False, soft_wrap=True)
             else:

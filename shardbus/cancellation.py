@@ -16,7 +16,8 @@ def is_own_cancellation(error: BaseException) -> bool:
 
 
 def uncancel(task: asyncio.Task[Any] | None) -> None:
-    """Take back every cancellation that a task has not been ended by, but for one that it is still to hear of.
+    """Take back every cancellation that a task has not been ended by; up to Python 3.12 but for one that it is still to
+    hear of.
 
     Whoever has called an application's code, and not been cancelled meanwhile, does so: in Python 3.11 a `TaskGroup` whose
     child has failed leaves one behind, though its error was caught.

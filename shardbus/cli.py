@@ -1,4 +1,4 @@
-"""The `shardbus` command. The only file of the package that imports click."""
+"""The `shardbus` command. With `command_line`, which ends it, the only file of the package that imports click."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from shardbus import blocking
 from shardbus.addresses import check_ports, default_address, parse_address
 from shardbus.application import DEMO, load_application, load_message_type
 from shardbus.client import Client
+from shardbus.command_line import Interruptible, run_and_exit
 from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
@@ -30,13 +31,14 @@ from shardbus.errors import CommandFailed, ConfigError, NotDelivered, ShardbusEr
 from shardbus.event_loop import run
 from shardbus.example_application import EXAMPLES, example_of, write_example
 from shardbus.fork_server import ForkServer
-from shardbus.interrupts import EXIT_INTERRUPTED, EndedByInterrupts, hand_over
+from shardbus.interrupts import EndedByInterrupts
 from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, key_from_text, message_from_json
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.messages import Command, Event, Message, wire_name
 from shardbus.outboxes import Ledger
 from shardbus.processes import check_platform, use_all_descriptors
 from shardbus.reports import WORKER
+from shardbus.standard_streams import warn
 from shardbus.store import DEAD_REASONS, StoreError
 from shardbus.subscriptions import Missed
 from shardbus.wording import counted
@@ -82,8 +84,12 @@ _connect_option = click.option(
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
-    click.echo(f"shardbus: {message}", err=True)
+    _warn(message)
     sys.exit(code)
+
+
+def _warn(message: str) -> None:
+    warn(f"shardbus: {message}")
 
 
 def _scheduled_told(status: dict[str, Any]) -> str:
@@ -110,16 +116,8 @@ def _run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
         return run(work)
 
 
-class _Commands(click.Group):
-    """Commands that an interrupt ends with one line, wherever it finds them."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run what was asked for."""
-        try:
-            hand_over()
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            _fail("interrupted", EXIT_INTERRUPTED)
+class _Commands(Interruptible, click.Group):
+    interrupted = "shardbus: interrupted"
 
 
 @click.group(cls=_Commands, context_settings={"auto_envvar_prefix": "SHARDBUS", "help_option_names": ["-h", "--help"]})
@@ -231,9 +229,9 @@ def serve(
     supervisor = Supervisor(options, forks)
     left = _run(supervisor.run(click.echo))
     for line in left:
-        click.echo(line, err=True)
+        warn(line)
     if told := supervisor.told_left():
-        click.echo(told, err=True)
+        warn(told)
     sys.exit(1 if left else 0)
 
 
@@ -295,7 +293,7 @@ def drain(address: str | None, timeout: float) -> None:
     answer = _run(_ask(address, timeout, "drain"))
     left = answer["left"]
     for line in left:
-        click.echo(line, err=True)
+        warn(line)
     told = f"; {answer['stores']}" if answer["stores"] else ""
     click.echo(("stopped, not wholly drained" if left else "drained") + told)
     sys.exit(1 if left else 0)
@@ -438,10 +436,9 @@ def _tell_outcome(ledger: Ledger, name: str, whose: str, left: str, refused: tup
     """Print the counts, say what was not handled and what was not published, and exit as that asks for."""
     click.echo(json.dumps(msgspec.to_builtins(ledger)))
     if left:
-        click.echo(f"shardbus: {left}", err=True)
+        _warn(left)
     if ledger.dead:
-        told = f"{counted(ledger.dead, 'dead letter')}; see `shardbus dead-letters list --type {name}`{whose}"
-        click.echo(f"shardbus: {told}", err=True)
+        _warn(f"{counted(ledger.dead, 'dead letter')}; see `shardbus dead-letters list --type {name}`{whose}")
     if refused is not None:
         told, code = refused
         told += whose if code == _UNSOUND else ""
@@ -516,7 +513,7 @@ async def _tail(address: str | None, kinds: list[type[Event]], key: Any, count: 
         async for event in events:
             if isinstance(event, Missed):
                 missed = "events may be" if event.count is None else f"{counted(event.count, 'event')}"
-                click.echo(f"shardbus: {missed} missing here", err=True)
+                _warn(f"{missed} missing here")
                 continue
             click.echo(msgspec.json.encode({"type": wire_name(type(event)), "event": event}))
             left = None if left is None else left - 1
@@ -811,7 +808,7 @@ def export(
     os.umask(0o077)  # a file that is made now holds what events hold, so it is its owner's alone
     for letter in found:
         file.write(json.dumps(_as_json(letter)) + "\n")
-    click.echo(f"{len(found):,} exported", err=True)
+    warn(f"{len(found):,} exported")
 
 
 def _chosen(where: DeadLetterFilter, everything: bool) -> DeadLetterFilter:
@@ -846,8 +843,4 @@ async def _with_client(address: str | None, work: Callable[[Client], Coroutine[A
 
 def main() -> None:
     """Entry of the `shardbus` command."""
-    try:
-        cli()
-    except OSError as error:  # what is written to: a full disk, a pipe that nobody reads
-        where = f" ({error.filename})" if isinstance(error.filename, str) else ""
-        _fail(f"cannot go on: {error.strerror or error}{where}")
+    run_and_exit(cli, "shardbus", unwritten=1)

@@ -21,8 +21,8 @@ FACE = "shardbus"
 
 # Lowest first. A module imports modules of earlier lines only; those on one line do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("interrupts", "standard_output"),
-    ("wording",),
+    ("interrupts", "standard_streams"),
+    ("wording", "command_line"),
     ("errors",),
     ("config", "arguments", "tracebacks", "cancellation"),
     ("clock",),
@@ -116,8 +116,9 @@ FOREIGN: dict[str, tuple[str, ...]] = {
         "shardbus.demo",
         "shardbus.metrics",
         "shardbus.errors",
+        "shardbus.command_line",
         "shardbus.interrupts",
-        "shardbus.standard_output",
+        "shardbus.standard_streams",
     ),
     "benchmarks": (
         "benchmarks.*",
@@ -163,7 +164,7 @@ OWNERS: tuple[Owner, ...] = (
     ),
     Owner("other processes' use", ("psutil",), ("shardbus/processes.py", "loadgen/resources.py")),
     Owner("shared memory", ("mmap",), ("shardbus/evidence.py",)),
-    Owner("command lines", ("click",), ("shardbus/cli.py", "loadgen/cli.py")),
+    Owner("command lines", ("click",), ("shardbus/command_line.py", "shardbus/cli.py", "loadgen/cli.py")),
     Owner(
         "threads",
         ("threading",),

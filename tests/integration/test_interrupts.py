@@ -118,6 +118,31 @@ def test_an_interrupt_at_the_end_of_the_imports_is_a_line_too(short_path: Path):
     assert started.told() == (130, "shardbus: interrupted\n")
 
 
+# A command that is interrupted when it reads its options.
+OPTIONS = """
+import os, signal
+import click
+import {command}.cli
+from {command}.__main__ import main
+
+read = click.Command.parse_args
+
+def interrupted(self, context, arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+    return read(self, context, arguments)
+
+click.Command.parse_args = interrupted
+main()
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_interrupt_while_options_are_read_is_a_line(command: str):
+    program = [sys.executable, "-c", OPTIONS.format(command=command), "--version"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", INTERRUPTED[command])
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_whenever_a_command_is_interrupted_there_is_no_traceback(short_path: Path, command: str, number: int):

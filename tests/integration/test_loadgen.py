@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from buses import RunningBus, state_of, wait_until
@@ -32,7 +32,9 @@ QUOTED_OR_REFUSED = (0, 3, 4)
 
 
 @contextlib.contextmanager
-def running(directory: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def running(
+    directory: Path, *arguments: str, errors: IO[str] | int = subprocess.PIPE, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
     """A loadgen, ended with the block."""
     path = os.pathsep.join([str(CHECKOUT), str(directory)])
     terminals = ("FORCE_COLOR", "NO_COLOR", "TTY_", "COLUMNS")
@@ -42,7 +44,7 @@ def running(directory: Path, *arguments: str, **environment: str) -> Iterator[su
         cwd=directory,
         env={**clean, "PYTHONPATH": path, "PYTHONWARNINGS": "error", "TMPDIR": str(directory), **environment},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=errors,
         text=True,
     ) as process:
         try:
@@ -156,6 +158,20 @@ def test_a_reader_that_leaves_takes_no_report_along(
         process.stdout.close()
         assert process.wait(120) in QUOTED_OR_REFUSED
     assert json.loads((short_path / "report.json").read_text())["handled"] == 200
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1", "TERM": "xterm"}], ids=["lines", "table"])
+def test_a_full_log_takes_no_report_along(short_path: Path, environment: dict[str, str]) -> None:
+    arguments = ["--rate", "200", "--duration", "2", "--warmup", "0", "--json", "report.json"]
+    with (
+        open("/dev/full", "w") as full,
+        running(short_path, *arguments, SHARDBUS_URL=f"ipc://{short_path}/bus", errors=full, **environment) as process,
+    ):
+        told, _ = process.communicate(timeout=120)
+        assert process.returncode in QUOTED_OR_REFUSED
+    assert "verdict" in told
+    assert json.loads((short_path / "report.json").read_text())["handled"] == 400
 
 
 SLOW_TO_END = """

@@ -324,6 +324,18 @@ async def test_a_lifespan_that_ends_its_worker_is_told_and_no_handler_is_blamed(
     assert "silent" not in errors
 
 
+async def test_a_log_that_nobody_reads_any_more_changes_no_exit_code(make_bus: MakeBus) -> None:
+    bus = make_bus("--workers", "1")
+    bus.wait_ready()
+    async with shardbus.connect(bus.address) as client:
+        await client.publish(Stumbled(account="a"))
+        assert (await client.flush(30)).dead == 1  # which is told at the end
+    assert bus.process.stderr is not None
+    bus.process.stderr.close()  # as `2>&1 | tee log` does at Ctrl-C
+    bus.process.send_signal(signal.SIGINT)
+    assert await asyncio.to_thread(bus.process.wait, 60) == 0
+
+
 def test_a_lifespan_that_has_no_time_to_close_is_told(make_bus: MakeBus, short_path: Path) -> None:
     bus = serve_pools(make_bus, short_path, """
         yield

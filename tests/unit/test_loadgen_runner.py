@@ -133,6 +133,19 @@ async def test_no_fault_is_done_once_nothing_is_sent_any_more_and_that_is_told(h
 MEASURED = Progress(
     at_s=1.0, warming_up=False, counts=Counts(published=9, handled=9, dead=0, waiting=0, dropped=0, in_flight=0)
 )
+ENDED = DriverResult(
+    scheduled=None,
+    sent=9,
+    window_s=1.0,
+    before=MEASURED.counts,
+    after=MEASURED.counts,
+    final=MEASURED.counts,
+    flush_s=0.0,
+    waited_s=0.0,
+    send_lag_us={},
+    cpu_share=0.5,
+    rss_bytes=1,
+)
 OVER = msgspec.structs.replace(MEASURED, over=True)
 NOTHING = Totals(
     distinct=0, repeats=0, announced=0, out_of_order=0, missing=0, unchecked=0, dead=0, samples=0, latency_us=None
@@ -206,22 +219,24 @@ async def test_the_bus_is_asked_when_each_driver_has_said_more() -> None:
     class Counting(Blind):
         async def interval(self, drivers: Any, driver_pids: Any) -> Interval | None:
             asked.append(len(drivers))
-            looked_at.append(driver_pids)
+            if len(asked) == 2:  # the first driver ends while the bus is asked
+                await run._follow(0, end())
+            looked_at.append(dict(driver_pids))
             return None
 
     async def line() -> AsyncIterator[DriverLine]:
         yield MEASURED
 
+    async def end() -> AsyncIterator[DriverLine]:
+        yield ENDED
+
     asked: list[int] = []
     looked_at: list[dict[int, int]] = []
     run = run_of(LoadSpec(rate=1.0, drivers=2), Counting(cast("shardbus.Client", None), local=False))
-    run._pids = [41, 42]
+    run._running.update({0: 41, 1: 42})
     watching = asyncio.create_task(run._watch())
     found = []
     for number in (0, 0, 1, 0, 1, 1, 1):
-        if len(found) == 5:  # the first driver has ended
-            run._results[0] = cast("Any", "a result")
-            run._hear(0)
         with pytest.raises(LoadError, match="ended without a result"):
             await run._follow(number, line())
         for _ in range(5):  # turns, for who watches
@@ -229,7 +244,7 @@ async def test_the_bus_is_asked_when_each_driver_has_said_more() -> None:
         found.append(len(asked))
     watching.cancel()
     assert found == [0, 0, 1, 1, 2, 3, 4]
-    assert looked_at == [{0: 41, 1: 42}] * 2 + [{1: 42}] * 2  # who has ended is not missed
+    assert looked_at == [{0: 41, 1: 42}] + [{1: 42}] * 3  # who has ended is not missed
 
 
 async def test_the_load_is_over_when_no_driver_sends_any_more() -> None:

@@ -1,7 +1,8 @@
-"""What is printed arrives, however little the system takes at a time."""
+"""What is printed arrives, however little the system takes at a time, and what nobody reads ends nothing."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from shardbus.standard_output import buffer_output
+from shardbus.standard_streams import buffer_output, written
+
+NEEDS_FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 
 
 class Narrow(io.RawIOBase):
@@ -54,3 +57,41 @@ def test_a_command_runs_though_it_was_started_without_a_standard_stream(tmp_path
     )
     assert done.returncode == 1  # nobody answers; not libuv's abort
     assert (b"no bus answered" in done.stderr) == (2 not in closed)
+
+
+@NEEDS_FULL
+def test_what_a_full_stream_does_not_take_is_told_once() -> None:
+    with open("/dev/full", "w") as full:
+        error = written(lambda: full.write("x"), full)
+        assert error is not None
+        assert error.errno == errno.ENOSPC
+        assert written(lambda: full.write("x"), full) is None  # and leaving the block raises nothing
+
+
+def test_that_nobody_reads_is_nothing_to_tell() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as unread:
+        assert written(lambda: unread.write("x"), unread) is None
+
+
+@NEEDS_FULL
+@pytest.mark.parametrize("full", [False, True], ids=["unread", "full"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("shardbus", "serve", "nothing_of_this_name:bus"),
+        ("shardbus", "status", "--timeout", "soon"),
+        ("loadgen", "--rate", "100", "--connect", "nowhere"),
+        ("loadgen", "--rate", "many"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_ends_with_its_exit_code_where_nobody_is_told(command: tuple[str, ...], full: bool) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full" if full else write, "w") as nowhere:
+        done = subprocess.run([sys.executable, "-m", *command], stderr=nowhere, stdout=subprocess.PIPE, check=False)
+    if full:
+        os.close(write)
+    assert (done.returncode, done.stdout) == (2, b"")

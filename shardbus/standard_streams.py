@@ -1,11 +1,13 @@
-"""Standard streams as they are for commands: they are there, and all that is printed arrives. Imports next to nothing, and
-comes before all else."""
+"""Standard streams as they are for commands: they are there, all that is printed arrives, and one that nobody reads any more
+ends nothing. Comes before all else that opens a file."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
+from collections.abc import Callable
+from typing import TextIO
 
 
 def open_standard_streams() -> None:
@@ -30,3 +32,22 @@ def buffer_output() -> None:
     if isinstance(raw, io.RawIOBase):  # which `sys.__stdout__` keeps open
         writer = io.BufferedWriter(raw)
         sys.stdout = io.TextIOWrapper(writer, encoding=out.encoding, errors=out.errors, line_buffering=True)
+
+
+def written(write: Callable[[], object], stream: TextIO) -> OSError | None:
+    """Write to a standard stream, and what it has buffered. Returns why that cannot be; not where its reader has left, as
+    `| tee` does at the same Ctrl-C: nothing is wrong then. What cannot be written is a stream into nothing from then on."""
+    try:
+        write()
+        stream.flush()
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # or the interpreter tries once more at its end
+        os.close(nowhere)
+        return None if isinstance(error, BrokenPipeError) else error
+    return None
+
+
+def warn(line: str) -> None:
+    """Say something on standard error, if anybody listens: an exit code says it, too."""
+    written(lambda: sys.stderr.write(f"{line}\n"), sys.stderr)
