@@ -534,8 +534,12 @@ class BlockingClient:
         """Take over what was handed over. First the flag: who hands something over after this wakes the loop again."""
         self._woken = False
         if self._handed:
-            self._client.publish_packed([self._handed.popleft() for _ in range(len(self._handed))])
+            with self._lock:
+                taken = list(self._handed)
+            self._client.publish_packed(taken)
             self._feel_room()
+            for _ in taken:  # now, so that no more are handed over before it is known whether there is room for them
+                self._handed.popleft()
 
     def _feel_room(self) -> None:
         self._has_room = self._hands_over and self._client.has_room()

@@ -139,13 +139,14 @@ def wait_for(condition: Callable[[], object]) -> None:
 def fill(client: BlockingClient) -> int:
     """Publish to a stuck key until there is no more room; returns how many were published."""
     published = 0
-    try:
-        while True:
+    while True:
+        try:
             client.publish(Step(key="stuck", n=published), timeout=0.1)
             published += 1
-    except TimeoutError as error:
-        assert str(error).startswith("Step: the outbox was full for 0.1 s, so nothing was published")  # noqa: PT017 - it ends the loop
-    return published
+        except TimeoutError as error:
+            assert str(error).startswith("Step: the outbox was full for 0.1 s, so nothing was published")  # noqa: PT017 - it ends the loop
+            if client.ledger().in_flight >= SMALL.outbox_events_max:  # and it was not this thread that stood still
+                return published
 
 
 @contextmanager
@@ -334,6 +335,25 @@ def test_what_waits_for_a_stuck_shard_does_not_hold_up_other_threads():
 
 
 # -- room
+
+
+def test_what_is_handed_over_while_the_loop_takes_over_is_within_the_bound(monkeypatch: pytest.MonkeyPatch):
+    with running(SMALL) as client:
+        publish_packed = client._client.publish_packed
+
+        def publish(events: list[Any]) -> None:
+            publish_packed(events)
+            packed = client._client.pack(Step(key="stuck"))
+            while client._hand_over(packed):  # as another thread's publisher may, before the loop has gone on
+                pass
+
+        monkeypatch.setattr(client._client, "publish_packed", publish)
+        client.publish(Step(key="stuck"))
+        wait_for(lambda: not (client._has_room or client._handed))
+        held = client.ledger().in_flight
+        assert SMALL.outbox_events_max <= held <= SMALL.outbox_events_max + blocking._HANDED_EVENTS_MAX
+        gate.set()
+        assert client.flush(30).handled == held
 
 
 def test_publish_waits_for_room_and_the_outbox_stays_within_its_bound():

@@ -172,9 +172,9 @@ def test_what_ends_a_stream_is_raised_behind_its_items(client: BlockingClient):
     assert list(items) == []
     with pytest.raises(CommandFailed, match="PlainCommand"):
         next(client.stream(Plain(key="a")))
-    items = client.stream(Count(key="a", upto=1, how="stuck"), timeout=0.5)
+    items = client.stream(Count(key="a", upto=1, how="stuck"), timeout=1.0)
     assert next(items) == 0
-    with pytest.raises(TimeoutError, match=r"Count: its stream has not ended within 0\.5 s; it is cancelled"):
+    with pytest.raises(TimeoutError, match=r"Count: its stream has not ended within 1 s; it is cancelled"):
         next(items)
     assert list(items) == []
 

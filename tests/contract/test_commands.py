@@ -101,7 +101,7 @@ async def test_a_handler_is_cancelled_with_its_caller_and_its_lane_goes_on(how: 
 async def test_a_handler_is_cancelled_when_its_callers_time_is_over():
     async with running() as client:
         with pytest.raises(TimeoutError, match="is cancelled where it still runs"):
-            await client.execute(Wait(key="a"), timeout=0.5)
+            await client.execute(Wait(key="a"), timeout=1.0)
         await until_told("began ", "cancelled ")
 
 

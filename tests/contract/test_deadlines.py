@@ -84,7 +84,7 @@ async def test_a_deadline_holds_through_retries_and_the_handlers_that_are_left_a
         raise ValueError
 
     async with bus.local() as client:
-        await client.publish(Step(key="a"), deadline=0.2)
+        await client.publish(Step(key="a"), deadline=1.0)
         await client.flush(10)  # the store's, because the retry is long off
         while not (letters := await client.dead_letters()):  # noqa: ASYNC110 - it does not wait for the retry
             await asyncio.sleep(0.01)

@@ -324,7 +324,7 @@ async def test_events_without_a_key_are_tried_again_too(bus: Bus, run: Run):
 
 async def test_an_event_that_waits_long_is_acked_as_waiting_and_survives(bus: Bus, run: Run, rows: MemoryRows):
     calls: list[tuple[int, int]] = []
-    patient = Retry(base_s=1e6, cap_s=1e6)
+    patient = Retry(base_s=1e9, cap_s=1e9)
     patience = [patient, FAST]
 
     def application(retry: Retry) -> Bus:

@@ -322,7 +322,7 @@ async def test_where_the_store_has_no_room_for_a_parked_lane_publishers_wait_unt
         with pytest.raises(NotDelivered):
             await client.flush(0.3)
         assert client.ledger().in_flight > 0
-        assert (await stored(client))[0] == 3
+        assert (await stored(client))[0] == 3  # as before: what parks them
         assert application.ran == []
         application.bad = set()
         assert await client.redrive(DeadLetterFilter(key=("a",))) == 1
@@ -339,7 +339,9 @@ async def test_a_parked_lane_goes_to_the_store_once_that_works_again(application
         await steps(client, "a", 0, 1, 2, 3)
         with pytest.raises(NotDelivered):
             await client.flush(0.3)
-        assert "locked" in (await client.status())["workers"][0]["store_failing"]
+        async with asyncio.timeout(20):
+            while "locked" not in (await client.status())["workers"][0]["store_failing"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         assert not store.rows.waiting
         store.failing = ""
         ledger = await client.flush(10)
@@ -462,7 +464,7 @@ async def test_an_event_that_a_parking_handler_gave_up_parks_also_where_the_dead
         raise ConnectionError("again")
 
     async with run_local(bus, stores=[MemoryStore()]) as client:
-        await client.publish(Late(key="a"), deadline=0.5)
+        await client.publish(Late(key="a"), deadline=1.0)
         assert (await client.flush(10)).dead == 1
         (letter,) = await client.dead_letters()
         assert (letter.reason, letter.parked) == ("expired", True)

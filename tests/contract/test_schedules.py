@@ -407,7 +407,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def test_what_is_scheduled_outlives_a_bus_that_stops(application, run):
     async with run() as client:
-        await client.publish(Step(key="a", n=1), delay=0.3)
+        await client.publish(Step(key="a", n=1), delay=1.0)
         await client.publish(Step(key="a", n=2), at=datetime.now(UTC) + AHEAD)
         await client.flush()
     async with run() as client:

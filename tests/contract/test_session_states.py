@@ -323,7 +323,7 @@ async def test_a_handler_that_is_cancelled_while_its_state_is_made_leaves_none(c
     chats.makes = make
     async with running(chats.bus) as client:
         with pytest.raises(TimeoutError):
-            await client.execute(Length(chat="7"), timeout=0.5)
+            await client.execute(Length(chat="7"), timeout=1.0)
         await until(lambda: "not made" in chats.told)
         assert await open_sessions(client) == 0
         stays = False

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -219,6 +222,16 @@ class RunningBus:
         if self.process.poll() is None:
             self.process.kill()
         self.process.communicate(timeout=30)
+
+
+def free_port(count: int = 1) -> int:
+    """The first of so many ports in a row that nobody has, below those that the system gives to whoever asks for any."""
+    for port in random.sample(range(20_000, 32_000), 1000):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for at in range(count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port + at))
+            return port
+    raise AssertionError(f"there are no {count} free ports in a row")
 
 
 def is_alive(pid: int) -> bool:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from buses import RunningBus, wait_until
+from buses import RunningBus, free_port, wait_until
 
 from shardbus.example_application import write_example
 
@@ -74,9 +73,7 @@ def checkout_environment() -> dict[str, str]:
 @contextmanager
 def web_process(bus: RunningBus, logs: str = "") -> Iterator[str]:
     """`python chat.py`, at a port that is free; yields its URL. Standard error has `logs`, or nothing."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     program = bus.directory / f"chat_at_{port}.py"
     program.write_text(re.sub(r"\b8080\b", str(port), (bus.directory / "chat.py").read_text()))
     with subprocess.Popen(

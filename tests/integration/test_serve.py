@@ -7,7 +7,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import zmq
-from buses import APPLICATION, RunningBus, is_alive, wait_until
+from buses import APPLICATION, RunningBus, free_port, is_alive, wait_until
 
 import shardbus
 from shardbus.addresses import parse_address
@@ -394,18 +393,8 @@ async def test_garbage_to_both_sockets_disturbs_nobody(make_bus: MakeBus) -> Non
     assert bus.status()["workers"][0]["restarts"] == 0
 
 
-def two_free_ports() -> int:
-    """The first of two ports that nobody has, below those that the system gives to whoever asks for any."""
-    for port in random.sample(range(20_000, 32_000), 1000):
-        with contextlib.suppress(OSError), socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", port))
-            second.bind(("127.0.0.1", port + 1))
-            return port
-    raise AssertionError("there are no two free ports")
-
-
 async def test_a_bus_over_tcp_serves_alike(make_bus: MakeBus) -> None:
-    address = f"tcp://127.0.0.1:{two_free_ports()}"
+    address = f"tcp://127.0.0.1:{free_port(2)}"
     bus = make_bus("--workers", "1", "--bind", address)
     bus.wait_ready()
     async with shardbus.connect(address) as client:
