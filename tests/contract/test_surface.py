@@ -261,7 +261,7 @@ async def test_the_middleware_of_a_client_sees_each_message_and_may_refuse_it(en
 async def test_leaving_the_block_says_what_was_not_finished(engine: Engine, key: str):
     with pytest.raises(NotDelivered, match=r"1 event was published and not finished within") as raised:  # noqa: PT012
         async with engine.open(close_timeout=0.01) as client:
-            await client.publish(Slow(key=key, seconds=0.3))
+            await client.publish(Slow(key=key, seconds=1.0))
             with pytest.raises(NotDelivered):
                 await client.flush(0.01)
     assert raised.value.in_flight == 1

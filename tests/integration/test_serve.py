@@ -414,7 +414,7 @@ async def test_a_handler_that_blocks_its_event_loop_is_named(make_bus: MakeBus) 
     bus = make_bus("--workers", "1")
     bus.wait_ready()
     async with shardbus.connect(bus.address) as client:
-        await client.publish(Blocked(account="a0", seconds=2.5))
+        await client.publish(Blocked(account="a0", seconds=3.5))
         await asyncio.sleep(0)
 
         async def stalled_in() -> str:
