@@ -33,8 +33,8 @@ from loadgen.spec import (
 )
 from loadgen.tables import csv_of
 from loadgen.view import View, show
-from shardbus.command_line import Interruptible, run_and_exit
-from shardbus.standard_streams import warn, written
+from shardbus.command_line import Interruptible, run_and_exit, warn
+from shardbus.standard_streams import written
 
 _WARMUP_S: Final = 2.0
 _DURATION_S: Final = 10.0

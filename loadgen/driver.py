@@ -421,7 +421,7 @@ class Commands:
                 self.replies.add((time.monotonic_ns() - intended_ns) // 1000)
 
     def counts(self) -> Counts:
-        """A ledger of commands: `dead` failed; what got no reply in time is in none of the columns."""
+        """A ledger of commands: `dead` failed; what got no reply in time is `published` and nothing else."""
         left = self._sent - self._replied - self._failed - self._unanswered
         return Counts(
             published=self._sent, handled=self._replied, dead=self._failed, waiting=0, dropped=0, in_flight=left

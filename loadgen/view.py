@@ -116,13 +116,14 @@ class View:
         """End the live table."""
         if self._live is not None:
             live, self._live = self._live, None
+            self._console.quiet = False  # if only to show the cursor again
             with self._heard():
                 live.stop()
 
     @contextlib.contextmanager
     def _heard(self) -> Iterator[None]:
-        """What is shown in the block; from then on nothing is, where nobody reads it any more, or a disk is full: that is no
-        reason to end a run, and rich would keep what it cannot write."""
+        """What is shown in the block. Where nobody reads it any more, or a disk is full, a run does not end for that, and
+        the table is shown no more: rich would keep what it cannot write."""
         try:
             yield
         except OSError:

@@ -169,6 +169,7 @@ class BlockingClient:
         self._hands_over = hands_over
         self._handed: deque[Packed] = deque()
         self._has_room = False
+        self._interrupted = 0  # calls that are yet to be cancelled: what is published after one of them stays behind it
         self._woken = False
         self._lock = threading.Lock()  # what is handed over or begun, and the closing, come one after another
         self._closing = False
@@ -444,7 +445,8 @@ class BlockingClient:
     def _hand_over(self, packed: Packed) -> bool:
         """Put an event where the loop will take it from; False where there is no room."""
         with self._lock:
-            if self._closing or not self._has_room or len(self._handed) >= _HANDED_EVENTS_MAX:
+            is_open = self._has_room and not (self._closing or self._interrupted)
+            if not is_open or len(self._handed) >= _HANDED_EVENTS_MAX:
                 return False
             self._handed.append(packed)
             if not self._woken:
@@ -468,6 +470,8 @@ class BlockingClient:
             raise ClientClosed("the client was closed while the call was under way") from None
         finally:
             if not call.outcome.done():  # whoever waits was interrupted
+                with self._lock:
+                    self._interrupted += 1
                 self._tell_loop(self._cancel, call)
 
     def _call_at_end(self, work: Callable[[Client], Coroutine[Any, Any, None]]) -> None:
@@ -536,10 +540,12 @@ class BlockingClient:
         if self._handed:
             with self._lock:
                 taken = list(self._handed)
-            self._client.publish_packed(taken)
-            self._feel_room()
-            for _ in taken:  # now, so that no more are handed over before it is known whether there is room for them
-                self._handed.popleft()
+            try:
+                self._client.publish_packed(taken)
+                self._feel_room()
+            finally:
+                for _ in taken:  # now, so that no more are handed over before it is known whether there is room for them
+                    self._handed.popleft()
 
     def _feel_room(self) -> None:
         self._has_room = self._hands_over and self._client.has_room()
@@ -552,6 +558,8 @@ class BlockingClient:
         call.task.add_done_callback(lambda task: self._end(call, task))
 
     def _cancel(self, call: _Call) -> None:
+        with self._lock:
+            self._interrupted -= 1
         call.given_up = True
         if call.task is not None:
             call.task.cancel()

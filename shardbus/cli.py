@@ -23,7 +23,7 @@ from shardbus import blocking
 from shardbus.addresses import check_ports, default_address, parse_address
 from shardbus.application import DEMO, load_application, load_message_type
 from shardbus.client import Client
-from shardbus.command_line import Interruptible, run_and_exit
+from shardbus.command_line import Interruptible, run_and_exit, warn
 from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
@@ -38,7 +38,7 @@ from shardbus.messages import Command, Event, Message, wire_name
 from shardbus.outboxes import Ledger
 from shardbus.processes import check_platform, use_all_descriptors
 from shardbus.reports import WORKER
-from shardbus.standard_streams import warn
+from shardbus.standard_streams import written
 from shardbus.store import DEAD_REASONS, StoreError
 from shardbus.subscriptions import Missed
 from shardbus.wording import counted
@@ -401,7 +401,7 @@ def publish(
             except KeyboardInterrupt:
                 ledger, is_interrupted = client.ledger(), True
     if is_interrupted:
-        click.echo(json.dumps(msgspec.to_builtins(ledger)))
+        _tell_counts(ledger)
         _fail(_told_interrupted(ledger), 130)
     _tell_outcome(ledger, wire_name(kind), whose, left, refused)
 
@@ -432,9 +432,17 @@ def _told_interrupted(ledger: Ledger) -> str:
     return f"interrupted; {published} published, and {whose} is not known (see `shardbus status`)"
 
 
+def _tell_counts(ledger: Ledger) -> bool:
+    """Print a ledger, and say where it cannot be written. What else there is to say is said all the same."""
+    error = written(lambda: click.echo(json.dumps(msgspec.to_builtins(ledger))), sys.stdout)
+    if error is not None:
+        _warn(f"standard output cannot be written: {error.strerror or error}")
+    return error is None
+
+
 def _tell_outcome(ledger: Ledger, name: str, whose: str, left: str, refused: tuple[str, int] | None) -> NoReturn:
     """Print the counts, say what was not handled and what was not published, and exit as that asks for."""
-    click.echo(json.dumps(msgspec.to_builtins(ledger)))
+    is_told = _tell_counts(ledger)
     if left:
         _warn(left)
     if ledger.dead:
@@ -443,7 +451,7 @@ def _tell_outcome(ledger: Ledger, name: str, whose: str, left: str, refused: tup
         told, code = refused
         told += whose if code == _UNSOUND else ""
         _fail(f"{told}; {counted(ledger.published, 'event')} before that had been published", code)
-    sys.exit(1 if ledger.dead or left else 0)
+    sys.exit(1 if ledger.dead or left or not is_told else 0)
 
 
 @cli.command()

@@ -1,5 +1,5 @@
-"""How a command of a shell ends: with an exit code and at most one line, whatever ends it, and whether or not anybody reads
-the line."""
+"""How a command of a shell ends: with its exit code and what it has to say, whatever ends it, and whether or not anybody
+reads that."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from typing import IO, Any, ClassVar, NoReturn
 
 import click
 
-from shardbus.interrupts import EXIT_INTERRUPTED, hand_over
-from shardbus.standard_streams import warn, written
+from shardbus.interrupts import EXIT_INTERRUPTED, HandedOver
+from shardbus.standard_streams import written
+
+
+def warn(line: str) -> None:
+    """Say something on standard error, if anybody listens: an exit code says it, too."""
+    written(lambda: click.echo(line, err=True), sys.stderr)
 
 
 class _Interrupted(click.ClickException):
@@ -22,32 +27,29 @@ class _Interrupted(click.ClickException):
 
 
 class Interruptible(click.Command):
-    """A command that answers interrupts from where it knows its options, with the line `interrupted`."""
+    """A command that answers interrupts while it runs, with the line `interrupted`."""
 
     interrupted: ClassVar[str]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it."""
         try:
-            hand_over()
-            return super().invoke(ctx)
+            with HandedOver():
+                return super().invoke(ctx)
         except (KeyboardInterrupt, asyncio.CancelledError):  # a loop that was interrupted twice may raise the latter
             raise _Interrupted(self.interrupted) from None
 
 
-def run_and_exit(command: Interruptible, name: str, *, unwritten: int) -> NoReturn:
+def run_and_exit(command: click.Command, name: str, *, unwritten: int) -> NoReturn:
     """Run a command with the arguments of this process, and end this process.
 
     Args:
         command: returns nothing, or exits.
-        name: what its other lines begin with.
-        unwritten: the exit code where something cannot be written: a full disk, a pipe that nobody reads.
+        name: what a line begins with that says why it cannot go on.
+        unwritten: the exit code where something cannot be written, to a full disk for instance.
     """
     try:
-        code = command.main(prog_name=name, standalone_mode=False) or 0
-    except click.Abort:  # an interrupt where it has just ended
-        warn(command.interrupted)
-        code = EXIT_INTERRUPTED
+        code = command.main(standalone_mode=False) or 0
     except click.ClickException as error:
         written(error.show, sys.stderr)
         code = error.exit_code

@@ -14,7 +14,7 @@ EXIT_INTERRUPTED = 130
 
 
 class EndedByInterrupts:
-    """A block in which SIGINT, up to `hand_over`, ends this process at once, with one line: nothing in it is to be undone.
+    """A block in which SIGINT ends this process at once, with one line: nothing in it is to be undone.
 
     For the main thread. A process that ignores the signal, or handles it otherwise, is left as it is.
 
@@ -42,8 +42,17 @@ class EndedByInterrupts:
             os._exit(EXIT_INTERRUPTED)
 
 
-def hand_over() -> None:
-    """From here on a command runs that answers interrupts itself: where they ended this process, they are raised again."""
-    handler = signal.getsignal(signal.SIGINT)
-    if isinstance(getattr(handler, "__self__", None), EndedByInterrupts):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+class HandedOver:
+    """A block, inside one that interrupts end, which answers them itself: they are raised in it, as Python does it."""
+
+    def __init__(self) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        self._outer = handler if isinstance(getattr(handler, "__self__", None), EndedByInterrupts) else None
+
+    def __enter__(self) -> None:
+        if self._outer is not None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        if self._outer is not None:
+            signal.signal(signal.SIGINT, self._outer)

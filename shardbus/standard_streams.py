@@ -46,8 +46,3 @@ def written(write: Callable[[], object], stream: TextIO) -> OSError | None:
         os.close(nowhere)
         return None if isinstance(error, BrokenPipeError) else error
     return None
-
-
-def warn(line: str) -> None:
-    """Say something on standard error, if anybody listens: an exit code says it, too."""
-    written(lambda: sys.stderr.write(f"{line}\n"), sys.stderr)

@@ -432,6 +432,32 @@ def test_nothing_is_handed_over_once_the_client_closes():
 # -- interrupts
 
 
+def test_nothing_goes_before_an_interrupted_call_that_is_yet_to_be_cancelled():
+    stands_still, go_on = threading.Event(), threading.Event()
+    with running(SMALL) as client:
+        published = fill(client)
+
+        def stand_still() -> None:
+            stands_still.set()
+            go_on.wait(30)
+
+        def is_waiting() -> bool:
+            if not client._calls:
+                return False
+            client._tell_loop(stand_still)
+            return stands_still.wait(30)
+
+        with interrupted_while(is_waiting):
+            client.publish(Step(key="stuck", n=published))
+        client._has_room = True  # as the end of another call may find
+        assert not client._hand_over(client._client.pack(Step(key="stuck", n=published + 1)))
+        go_on.set()
+        gate.set()
+        client.publish(Step(key="stuck", n=published + 1))
+        client.flush(30)
+    assert [n for _, n, _ in handled] == [*range(published), published + 1]
+
+
 def test_an_interrupt_cancels_the_call_that_waits_and_the_client_goes_on():
     with running(SMALL) as client:
         with interrupted_while(lambda: client._calls):

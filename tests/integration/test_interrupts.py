@@ -118,27 +118,39 @@ def test_an_interrupt_at_the_end_of_the_imports_is_a_line_too(short_path: Path):
     assert started.told() == (130, "shardbus: interrupted\n")
 
 
-# A command that is interrupted when it reads its options.
-OPTIONS = """
+# A command that is interrupted when it reads its options, or while its mistake is told.
+AT = """
 import os, signal
 import click
 import {command}.cli
 from {command}.__main__ import main
 
-read = click.Command.parse_args
+before = click.{at}
 
-def interrupted(self, context, arguments):
-    os.kill(os.getpid(), signal.SIGINT)
-    return read(self, context, arguments)
+def interrupted(self, *arguments, **named):
+    if getattr(self, "name", "{name}") == "{name}":
+        os.kill(os.getpid(), signal.SIGINT)
+    return before(self, *arguments, **named)
 
-click.Command.parse_args = interrupted
+click.{at} = interrupted
 main()
 """
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_an_interrupt_while_options_are_read_is_a_line(command: str):
-    program = [sys.executable, "-c", OPTIONS.format(command=command), "--version"]
+@pytest.mark.parametrize(
+    ("at", "command", "name", "arguments"),
+    [
+        ("Command.parse_args", "shardbus", "cli", ["--version"]),
+        ("Command.parse_args", "shardbus", "status", ["status", "--timeout", "soon"]),
+        ("Command.parse_args", "loadgen", "cli", ["--version"]),
+        ("UsageError.show", "shardbus", "", ["status", "--timeout", "soon"]),
+        ("UsageError.show", "loadgen", "", ["--rate", "many"]),
+    ],
+)
+def test_an_interrupt_while_options_are_read_or_their_mistake_is_told_is_a_line(
+    at: str, command: str, name: str, arguments: list[str]
+):
+    program = [sys.executable, "-c", AT.format(at=at, command=command, name=name), *arguments]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", INTERRUPTED[command])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,13 +23,16 @@ def bus(idle_bus: RunningBus) -> RunningBus:
     return idle_bus
 
 
-def run(bus: RunningBus, *arguments: str, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    bus: RunningBus, *arguments: str, text: str = "", out: int = subprocess.PIPE, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "shardbus", *arguments],
         cwd=bus.directory,
         env=bus.environment() | {"SHARDBUS_URL": bus.address} | environment,
         input=text,
-        capture_output=True,
+        stdout=out,
+        stderr=subprocess.PIPE,
         text=True,
         timeout=60,
         check=False,
@@ -48,6 +52,16 @@ def test_an_event_is_published_and_a_command_executed(bus: RunningBus) -> None:
     assert json.loads(done.stdout) == report(published=1, handled=1)
     done = run(bus, "execute", "accounts:GetTotal", '{"account": "one"}')
     assert (done.returncode, done.stdout, done.stderr) == (0, "7\n", "")
+
+
+def test_what_was_not_published_is_told_though_nobody_reads_the_counts(bus: RunningBus) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = run(bus, "publish", "accounts:Added", "-", text='{"account": "unread"}\nnonsense\n', out=write)
+    os.close(write)
+    assert done.returncode == 2
+    assert done.stderr.startswith("shardbus: line 2: ")
+    assert done.stderr.endswith("; 1 event before that had been published\n")
 
 
 def test_a_type_is_named_as_on_the_wire_where_the_application_is_known(bus: RunningBus) -> None:

@@ -571,12 +571,15 @@ def test_a_run_in_which_nothing_was_handled_has_failed_unless_that_is_expected()
     assert rows_of(found)[-1] == ("verdict", "failed; none was handled: 120 became dead letters")
     assert found.exit_code == 1
     assert expected(["dead_lettered==120"], dead).verdict == expected(["handled<1"], dead).verdict == "ok"
-    for tolerated in ("dead_lettered<1000", "handled<=120", "dead_lettered>=0"):  # nobody has said that all may die
+    for tolerated in ("dead_lettered<1000", "handled<=120", "handled!=1", "dead_lettered>=0"):  # not that all may die
         assert expected([tolerated], dead).verdict == "failed"
     hanging = report(msgspec.structs.replace(good, final=counts(120, in_flight=120)), totals(0))
     assert expected([], hanging).reasons[-1] == "none was handled: 120 did not end"
     assert expected(["dead_lettered==0"], hanging).reasons[-1] == "none was handled: 120 did not end"
     assert "none was handled" not in "".join(expected(["handled==0"], hanging).reasons)
+    overloaded = msgspec.structs.replace(hanging, verdict="saturated")
+    assert expected(["handled==0"], overloaded).verdict == "saturated"
+    assert expected(["dead_lettered>=1"], overloaded).verdict == "failed"  # none died
     assert rows_of(expected([], report(*ALL_WELL)))[-1] == ("verdict", "ok")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 
@@ -64,6 +65,38 @@ def test_the_figures_are_rate_percentiles_and_the_backlog_of_each_shard() -> Non
     assert cells["p50/p99/p99.9"] == "~ 0.14 / 0.41 / 0.90 ms"
     assert cells["backlog"] == "3 0 14"
     assert "dead" not in cells
+
+
+class Failing(io.StringIO):
+    """Takes nothing while it is full."""
+
+    full = False
+    asked = 0
+
+    def write(self, text: str) -> int:
+        self.asked += 1
+        if self.full:
+            raise OSError(errno.ENOSPC, "full")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_a_table_that_cannot_be_shown_is_dropped_and_the_cursor_is_shown_again(from_the_start: bool) -> None:
+    out = Failing()
+    made = View(Console(file=out, force_terminal=True, width=100, highlight=False))
+    out.full = from_the_start
+    made.begin(LoadSpec(rate=20_000.0), None)
+    made.progress(INTERVAL)
+    out.full = True
+    made.progress(INTERVAL)
+    asked = out.asked
+    for _ in range(10):
+        made.progress(INTERVAL)
+        made.say("something")
+    assert out.asked == asked
+    out.full = False
+    made.close()
+    assert ("\x1b[?25h" in out.getvalue()) is not from_the_start
 
 
 def test_what_is_unusual_is_shown_too() -> None:

@@ -75,8 +75,7 @@ def test_that_nobody_reads_is_nothing_to_tell() -> None:
         assert written(lambda: unread.write("x"), unread) is None
 
 
-@NEEDS_FULL
-@pytest.mark.parametrize("full", [False, True], ids=["unread", "full"])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=NEEDS_FULL)], ids=["unread", "full"])
 @pytest.mark.parametrize(
     "command",
     [
@@ -95,3 +94,12 @@ def test_a_mistake_ends_with_its_exit_code_where_nobody_is_told(command: tuple[s
     if full:
         os.close(write)
     assert (done.returncode, done.stdout) == (2, b"")
+
+
+@NEEDS_FULL
+@pytest.mark.parametrize(("command", "code"), [("shardbus", 1), ("loadgen", 2)])
+def test_what_cannot_be_printed_is_told_once(command: str, code: int) -> None:
+    with open("/dev/full", "w") as full:
+        program = [sys.executable, "-m", command, "--help"]
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, f"{command}: cannot go on: No space left on device\n")
