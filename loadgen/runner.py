@@ -378,7 +378,7 @@ class _Run:
         """A driver has said something. There is news once all have that still do."""
         self._unheard.discard(number)
         if not self._unheard:
-            self._unheard.update(at for at, result in enumerate(self._results) if result is None)
+            self._unheard.update(self._running)
             self._news.set()
         if all(line is not None and line.over for line in self._latest):
             self._over.set()

@@ -65,7 +65,7 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         """See `Console.on_broken_pipe`."""
-        raise  # noqa: PLE0704 - it is called where that is handled
+        raise BrokenPipeError
 
 
 class View:

@@ -31,7 +31,7 @@ from shardbus.errors import CommandFailed, ConfigError, NotDelivered, ShardbusEr
 from shardbus.event_loop import run
 from shardbus.example_application import EXAMPLES, example_of, write_example
 from shardbus.fork_server import ForkServer
-from shardbus.interrupts import EndedByInterrupts
+from shardbus.interrupts import EXIT_INTERRUPTED, EndedByInterrupts
 from shardbus.json_messages import JSON_BYTES_MAX, check_kind, choose_type, key_from_text, message_from_json
 from shardbus.logs import FORMATS, LEVELS, configure_logging
 from shardbus.messages import Command, Event, Message, wire_name
@@ -402,7 +402,7 @@ def publish(
                 ledger, is_interrupted = client.ledger(), True
     if is_interrupted:
         _tell_counts(ledger)
-        _fail(_told_interrupted(ledger), 130)
+        _fail(_told_interrupted(ledger), EXIT_INTERRUPTED)
     _tell_outcome(ledger, wire_name(kind), whose, left, refused)
 
 
@@ -419,7 +419,7 @@ def _publish_lines(
     except UsageError as error:
         return f"line {number}: {error}", _UNSOUND
     except KeyboardInterrupt:
-        return "interrupted", 130
+        return "interrupted", EXIT_INTERRUPTED
     return None
 
 

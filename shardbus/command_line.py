@@ -21,9 +21,9 @@ def warn(line: str) -> None:
 class _Interrupted(click.ClickException):
     exit_code = EXIT_INTERRUPTED
 
-    def show(self, file: IO[Any] | None = None) -> None:  # noqa: ARG002 - as click calls it
-        """Say it, on standard error."""
-        warn(self.message)
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Say it as it is, by default on standard error."""
+        click.echo(self.message, file=file, err=True)
 
 
 class Interruptible(click.Command):

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -54,6 +54,24 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
         return 0
     cores = len(os.sched_getaffinity(0))
     return min(cores, _PROCESSES_MAX) if cores > 1 else 0
+
+
+@pytest.fixture
+def full() -> Iterator[IO[str]]:
+    """A file that takes nothing, as on a disk that is full."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs a device that is always full")
+    with open("/dev/full", "w") as file:
+        yield file
+
+
+@pytest.fixture
+def unread() -> Iterator[IO[str]]:
+    """A pipe whose reader has left."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as file:
+        yield file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -292,6 +292,7 @@ async def test_a_store_that_is_full_can_be_listed_purged_and_redriven(applicatio
             await client.flush(0.3)
         while len(await client.dead_letters()) < 5:  # noqa: ASYNC110 - the test ends by its time-out
             await asyncio.sleep(0.01)
+        assert len(await client.dead_letters()) == 5
         assert await client.purge() >= 5
         application.broken = False
         await client.flush(10)

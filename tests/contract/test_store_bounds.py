@@ -135,9 +135,8 @@ async def test_what_parks_its_key_and_what_waits_is_never_dropped(run: Run):
         await client.publish_many([Parking(key="p")] * 20)
         with pytest.raises(NotDelivered):
             await client.flush(0.3)
-        async with asyncio.timeout(20):
-            while ((status := await client.status())["parked"], status["waiting"]) != (1, 9):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        while ((status := await client.status())["parked"], status["waiting"]) != (1, 9):  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.01)
         while await client.purge():  # noqa: ASYNC110 - the test ends by its time-out
             await asyncio.sleep(0.01)
         await client.flush(10)
@@ -151,9 +150,8 @@ async def test_a_full_store_has_publishers_wait_and_says_why_until_there_is_room
         await publish(client, *range(12), size=size)
         with pytest.raises(NotDelivered):
             await client.flush(0.3)
-        async with asyncio.timeout(20):
-            while "it is full (5 rows, " not in (await client.status())["workers"][0]["store_failing"]:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        while "it is full (5 rows, " not in (await client.status())["workers"][0]["store_failing"]:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.01)
         assert await ledger(client) == (5, 0, 0, 0)
         while client.ledger().in_flight:
             await client.purge()

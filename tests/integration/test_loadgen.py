@@ -160,14 +160,11 @@ def test_a_reader_that_leaves_takes_no_report_along(
     assert json.loads((short_path / "report.json").read_text())["handled"] == 200
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 @pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1", "TERM": "xterm"}], ids=["lines", "table"])
-def test_a_full_log_takes_no_report_along(short_path: Path, environment: dict[str, str]) -> None:
+def test_a_full_log_takes_no_report_along(short_path: Path, environment: dict[str, str], full: IO[str]) -> None:
     arguments = ["--rate", "200", "--duration", "2", "--warmup", "0", "--json", "report.json"]
-    with (
-        open("/dev/full", "w") as full,
-        running(short_path, *arguments, SHARDBUS_URL=f"ipc://{short_path}/bus", errors=full, **environment) as process,
-    ):
+    address = f"ipc://{short_path}/bus"
+    with running(short_path, *arguments, SHARDBUS_URL=address, errors=full, **environment) as process:
         told, _ = process.communicate(timeout=120)
         assert process.returncode in QUOTED_OR_REFUSED
     assert "verdict" in told

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from buses import RunningBus, wait_until
@@ -24,7 +23,7 @@ def bus(idle_bus: RunningBus) -> RunningBus:
 
 
 def run(
-    bus: RunningBus, *arguments: str, text: str = "", out: int = subprocess.PIPE, **environment: str
+    bus: RunningBus, *arguments: str, text: str = "", out: IO[str] | int = subprocess.PIPE, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "shardbus", *arguments],
@@ -54,11 +53,8 @@ def test_an_event_is_published_and_a_command_executed(bus: RunningBus) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "7\n", "")
 
 
-def test_what_was_not_published_is_told_though_nobody_reads_the_counts(bus: RunningBus) -> None:
-    read, write = os.pipe()
-    os.close(read)
-    done = run(bus, "publish", "accounts:Added", "-", text='{"account": "unread"}\nnonsense\n', out=write)
-    os.close(write)
+def test_what_was_not_published_is_told_though_nobody_reads_the_counts(bus: RunningBus, unread: IO[str]) -> None:
+    done = run(bus, "publish", "accounts:Added", "-", text='{"account": "unread"}\nnonsense\n', out=unread)
     assert done.returncode == 2
     assert done.stderr.startswith("shardbus: line 2: ")
     assert done.stderr.endswith("; 1 event before that had been published\n")

@@ -575,6 +575,7 @@ def test_a_run_in_which_nothing_was_handled_has_failed_unless_that_is_expected()
         assert expected([tolerated], dead).verdict == "failed"
     hanging = report(msgspec.structs.replace(good, final=counts(120, in_flight=120)), totals(0))
     assert expected([], hanging).reasons[-1] == "none was handled: 120 did not end"
+    assert expected([], hanging).verdict == expected(["dead_lettered==0"], hanging).verdict == "failed"
     assert expected(["dead_lettered==0"], hanging).reasons[-1] == "none was handled: 120 did not end"
     assert "none was handled" not in "".join(expected(["handled==0"], hanging).reasons)
     overloaded = msgspec.structs.replace(hanging, verdict="saturated")

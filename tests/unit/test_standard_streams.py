@@ -8,12 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from shardbus.standard_streams import buffer_output, written
-
-NEEDS_FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 
 
 class Narrow(io.RawIOBase):
@@ -59,23 +58,19 @@ def test_a_command_runs_though_it_was_started_without_a_standard_stream(tmp_path
     assert (b"no bus answered" in done.stderr) == (2 not in closed)
 
 
-@NEEDS_FULL
-def test_what_a_full_stream_does_not_take_is_told_once() -> None:
-    with open("/dev/full", "w") as full:
-        error = written(lambda: full.write("x"), full)
-        assert error is not None
-        assert error.errno == errno.ENOSPC
-        assert written(lambda: full.write("x"), full) is None  # and leaving the block raises nothing
+def test_what_a_full_stream_does_not_take_is_told_once(full: IO[str]) -> None:
+    error = written(lambda: full.write("x"), full)
+    assert error is not None
+    assert error.errno == errno.ENOSPC
+    assert written(lambda: full.write("x"), full) is None
+    full.close()  # raises nothing either
 
 
-def test_that_nobody_reads_is_nothing_to_tell() -> None:
-    read, write = os.pipe()
-    os.close(read)
-    with open(write, "w") as unread:
-        assert written(lambda: unread.write("x"), unread) is None
+def test_that_nobody_reads_is_nothing_to_tell(unread: IO[str]) -> None:
+    assert written(lambda: unread.write("x"), unread) is None
 
 
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=NEEDS_FULL)], ids=["unread", "full"])
+@pytest.mark.parametrize("errors", ["unread", "full"])
 @pytest.mark.parametrize(
     "command",
     [
@@ -86,20 +81,16 @@ def test_that_nobody_reads_is_nothing_to_tell() -> None:
     ],
     ids=" ".join,
 )
-def test_a_mistake_ends_with_its_exit_code_where_nobody_is_told(command: tuple[str, ...], full: bool) -> None:
-    read, write = os.pipe()
-    os.close(read)
-    with open("/dev/full" if full else write, "w") as nowhere:
-        done = subprocess.run([sys.executable, "-m", *command], stderr=nowhere, stdout=subprocess.PIPE, check=False)
-    if full:
-        os.close(write)
+def test_a_mistake_ends_with_its_exit_code_where_nobody_is_told(
+    command: tuple[str, ...], errors: str, request: pytest.FixtureRequest
+) -> None:
+    nowhere = request.getfixturevalue(errors)
+    done = subprocess.run([sys.executable, "-m", *command], stderr=nowhere, stdout=subprocess.PIPE, check=False)
     assert (done.returncode, done.stdout) == (2, b"")
 
 
-@NEEDS_FULL
 @pytest.mark.parametrize(("command", "code"), [("shardbus", 1), ("loadgen", 2)])
-def test_what_cannot_be_printed_is_told_once(command: str, code: int) -> None:
-    with open("/dev/full", "w") as full:
-        program = [sys.executable, "-m", command, "--help"]
-        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+def test_what_cannot_be_printed_is_told_once(command: str, code: int, full: IO[str]) -> None:
+    program = [sys.executable, "-m", command, "--help"]
+    done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, f"{command}: cannot go on: No space left on device\n")
