@@ -87,6 +87,11 @@ class Acks:
             one.touched = False
             self.ack(one)
 
+    def disown(self) -> None:
+        """This process is a copy of the one that owes them: send none, and note no evidence."""
+        self._touched.clear()
+        self._replying.clear()
+
     def ack(self, one: Publisher, *, full: bool = False, ping: int = 0) -> None:
         """Send an ack now; see `WorkerSession.ack`."""
         if one.replies:

@@ -35,9 +35,9 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
+from operator import length_hint
 from types import TracebackType
 from typing import Any, Final, TypeVar
 from uuid import UUID
@@ -141,14 +141,52 @@ def local(
         yield client
 
 
-class _Call:
+class _Outcome:
+    """What the client's thread tells others, once.
+
+    They wait for a bare lock, which that thread only ever releases. A `Future` has one that both take, and an interrupt may
+    leave it with who waited: then the client's thread stands still for ever.
+    """
+
+    __slots__ = ("_told", "error", "is_told", "value")
+
+    def __init__(self) -> None:
+        self._told = threading.Lock()
+        self._told.acquire()
+        self.is_told = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+    def tell(self, value: Any = None, error: BaseException | None = None) -> None:
+        """Say it. The second time, nothing happens."""
+        if not self.is_told:
+            self.value, self.error, self.is_told = value, error, True
+            self._told.release()
+
+    def wait(self) -> None:
+        """Wait until it is told."""
+        with self._told:
+            pass
+
+    def result(self) -> Any:
+        """Wait, and return the value or raise the error."""
+        self.wait()
+        if self.error is None:
+            return self.value
+        try:
+            raise self.error
+        finally:
+            del self  # the error holds this frame
+
+
+class _Call(_Outcome):
     """Something to do on the loop, whose outcome a thread waits for."""
 
-    __slots__ = ("given_up", "outcome", "task", "work")
+    __slots__ = ("given_up", "task", "work")
 
     def __init__(self, work: Callable[[Client], Coroutine[Any, Any, Any]]) -> None:
+        super().__init__()
         self.work = work
-        self.outcome: Future[Any] = Future()
         self.task: asyncio.Task[Any] | None = None
         self.given_up = False
 
@@ -169,9 +207,10 @@ class BlockingClient:
         self._hands_over = hands_over
         self._handed: deque[Packed] = deque()
         self._has_room = False
-        self._interrupted = 0  # calls that are yet to be cancelled: what is published after one of them stays behind it
+        self._interrupted: set[_Call] = set()  # yet to be cancelled: what is published after one of them stays behind it
         self._woken = False
-        self._lock = threading.Lock()  # what is handed over or begun, and the closing, come one after another
+        # What is handed over or begun, and the closing, come one after another; a signal's handler may come in between.
+        self._lock = threading.RLock()
         self._closing = False
         self._ended = False
         self._forked = False
@@ -182,8 +221,8 @@ class BlockingClient:
         self._leave: asyncio.Event
         self._given_up = False
         self._aborting: asyncio.Task[None] | None = None
-        self._opened: Future[None] = Future()
-        self._closed: Future[None] = Future()
+        self._opened = _Outcome()
+        self._closed = _Outcome()
         # A daemon: `atexit` comes after the end of all other threads, which may use this client until then.
         self._thread = threading.Thread(target=self._live, args=(block,), name="shardbus-client", daemon=True)
         _clients.add(self)
@@ -227,7 +266,7 @@ class BlockingClient:
         if first:
             self._tell_loop(self._leave.set)
         try:
-            self._closed.exception()
+            self._closed.wait()
         except BaseException:  # whoever waits was interrupted
             self._give_up()
             raise
@@ -458,20 +497,17 @@ class BlockingClient:
         """Have the loop do something, behind all that was handed over, and wait for the outcome."""
         self._check()
         call = _Call(work)
-        with self._lock:
-            if self._ended:
-                raise ClientClosed("the client's thread has ended")
-            self._calls.add(call)
         try:
+            with self._lock:
+                if self._ended:
+                    call.tell(error=_closed_before())
+                self._calls.add(call)
             self._tell_loop(self._begin, call)
-            result: ResultT = call.outcome.result()
+            result: ResultT = call.result()
             return result
-        except CancelledError:
-            raise ClientClosed("the client was closed while the call was under way") from None
         finally:
-            if not call.outcome.done():  # whoever waits was interrupted
-                with self._lock:
-                    self._interrupted += 1
+            if not call.is_told:  # whoever waits was interrupted, and may be once more: this takes no lock
+                self._interrupted.add(call)
                 self._tell_loop(self._cancel, call)
 
     def _call_at_end(self, work: Callable[[Client], Coroutine[Any, Any, None]]) -> None:
@@ -487,7 +523,7 @@ class BlockingClient:
             self._loop.call_soon_threadsafe(do, *arguments)
 
     def _note_fork(self) -> None:
-        self._lock = threading.Lock()  # another thread of the parent's may have held it
+        self._lock = threading.RLock()  # another thread of the parent's may have held it
         self._forked = True
 
     # -- inside: in the client's thread
@@ -502,13 +538,9 @@ class BlockingClient:
             self._closing = self._ended = True
             calls = list(self._calls)
         for call in calls:
-            call.outcome.cancel()
+            call.tell(error=_closed_before())
         for told in (self._opened, self._closed):
-            if not told.done():
-                if error is None:
-                    told.set_result(None)
-                else:
-                    told.set_exception(error)
+            told.tell(error=error)
 
     async def _use(self, block: AbstractAsyncContextManager[Client]) -> None:
         self._leave = asyncio.Event()
@@ -518,12 +550,12 @@ class BlockingClient:
             raise asyncio.CancelledError
         async with block as self._client:
             self._look()
-            self._opened.set_result(None)
+            self._opened.tell()
             await self._leave.wait()
             self._hand_on()
 
     def _abort(self) -> None:
-        if self._opened.done():
+        if self._opened.is_told:
             self._leave.set()
             self._aborting = asyncio.ensure_future(self._client.abort())  # so the flush that waits is over, too
         elif self._main is not None:
@@ -531,6 +563,8 @@ class BlockingClient:
 
     def _look(self) -> None:
         asyncio.get_running_loop().call_later(_LOOK_S, self._look)
+        for call in list(self._interrupted):
+            self._cancel(call)
         self._hand_on()
         self._feel_room()
 
@@ -540,26 +574,33 @@ class BlockingClient:
         if self._handed:
             with self._lock:
                 taken = list(self._handed)
+            published = iter(taken)
             try:
-                self._client.publish_packed(taken)
+                self._client.publish_packed(published)
                 self._feel_room()
-            finally:
-                for _ in taken:  # now, so that no more are handed over before it is known whether there is room for them
+            finally:  # not before, so that no more are handed over until it is known whether there is room for them
+                for _ in range(len(taken) - length_hint(published)):
                     self._handed.popleft()
 
     def _feel_room(self) -> None:
         self._has_room = self._hands_over and self._client.has_room()
 
     def _begin(self, call: _Call) -> None:
-        self._hand_on()
         if call.given_up:
+            return
+        try:
+            self._hand_on()
+        except Exception as error:
+            self._calls.discard(call)
+            call.tell(error=error)
             return
         call.task = asyncio.ensure_future(call.work(self._client))
         call.task.add_done_callback(lambda task: self._end(call, task))
 
     def _cancel(self, call: _Call) -> None:
-        with self._lock:
-            self._interrupted -= 1
+        if call not in self._interrupted:
+            return  # `_look` has seen to it
+        self._interrupted.discard(call)
         call.given_up = True
         if call.task is not None:
             call.task.cancel()
@@ -570,11 +611,11 @@ class BlockingClient:
         self._calls.discard(call)
         self._feel_room()
         if task.cancelled():
-            call.outcome.cancel()
+            call.tell(error=_closed_before())
         elif (error := task.exception()) is not None:
-            call.outcome.set_exception(error)
+            call.tell(error=error)
         else:
-            call.outcome.set_result(task.result())
+            call.tell(task.result())
 
 
 async def _publish(
@@ -594,6 +635,10 @@ async def _publish(
             f"{type(event).__name__}: the outbox was full for {timeout:g} s, so nothing was published "
             "(see `shardbus status`)"
         ) from None
+
+
+def _closed_before() -> ClientClosed:
+    return ClientClosed("the client was closed before the call was done")
 
 
 async def _at_once(ask: Callable[[], ResultT]) -> ResultT:

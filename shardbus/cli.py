@@ -23,7 +23,7 @@ from shardbus import blocking
 from shardbus.addresses import check_ports, default_address, parse_address
 from shardbus.application import DEMO, load_application, load_message_type
 from shardbus.client import Client
-from shardbus.command_line import Interruptible, run_and_exit, warn
+from shardbus.command_line import Interruptible, run_and_exit, tell, warn
 from shardbus.config import DEFAULT_LIMITS, STORE_BYTES_LEAST, StoreFull
 from shardbus.connecting import ask_bus, connect
 from shardbus.dead_letters import DeadLetter, DeadLetterFilter
@@ -38,7 +38,6 @@ from shardbus.messages import Command, Event, Message, wire_name
 from shardbus.outboxes import Ledger
 from shardbus.processes import check_platform, use_all_descriptors
 from shardbus.reports import WORKER
-from shardbus.standard_streams import written
 from shardbus.store import DEAD_REASONS, StoreError
 from shardbus.subscriptions import Missed
 from shardbus.wording import counted
@@ -227,7 +226,7 @@ def serve(
     except ShardbusError as error:
         _fail(str(error), 2)
     supervisor = Supervisor(options, forks)
-    left = _run(supervisor.run(click.echo))
+    left = _run(supervisor.run(tell))
     for line in left:
         warn(line)
     if told := supervisor.told_left():
@@ -250,33 +249,33 @@ def status(address: str | None, as_json: bool, timeout: float) -> None:
     """Show workers, rates, and what the shards' stores hold. Exit code 0: healthy."""
     found = _run(_ask(address, timeout, "status"))
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        tell(json.dumps(found, indent=2))
     else:
         how = "draining" if found["draining"] else "healthy" if found["healthy"] else "UNHEALTHY"
-        click.echo(
+        tell(
             f"{found['bus']} at {found['address']}: {how}, up {found['uptime_s']:g} s, "
             f"{found['handled_per_s']:,.0f} events/s, {counted(found['dead_letters'], 'dead letter')}, "
             f"{found['waiting']:,} waiting{_scheduled_told(found)}"
             f"{', ' + counted(found['parked'], 'parked key') if found['parked'] else ''}"
         )
-        click.echo("shard     state      pid restarts        outcomes  backlog sessions     dead     MB  last exit")
+        tell("shard     state      pid restarts        outcomes  backlog sessions     dead     MB  last exit")
         for one in found["workers"]:
-            click.echo(
+            tell(
                 f"{one['shard']:>5} {one['state']:>9} {one['pid']:>8} {one['restarts']:>8} {one['handled']:>15,} "
                 f"{one['backlog']:>8,} {one['sessions']:>8,} {one['dead_letters']:>8,} "
                 f"{one['rss_bytes'] / 1e6:>6.0f}  {one['last_exit']}"
             )
             if one["store_failing"]:
-                click.echo(f"      its store cannot write: {one['store_failing']}")
+                tell(f"      its store cannot write: {one['store_failing']}")
             if one["stalled_in"]:
-                click.echo(f"      its event loop stands still in {one['stalled_in']}")
+                tell(f"      its event loop stands still in {one['stalled_in']}")
             if one["suspects"] or one["quarantined"]:
                 alone = counted(one["suspects"], "message")
-                click.echo(f"      after a crash: {alone} to be run alone, {one['quarantined']:,} never again")
+                tell(f"      after a crash: {alone} to be run alone, {one['quarantined']:,} never again")
         if any(found[name] for name in _LEDGER):
-            click.echo("shard" + "".join(f"{name:>13}" for name in _LEDGER.values()))
+            tell("shard" + "".join(f"{name:>13}" for name in _LEDGER.values()))
             for title, one in [*((f"{worker['shard']:>5}", worker) for worker in found["workers"]), ("total", found)]:
-                click.echo(title + "".join(f"{one[name]:>13,}" for name in _LEDGER))
+                tell(title + "".join(f"{one[name]:>13,}" for name in _LEDGER))
     sys.exit(0 if found["healthy"] else _UNHEALTHY)
 
 
@@ -295,7 +294,7 @@ def drain(address: str | None, timeout: float) -> None:
     for line in left:
         warn(line)
     told = f"; {answer['stores']}" if answer["stores"] else ""
-    click.echo(("stopped, not wholly drained" if left else "drained") + told)
+    tell(("stopped, not wholly drained" if left else "drained") + told)
     sys.exit(1 if left else 0)
 
 
@@ -434,10 +433,12 @@ def _told_interrupted(ledger: Ledger) -> str:
 
 def _tell_counts(ledger: Ledger) -> bool:
     """Print a ledger, and say where it cannot be written. What else there is to say is said all the same."""
-    error = written(lambda: click.echo(json.dumps(msgspec.to_builtins(ledger))), sys.stdout)
-    if error is not None:
+    try:
+        tell(json.dumps(msgspec.to_builtins(ledger)))
+    except OSError as error:
         _warn(f"standard output cannot be written: {error.strerror or error}")
-    return error is None
+        return False
+    return True
 
 
 def _tell_outcome(ledger: Ledger, name: str, whose: str, left: str, refused: tuple[str, int] | None) -> NoReturn:
@@ -485,7 +486,7 @@ def execute(
                     _fail(f"{wire_name(kind)} {told}")
                 raise
     try:
-        click.echo(msgspec.json.encode(reply).decode())
+        tell(msgspec.json.encode(reply).decode())
     except (TypeError, ValueError, msgspec.EncodeError) as error:
         _fail(f"the command was executed, and its reply is no JSON: {error}: {reply!r}")
 
@@ -542,7 +543,7 @@ def init(example: str | None, name: str) -> None:
     chosen = example or example_of(name)
     with _telling():
         write_example(chosen, name, Path())
-    click.echo(f"{name}/ has {', '.join(EXAMPLES[chosen].files)}. Next:\n\n  cd {name}\n{EXAMPLES[chosen].next_steps}")
+    tell(f"{name}/ has {', '.join(EXAMPLES[chosen].files)}. Next:\n\n  cd {name}\n{EXAMPLES[chosen].next_steps}")
 
 
 # -- dead letters
@@ -692,7 +693,7 @@ def list_(
     where = _filter_of(type_, key, reason, handler, since)
     found, hint = _run(_with_client(address, lambda client: _find(client, where, limit)))
     if as_json:
-        click.echo(json.dumps([_as_json(letter) for letter in found], indent=2))
+        tell(json.dumps([_as_json(letter) for letter in found], indent=2))
         return
     groups: dict[tuple[Any, ...], list[DeadLetter]] = {}
     for letter in found:
@@ -702,16 +703,16 @@ def list_(
         where_to = f" in {', '.join(handlers)}" if handlers else ""
         error = f"{error_type}: {last.error}" if error_type else last.error
         first_line, _, _ = error.partition("\n")
-        click.echo(f"{len(letters):>8,} × {name}: {why}{where_to}")
+        tell(f"{len(letters):>8,} × {name}: {why}{where_to}")
         others = len({letter.error for letter in letters}) - 1
         more = f" (the last message; {others:,} other{'' if others == 1 else 's'})" if others else ""
-        click.echo(f"           {first_line[:_ERROR_SHOWN]}{more}")
-        click.echo(f"           last {last.last_at.astimezone():%Y-%m-%d %H:%M:%S}, key {last.key!r}, id {last.id}")
+        tell(f"           {first_line[:_ERROR_SHOWN]}{more}")
+        tell(f"           last {last.last_at.astimezone():%Y-%m-%d %H:%M:%S}, key {last.key!r}, id {last.id}")
         if parked := [letter.key for letter in letters if letter.parked]:
             more = f" and {len(parked) - _KEYS_SHOWN:,} more" if len(parked) > _KEYS_SHOWN else ""
-            click.echo(f"           parked: {', '.join(map(repr, parked[:_KEYS_SHOWN]))}{more}")
+            tell(f"           parked: {', '.join(map(repr, parked[:_KEYS_SHOWN]))}{more}")
     more = f"; there may be more, see --limit {limit:,}" if len(found) == limit else ""
-    click.echo(f"{counted(len(found), 'dead letter')}{more}{f' match; {hint}' if hint else ''}")
+    tell(f"{counted(len(found), 'dead letter')}{more}{f' match; {hint}' if hint else ''}")
 
 
 @dead_letters.command()
@@ -726,7 +727,7 @@ def show(id_: str, address: str | None, as_json: bool) -> None:
         _fail(f"no dead letter has the id {id_}; it may have been redriven or purged")
     letter = found[0]
     if as_json:
-        click.echo(json.dumps(_as_json(letter), indent=2))
+        tell(json.dumps(_as_json(letter), indent=2))
         return
     for name, value in (
         ("id", letter.id),
@@ -742,9 +743,9 @@ def show(id_: str, address: str | None, as_json: bool) -> None:
         ("last", f"{letter.last_at.astimezone():%Y-%m-%d %H:%M:%S}"),
         ("error", f"{letter.error_type}: {letter.error}" if letter.error_type else letter.error),
     ):
-        click.echo(f"{name:>9}  {value}")
+        tell(f"{name:>9}  {value}")
     if letter.traceback:
-        click.echo(f"\n{letter.traceback.rstrip()}")
+        tell(f"\n{letter.traceback.rstrip()}")
 
 
 @dead_letters.command()
@@ -814,8 +815,8 @@ def export(
     where = _filter_of(type_, key, reason, handler, since)
     found = _run(_with_client(address, lambda client: client.dead_letters(where, limit=sys.maxsize)))
     os.umask(0o077)  # a file that is made now holds what events hold, so it is its owner's alone
-    for letter in found:
-        file.write(json.dumps(_as_json(letter)) + "\n")
+    file.writelines(json.dumps(_as_json(letter)) + "\n" for letter in found)  # opens the FILE, also where none is
+    file.flush()
     warn(f"{len(found):,} exported")
 
 
@@ -841,7 +842,7 @@ def _dispose(
 
     count, hint = _run(_with_client(address, disposed))
     none = "" if count or where == DeadLetterFilter() else f": nothing matches{'; ' + hint if hint else ''}"
-    click.echo(f"{count:,} {'would be ' if dry_run else ''}{done}{none}")
+    tell(f"{count:,} {'would be ' if dry_run else ''}{done}{none}")
 
 
 async def _with_client(address: str | None, work: Callable[[Client], Coroutine[Any, Any, ResultT]]) -> ResultT:

@@ -1,4 +1,4 @@
-"""How a command of a shell ends: with its exit code and what it has to say, whatever ends it, and whether or not anybody
+"""How a command of a shell tells what it has to, and ends with its exit code: whatever ends it, and whether or not anybody
 reads that."""
 
 from __future__ import annotations
@@ -11,6 +11,13 @@ import click
 
 from shardbus.interrupts import EXIT_INTERRUPTED, HandedOver
 from shardbus.standard_streams import written
+
+
+def tell(text: str) -> None:
+    """Print something on standard output, if anybody reads it. Raises `OSError` where it cannot be written otherwise."""
+    error = written(lambda: click.echo(text), sys.stdout)
+    if error is not None:
+        raise error
 
 
 def warn(line: str) -> None:
@@ -46,10 +53,13 @@ def run_and_exit(command: click.Command, name: str, *, unwritten: int) -> NoRetu
     Args:
         command: returns nothing, or exits.
         name: what a line begins with that says why it cannot go on.
-        unwritten: the exit code where something cannot be written, to a full disk for instance.
+        unwritten: the exit code of an `OSError`: something cannot be written, to a full disk for instance.
     """
     try:
         code = command.main(standalone_mode=False) or 0
+    except click.Abort:  # an interrupt where it has just ended
+        warn(f"{name}: interrupted")
+        code = EXIT_INTERRUPTED
     except click.ClickException as error:
         written(error.show, sys.stderr)
         code = error.exit_code

@@ -1,4 +1,4 @@
-"""An interrupt while a command starts: one line, and the exit code that says so. Owns SIGINT until it runs.
+"""An interrupt before a command runs, and after: one line, and the exit code that says so. Owns SIGINT then.
 
 What a command needs takes half a second to import, and a `KeyboardInterrupt` then is a traceback, or nothing at all where it
 meets code that cannot raise. Imports next to nothing itself: until it is there, the interpreter answers.
@@ -29,13 +29,14 @@ class EndedByInterrupts:
     def __enter__(self) -> None:
         self._is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if self._is_ours:
-            signal.signal(signal.SIGINT, self._end)
+            signal.signal(signal.SIGINT, self)
 
     def __exit__(self, *_: object) -> None:
         if self._is_ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _end(self, *_: object) -> None:
+    def __call__(self, *_: object) -> None:
+        """Answer the signal."""
         try:
             os.write(2, self._told)
         finally:
@@ -47,12 +48,12 @@ class HandedOver:
 
     def __init__(self) -> None:
         handler = signal.getsignal(signal.SIGINT)
-        self._outer = handler if isinstance(getattr(handler, "__self__", None), EndedByInterrupts) else None
+        self._outer = handler if isinstance(handler, EndedByInterrupts) else None
 
     def __enter__(self) -> None:
         if self._outer is not None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def __exit__(self, *_: object) -> None:
-        if self._outer is not None:
-            signal.signal(signal.SIGINT, self._outer)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._outer is not None:  # one that has ended the block is told once, whatever else comes
+            signal.signal(signal.SIGINT, signal.SIG_IGN if kind is KeyboardInterrupt else self._outer)

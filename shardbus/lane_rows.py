@@ -15,7 +15,7 @@ from shardbus.envelopes import Envelopes, envelope_of, envelope_of_row, schedule
 from shardbus.failures import CRASHED
 from shardbus.inbound import Delivery, Inbound
 from shardbus.lane_reads import LaneRead
-from shardbus.log_throttle import LogThrottle, and_more
+from shardbus.log_throttle import LogThrottle
 from shardbus.messages import WireKey, from_wire_key
 from shardbus.metrics import Recorder
 from shardbus.quarantine import Quarantine
@@ -120,23 +120,12 @@ class LaneRows:
         self._touched(session)
 
     def _tell(self, envelope: Envelope, failure: Failure) -> None:
-        """Log a dead letter: the first of its kind, and after that one a minute, with how many there were.
-
-        One whose handling ends workers is always logged: those are few.
-        """
-        more = self._throttle.more_of((failure.reason, failure.handlers, failure.place or envelope.type))
-        if more is None and failure.reason != CRASHED:
-            return
-        log.warning(
-            "dead letter: %s key=%r (%s%s): %s%s%s",
-            one_line(envelope.type),
-            from_wire_key(envelope.key),
-            failure.reason,
-            f" in {', '.join(failure.handlers)}" if failure.handlers else "",
-            f"{failure.error_type}: " if failure.error_type else "",
-            one_line(failure.error),
-            and_more(more or 0),
-        )
+        """Log a dead letter, if it is the first of its kind; one whose handling ends workers always: those are few."""
+        line = partial(_line, envelope, failure)
+        if failure.reason == CRASHED:
+            log.warning("%s", line())
+        else:
+            self._throttle.warning((failure.reason, failure.handlers, failure.place or envelope.type), line)
 
     # -- waiting events
 
@@ -228,3 +217,10 @@ class LaneRows:
             then()
 
         return row, committed
+
+
+def _line(envelope: Envelope, failure: Failure) -> str:
+    where = f" in {', '.join(failure.handlers)}" if failure.handlers else ""
+    error = f"{failure.error_type}: " if failure.error_type else ""
+    key = from_wire_key(envelope.key)
+    return f"dead letter: {one_line(envelope.type)} key={key!r} ({failure.reason}{where}): {error}{one_line(failure.error)}"

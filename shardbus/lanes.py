@@ -215,7 +215,7 @@ class Lanes:
     def _turn(self) -> None:
         """Once a turn of the event loop while there is work: overtake a leader that is suspended, start the next one."""
         self._armed = False
-        if self._tasks.closing:
+        if self._tasks.closing or self._tasks.disowned:
             return
         if self._leader is not None:
             self._overtake()

@@ -7,7 +7,6 @@ left, *rests*: it is remembered, and takes no credit from the others. A peer is 
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from typing import Final
 
@@ -16,7 +15,7 @@ from shardbus.clock import NowNs
 from shardbus.config import PROTOCOL, Limits
 from shardbus.errors import RemoteProtocolError
 from shardbus.feeds import Feeds
-from shardbus.log_throttle import LogThrottle, and_more
+from shardbus.log_throttle import LogThrottle
 from shardbus.metrics import Recorder
 from shardbus.outgoing import is_worker
 from shardbus.session_table import GONE
@@ -24,8 +23,6 @@ from shardbus.store import Store
 from shardbus.store_writer import StoreWriter
 from shardbus.wire.frames import Hello, Ping, Reject, encode_frame
 from shardbus.wire.session import WorkerSession
-
-log = logging.getLogger("shardbus.shard")
 
 _IDLE_NS: Final = 1_000_000_000  # a publisher that has nothing unfinished for so long makes room for one that comes
 _RESTING_MAX: Final = 4096  # sessions of silent publishers that are remembered
@@ -213,9 +210,7 @@ class Publishers:
         """End the session of a peer that sent garbage. Its publisher may come back over a new connection."""
         self._recorder.count("malformed")
         one = self.by_peer.get(peer)
-        more = self._throttle.more_of("malformed")
-        if more is not None:
-            log.warning("a peer sent what is not sound, and is ignored from now on: %s%s", error, and_more(more))
+        self._throttle.warning("malformed", lambda: f"a peer sent what is not sound, and is ignored from now on: {error}")
         self._send(peer, encode_frame(Reject(self._epoch if one is not None else b"", "malformed")))
         if one is not None:
             self.rest(one.session.publisher)  # its publisher may take it up again, over another connection

@@ -14,6 +14,7 @@ It acks at the end of the event loop's turn, once a session, and never before a 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Callable, Mapping
 
@@ -46,6 +47,8 @@ from shardbus.store import Store, StoreCounts
 from shardbus.store_writer import StoreWriter
 from shardbus.wire.frames import Ask, Cancel, Data, FromCaller, FromListener, Hello, Ping, Subscribe, decode_to_worker
 from shardbus.wording import counted
+
+log = logging.getLogger("shardbus.shard")
 
 
 class Shard:
@@ -92,7 +95,7 @@ class Shard:
         # A successor does not run again what the store says has ended, so the evidence of that comes first.
         self._writer = writer = StoreWriter(store, limits, now, broken, before=recorder.flush)
         self._schedule = schedule = Schedule(store, writer, limits, wall, lanes.due)
-        throttle = LogThrottle(now)
+        self._throttle = throttle = LogThrottle(now, log)
         self._publishers = Publishers(epoch, layout, limits, now, recorder, send, self._feeds, store, writer, throttle)
         self._peers = self._publishers.by_peer
         self._acks = acks = self._publishers.acks
@@ -196,6 +199,11 @@ class Shard:
         left = await self.states.close(min(timeout_s, self._limits.session_ends_s))
         return [f"sessions whose ends were not run: {left:,}"] if left else []
 
+    def disown(self) -> None:
+        """This process is a copy of the one whose shard this is: when the handler that made it returns, it ends."""
+        self.lanes.disown()
+        self._acks.disown()
+
     async def close(self, *, killed: bool = False) -> None:
         """Stop at once. What is unfinished stays with its publishers and in the store; what sessions have open is ended,
         unless this is to be as if it were killed."""
@@ -208,6 +216,7 @@ class Shard:
         self.recorder.flush()
         self._acks.close()
         self._deferred.close()
+        self._throttle.close()
 
     # -- what the worker says of it
 
@@ -273,6 +282,7 @@ class Shard:
         self.recorder.flush()  # of events whose publisher has left: nobody waits for their ack
         self._schedule.tick()
         self._feeds.tick(self._now())
+        self._throttle.tick()
         self.lanes.cancel_overdue()
         if self._quarantine.suspects:
             self._quarantine.tick(self._now())

@@ -228,7 +228,7 @@ async def _serve(
 def _in_a_copy(shard: Shard, loop: asyncio.AbstractEventLoop) -> None:
     """This process is a copy of the worker that a handler has made. Where it goes on as the handler, as another program or
     not at all, that is its own affair; where it comes back from the handler, it ends, and handles nothing."""
-    shard.lanes.disown()
+    shard.disown()
     loop.call_soon(os._exit, 0)
 
 

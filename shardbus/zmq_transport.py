@@ -2,13 +2,16 @@
 
 A message is one part (behind a ROUTER's identity). Sockets never block: what cannot be sent now is lost, and the session
 above sends it again. The socket's descriptor is edge-triggered, so it is drained until nothing is left, under a budget, and
-looked at again after every send.
+looked at again after every send. In a child of `os.fork()` all that were open are closed: there libzmq answers every call as
+interrupted, and it would be made again for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -45,6 +48,7 @@ class _Socket:
         self._fd = -1
         self._scheduled = False
         self._closed = False
+        _open.add(self)
 
     def _listen(self) -> None:
         self._fd = int(self._socket.get(zmq.FD))
@@ -82,6 +86,18 @@ class _Socket:
             if self._fd >= 0:
                 self._loop.remove_reader(self._fd)
             self._socket.close(0)
+
+
+_open: Final[weakref.WeakSet[_Socket]] = weakref.WeakSet()
+
+
+def _close_in_a_child() -> None:
+    for one in list(_open):
+        one._closed = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_a_child)
 
 
 class Dealer(_Socket):

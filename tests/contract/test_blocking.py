@@ -40,6 +40,7 @@ from shardbus import (
 from shardbus.blocking import BlockingClient, BlockingSession
 from shardbus.config import Limits
 from shardbus.local import run_local
+from shardbus.packing import Packed
 from shardbus.testing import MemoryStore
 
 bus = Bus("blocking")
@@ -145,7 +146,7 @@ def fill(client: BlockingClient) -> int:
             published += 1
         except TimeoutError as error:
             assert str(error).startswith("Step: the outbox was full for 0.1 s, so nothing was published")  # noqa: PT017 - it ends the loop
-            if client.ledger().in_flight >= SMALL.outbox_events_max:  # and it was not this thread that stood still
+            if not client._has_room:  # and it was not this thread that stood still
                 return published
 
 
@@ -429,6 +430,42 @@ def test_nothing_is_handed_over_once_the_client_closes():
     assert not client._hand_over(packed)  # a thread that had looked before
 
 
+def test_an_event_that_cannot_be_published_takes_no_other_along(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(blocking, "_LOOK_S", 3600.0)
+    with blocking.local(bus) as client:
+
+        def fails_once(events: Iterator[Packed]) -> None:
+            monkeypatch.undo()
+            client._client.publish_packed([next(events)])
+            next(events)
+            raise MemoryError
+
+        client.flush()
+        monkeypatch.setattr(client._client, "publish_packed", fails_once)
+        client._woken = True  # so that they are taken over together
+        for number in range(4):
+            client.publish(Step(key="a", n=number))
+        with pytest.raises(MemoryError):
+            client.flush()
+        client.flush()
+    assert [n for _, n, _ in handled] == [0, 2, 3]
+
+
+def test_a_signal_handler_publishes_also_where_it_interrupts_a_publish():
+    def publish(*_: object) -> None:
+        client.publish(Step(key="signal"))
+
+    before = signal.signal(signal.SIGUSR1, publish)
+    try:
+        with blocking.local(bus) as client:
+            client.flush()
+            with client._lock:  # as in the midst of handing over
+                signal.raise_signal(signal.SIGUSR1)
+            assert client.flush().handled == 1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 # -- interrupts
 
 
@@ -439,19 +476,21 @@ def test_nothing_goes_before_an_interrupted_call_that_is_yet_to_be_cancelled():
 
         def stand_still() -> None:
             stands_still.set()
-            go_on.wait(30)
+            go_on.wait()  # the test ends by its time-out
 
         def is_waiting() -> bool:
-            if not client._calls:
+            if not any(call.task for call in list(client._calls)):
                 return False
             client._tell_loop(stand_still)
-            return stands_still.wait(30)
+            return stands_still.wait()
 
-        with interrupted_while(is_waiting):
-            client.publish(Step(key="stuck", n=published))
-        client._has_room = True  # as the end of another call may find
-        assert not client._hand_over(client._client.pack(Step(key="stuck", n=published + 1)))
-        go_on.set()
+        try:
+            with interrupted_while(is_waiting):
+                client.publish(Step(key="stuck", n=published))
+            client._has_room = True  # as the end of another call may find
+            assert not client._hand_over(client._client.pack(Step(key="stuck", n=published + 1)))
+        finally:
+            go_on.set()
         gate.set()
         client.publish(Step(key="stuck", n=published + 1))
         client.flush(30)
@@ -470,11 +509,28 @@ def test_an_interrupt_cancels_the_call_that_waits_and_the_client_goes_on():
         with interrupted_while(lambda: client._calls):
             client.flush()
         wait_for(lambda: not client._calls)
+        assert not client._interrupted
         assert client.ledger().published == published
         gate.set()
         client.publish(Step(key="stuck", n=published))
         assert client.flush(30).handled == published + 1
     assert [n for _, n, _ in handled] == list(range(published + 1))
+
+
+def test_a_call_that_was_interrupted_twice_is_cancelled_all_the_same(monkeypatch: pytest.MonkeyPatch):
+    with running(SMALL) as client:
+        tell_loop = client._tell_loop
+
+        def interrupted_again(do: Callable[..., object], *arguments: Any) -> None:
+            if do == client._cancel:
+                raise KeyboardInterrupt
+            tell_loop(do, *arguments)
+
+        monkeypatch.setattr(client, "_tell_loop", interrupted_again)
+        with interrupted_while(lambda: client._calls):
+            client.execute(Count(key="stuck"), timeout=600)
+        wait_for(lambda: not client._calls)
+        assert not client._interrupted
 
 
 def test_an_interrupt_while_the_block_is_left_ends_the_client_at_once():

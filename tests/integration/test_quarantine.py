@@ -22,6 +22,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import AsyncIterator
 
 from shardbus import Bus, Command, Context, Event, Retry
 
@@ -41,6 +42,10 @@ class Split(Event, key="path"):
 
 
 class End(Command[None], key="walk"):
+    walk: str
+
+
+class Copies(Command[int], key="walk"):
     walk: str
 
 
@@ -102,10 +107,17 @@ def note(event: Split) -> None:
 @bus.command(End)
 def end_all(command: End) -> None:
     os.abort()
+
+
+@bus.command(Copies)
+async def copies(command: Copies) -> AsyncIterator[int]:
+    yield -1  # is to be sent when the copy is made
+    copy = os.fork()
+    yield os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]) if copy else -2
 """
 _space: dict[str, object] = {}
 exec(compile(CRASHING, "crashing.py", "exec"), _space)  # noqa: S102 - the same message types as the served application
-Step, Loose, Split, End = _space["Step"], _space["Loose"], _space["Split"], _space["End"]
+Step, Loose, Split, End, Copies = (_space[name] for name in ("Step", "Loose", "Split", "End", "Copies"))
 
 
 def crashing(make_bus: MakeBus, *arguments: str) -> RunningBus:
@@ -280,6 +292,16 @@ async def test_a_copy_of_the_worker_that_a_handler_makes_handles_nothing(make_bu
         assert (await client.flush(60)).handled == 500
         await check_evidence(client, 500, 0)
         assert [worker["restarts"] for worker in (await client.status())["workers"]] == [0]
+
+
+async def test_a_copy_ends_where_its_handler_is_left_though_something_was_to_be_sent(make_bus: MakeBus) -> None:
+    bus = crashing(make_bus, "--workers", "1")
+    async with shardbus.connect(bus.address) as client:
+        for _ in range(5):
+            assert [item async for item in client.stream(Copies(walk="w"))] == [-1, 0]
+    code, errors = bus.end()
+    assert code == 0
+    assert "Traceback" not in errors
 
 
 async def test_a_copy_that_a_handler_makes_does_not_run_the_next_handler_of_its_event(make_bus: MakeBus) -> None:
