@@ -58,7 +58,7 @@ _NAP_NS_MAX: Final = 1_000_000  # so long may an ack or a credit lie unread
 _LONG_WAIT_NS: Final = 3_000_000  # longer waits are asyncio's: a slow load does not keep a core awake
 _SLEEP_NS_MAX: Final = 200_000_000  # the end of a window is not slept through
 _OVERRUN_NS: Final = 100_000_000  # a schedule that is further behind is not waited for at either end of the window
-_LAST_NS: Final = 100_000_000  # from a recording's last event to the end of its window: time for it to be handled
+_LAST_NS: Final = 100_000_000  # from a recording's last event, at its own time, to the end of the window: to be handled in
 _CONNECT_S: Final = 10.0
 _NOT_TAKEN: Final = ("UnknownCommand", "ValidationError")  # errors of the bus, which has no handler or no field for it
 _FIRST_S: Final = 5.0  # for the first event of an application that is not known
@@ -137,7 +137,7 @@ def _recorded(spec: LoadSpec, recording: Recording, driver: int, warm_ns: int) -
         warm_ns=min(warm_ns, found.length_ns),
         length_ns=int((SECONDS_MAX if spec.duration_s is None else spec.planned_s) * _NS)
         if offsets_ns is None
-        else found.length_ns + _LAST_NS,
+        else found.length_ns + (_LAST_NS if profile is None else 0),
         planned=found.total,
     )
 
@@ -229,7 +229,7 @@ class Driver:
             send_lag_us=self._lags_told.counts(),
             cpu_share=(after.cpu_s - before.cpu_s) / window_s if window_s else 0.0,
             rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1),
-            replies_us={} if self._commands is None else self._commands.replies.counts(),
+            replies_us={} if self._commands is None else self._commands.replies_us(),
             interrupted=self._interrupted,
         )
 
@@ -242,7 +242,7 @@ class Driver:
             self._limit.reschedule(asyncio.get_running_loop().time() + self._spec.flush_s)
 
     def progress(self) -> Progress:
-        """Where the run stands now; the send lags are those since the last call."""
+        """Where the run stands now; the send lags and the replies are those since the last call."""
         now_ns = time.monotonic_ns()
         lags_us, self._lags = self._lags.counts(), LagCounts()
         self._lags_told.merge(lags_us)
@@ -256,6 +256,7 @@ class Driver:
             scheduled=scheduled,
             over=self._after is not None,
             send_lag_us=lags_us,
+            replies_us={} if self._commands is None else self._commands.new_replies_us(),
         )
 
     def _scheduled_in_window(self, arrivals: Arrivals) -> int:
@@ -383,8 +384,8 @@ class Commands:
         self._timeout_s = timeout_s
         self._running: set[asyncio.Task[None]] = set()
         self._sent = self._replied = self._failed = self._unanswered = 0
-        self.replies = LagTotals()
-        """When replies came, from the intended instant."""
+        self._replies = LagCounts()  # when they came, from the intended instant
+        self._replies_told = LagTotals()  # those that `new_replies_us` has told
 
     @property
     def under_way(self) -> bool:
@@ -418,7 +419,18 @@ class Commands:
         else:
             self._replied += 1
             if intended_ns:
-                self.replies.add((time.monotonic_ns() - intended_ns) // 1000)
+                self._replies.add([intended_ns], time.monotonic_ns())
+
+    def new_replies_us(self) -> dict[int, int]:
+        """When replies came since the last call, from the intended instant; as `LagCounts.counts`."""
+        new_us, self._replies = self._replies.counts(), LagCounts()
+        self._replies_told.merge(new_us)
+        return new_us
+
+    def replies_us(self) -> dict[int, int]:
+        """The same of all replies so far; then none of them is new any more."""
+        self.new_replies_us()
+        return self._replies_told.counts()
 
     def counts(self) -> Counts:
         """A ledger of commands: `dead` failed; what got no reply in time is `published` and nothing else."""

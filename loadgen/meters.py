@@ -58,10 +58,6 @@ class LagTotals:
     def __init__(self) -> None:
         self._counts = array("Q", bytes(8 * BUCKETS))
 
-    def add(self, late_us: int) -> None:
-        """Count one."""
-        self._counts[bucket_index(late_us)] += 1
-
     def merge(self, counts: Mapping[int, int]) -> None:
         """Add what `LagCounts.counts` says."""
         totals = self._counts

@@ -37,7 +37,7 @@ class Scan(msgspec.Struct, frozen=True, kw_only=True):
     """What the first reading found.
 
     `events` are this driver's, `offsets_ns` their places on the schedule (None: unpaced), `total` and `length_ns` are of all
-    drivers together.
+    drivers together: at a rate, up to where the next event would be.
     """
 
     fields: tuple[str, ...]
@@ -111,6 +111,7 @@ def scan(
     fields: dict[str, None] = {}
     key_classes: set[type] = set()
     total = events = last_ns = 0
+    beyond_ns = -1  # where the first event that is left out, or would come next, is on the schedule
     coming = None if arrivals is None else _instants(arrivals)
     paced = clock is not None or coming is not None
     for number, line in reader.lines():
@@ -123,6 +124,7 @@ def scan(
         elif coming is not None:
             at_ns = next(coming, -1)
         if at_ns < 0 or (until_ns is not None and at_ns >= until_ns):
+            beyond_ns = until_ns if until_ns is not None else -1
             break
         total += 1
         last_ns = at_ns
@@ -139,6 +141,8 @@ def scan(
             events += 1
             if paced:
                 offsets_ns.append(at_ns)
+    else:
+        beyond_ns = -1 if coming is None else next(coming, -1)
     if not total:
         raise LoadError(f"{recording.path} has no events to send")
     return Scan(
@@ -147,7 +151,7 @@ def scan(
         events=events,
         total=total,
         offsets_ns=offsets_ns if paced else None,
-        length_ns=last_ns + 1,
+        length_ns=max(beyond_ns, last_ns + 1),
     )
 
 

@@ -92,7 +92,8 @@ class Interval(msgspec.Struct, frozen=True, kw_only=True):
     """About a second of a run, up to `at_s` after its first event was due.
 
     `offered_rate` is None where nothing was scheduled; `counts` are of the run so far. `latency_us` are the response times
-    heard of in the interval, None where there were none or nobody answered, and so for `service_p99_us` and `queue_p99_us`.
+    heard of in the interval (of commands, when their replies came), None where there were none or nobody answered, and so
+    for `service_p99_us` and `queue_p99_us`.
     `backlog` is of each shard, at its end.
     """
 

@@ -396,7 +396,7 @@ class _Run:
         if len(latest) < self._spec.drivers or len(self._intervals) >= 2 * _INTERVALS_MAX:
             return
         # First: what is said meanwhile is the next interval's.
-        self._latest = [msgspec.structs.replace(line, send_lag_us={}) for line in latest]
+        self._latest = [msgspec.structs.replace(line, send_lag_us={}, replies_us={}) for line in latest]
         try:
             interval = await self._collector.interval(latest, self._running)
         except asyncio.CancelledError:
@@ -435,7 +435,11 @@ class _Run:
 
 
 def _later(before: Progress | None, line: Progress) -> Progress:
-    """A driver's latest word, with the send lags of those that nobody has looked at yet."""
+    """A driver's latest word, with the times of those that nobody has looked at yet."""
     if before is None:
         return line
-    return msgspec.structs.replace(line, send_lag_us=merged([before.send_lag_us, line.send_lag_us]))
+    return msgspec.structs.replace(
+        line,
+        send_lag_us=merged([before.send_lag_us, line.send_lag_us]),
+        replies_us=merged([before.replies_us, line.replies_us]),
+    )

@@ -312,7 +312,8 @@ class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
-    """About once a second: the ledger `at_s` seconds after the first event was due, and how late events went since the last.
+    """About once a second: the ledger `at_s` seconds after the first event was due, and since the last such line how late
+    events went, and when commands were answered.
 
     `scheduled` events were due so far (None: unpaced). `over`: no more are sent.
     """
@@ -322,6 +323,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
     counts: Counts
     scheduled: int | None = None
     send_lag_us: dict[int, int] = {}
+    replies_us: dict[int, int] = {}
     over: bool = False
 
 

@@ -11,6 +11,7 @@ import click
 
 from shardbus.interrupts import EXIT_INTERRUPTED, HandedOver
 from shardbus.standard_streams import written
+from shardbus.wording import encodable
 
 
 def tell(text: str) -> None:
@@ -55,6 +56,10 @@ def run_and_exit(command: click.Command, name: str, *, unwritten: int) -> NoRetu
         name: what a line begins with that says why it cannot go on.
         unwritten: the exit code of an `OSError`: something cannot be written, to a full disk for instance.
     """
+    for argument in sys.argv[1:]:
+        if argument != encodable(argument):  # nowhere could it be sent, stored or written
+            warn(f"{name}: the argument {argument!r} is no text in UTF-8")
+            sys.exit(2)
     try:
         code = command.main(standalone_mode=False) or 0
     except click.Abort:  # an interrupt where it has just ended

@@ -121,6 +121,7 @@ class _Worker:
         self.fruitless = 0
         self.not_started = 0  # tries in a row in which the system gave no process
         self.narrowing = 0  # deaths in a row that made no progress but named somebody
+        self.unexplained = 0  # crashes in a row that named nobody, each soon
         self.replaced = False  # it was silent, so it is being ended
         self.ended = UNKNOWN_END  # how the last one ended that had taken the journal over
         self.judged = 0  # the journal's count of deaths when the present one started
@@ -242,7 +243,7 @@ class Supervisor:
             for worker in self._workers:
                 worker.evidence.close()
                 worker.journal.close()
-            unused = is_first and not any(one.ready_at for one in self._workers)
+            unused = is_first and not (self._clients and any(one.ready_at for one in self._workers))
             rundir.close(forget=spent or unused or self._options.leave_nothing)
 
     @staticmethod
@@ -600,11 +601,21 @@ class Supervisor:
         lived_s = time.monotonic() - worker.ready_at if was_ready else 0.0
         progressed = handled > worker.handled_before or lived_s >= _SETTLED_S
         # A death that names somebody brings the quarantine nearer to who it is, and so does not count; within bounds.
-        narrows = took_over and bool(worker.ended.how) and worker.journal.journal.names_somebody()
+        named = took_over and worker.journal.journal.names_somebody()
+        narrows = named and bool(worker.ended.how)
         worker.narrowing = 0 if progressed else worker.narrowing + narrows
         narrows = narrows and worker.narrowing <= _NARROWING_MAX
         worker.fruitless = 0 if progressed or narrows else worker.fruitless + 1
-        self._go_on(worker, rundir, "ended", self._policy.decide(worker.fruitless))
+        crashed = took_over and worker.ended.how == "crashed"
+        worker.unexplained = worker.unexplained + 1 if crashed and not named and lived_s < _SETTLED_S else 0
+        if self._policy.is_unexplained(worker.unexplained):
+            log.error(
+                "shard %d has crashed %d times in a row while none of its handlers ran: a task, a callback or a thread that "
+                "a handler left behind may do that; its message is not acknowledged by then, and comes again",
+                worker.shard,
+                worker.unexplained,
+            )
+        self._go_on(worker, rundir, "ended", self._policy.decide(worker.fruitless, worker.unexplained))
 
     def _go_on(self, worker: _Worker, rundir: RunDir, what: str, decision: RestartIn | GiveUp) -> None:
         """Do what a policy has decided of a worker that `what` says the end of."""
@@ -827,7 +838,7 @@ class Supervisor:
             if worker.drained is not None and not worker.drained.keys:
                 if worker.child is not None:
                     why = "a second signal ended it" if self._aborting else "there was no time left"
-                    lines.append(f"shard {worker.shard}: its lifespan was not closed: {why}")
+                    lines.append(f"shard {worker.shard}: its lifespan may not have been closed: {why}")
                 if worker.drained.backlog:
                     unfinished = counted(worker.drained.backlog, "message", "was")
                     lines.append(f"shard {worker.shard}: {unfinished} not finished")

@@ -111,7 +111,7 @@ async def _run_to_the_end(boot: Boot, descriptor: int, make_outgoing: MakeOutgoi
         code = await run_worker(boot, descriptor, make_outgoing)
     except asyncio.CancelledError:
         # By nobody of ours: by a scope of a lifespan, for instance a `TaskGroup`, which was told when that was closed.
-        log.critical("a lifespan has ended the worker")
+        log.critical("the worker was ended from within: by a lifespan, or by a handler that cancels tasks of others")
     except BaseException as error:  # nothing else leaves it, unless we are wrong
         _broken(error)
     # A task or a thread of the application may not let itself be ended, and nothing is to be waited for any more.

@@ -21,8 +21,8 @@ FACE = "shardbus"
 
 # Lowest first. A module imports modules of earlier lines only; those on one line do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("interrupts", "standard_streams"),
-    ("wording", "command_line"),
+    ("interrupts", "standard_streams", "wording"),
+    ("command_line",),
     ("errors",),
     ("config", "arguments", "tracebacks", "cancellation"),
     ("clock",),
@@ -176,7 +176,7 @@ OWNERS: tuple[Owner, ...] = (
             "shardbus/blocking_sessions.py",
         ),
     ),
-    Owner("pools of threads", ("concurrent",), ("shardbus/threads.py", "shardbus/blocking.py")),
+    Owner("pools of threads", ("concurrent",), ("shardbus/threads.py",)),
     Owner("event loops", ("uvloop",), ("shardbus/event_loop.py",)),
     Owner("fixtures of pytest", ("pytest", "pytest_asyncio"), ("shardbus/testing/fixtures.py",)),
     Owner("locks on files", ("fcntl",), ("shardbus/rundir.py",)),

@@ -73,6 +73,9 @@ async def test_dead_letters_are_listed_shown_exported_redriven_and_purged(make_b
     assert {letter["attempts"] for letter in again} == {6}
     assert run("purge", "--all") == "18 purged\n"
     assert run("purge", "--all") == "0 purged\n"
+    run("export", str(out))
+    assert out.read_text() == ""  # what has been there before is there no more
+    assert "No such file or directory" in run("export", str(tmp_path / "nowhere" / "dead.jsonl"), code=1)
     assert "no dead letter has the id" in run("show", left[0], code=1)
 
 

@@ -155,6 +155,43 @@ def test_an_interrupt_while_options_are_read_or_their_mistake_is_told_is_a_line(
     assert (done.returncode, done.stdout, done.stderr) == (130, "", INTERRUPTED[command])
 
 
+# One that was interrupted and is interrupted once more before that is told; and one where nothing else answers, at its end.
+AGAIN = """
+import os, signal
+import shardbus.command_line
+from shardbus.__main__ import main
+
+class Interrupted(shardbus.command_line._Interrupted):
+    def __init__(self, message):
+        os.kill(os.getpid(), signal.SIGINT)
+        super().__init__(message)
+
+def interrupted(self, ctx):
+    raise KeyboardInterrupt
+
+shardbus.command_line._Interrupted = Interrupted
+shardbus.command_line.click.Command.invoke = interrupted
+main()
+"""
+LATE = """
+import shardbus.cli
+
+def interrupted(*arguments, **named):
+    raise KeyboardInterrupt
+
+shardbus.cli.cli.invoke = interrupted
+shardbus.cli.main()
+"""
+
+
+@pytest.mark.parametrize("script", [AGAIN, LATE], ids=["again", "late"])
+def test_an_interrupt_is_told_once_whenever_it_comes(script: str):
+    program = [sys.executable, "-c", script, "status"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    # At its end click ends the line in which a terminal shows ^C.
+    assert (done.returncode, done.stdout, done.stderr.lstrip("\n")) == (130, "", INTERRUPTED["shardbus"])
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_whenever_a_command_is_interrupted_there_is_no_traceback(short_path: Path, command: str, number: int):

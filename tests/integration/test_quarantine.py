@@ -77,6 +77,8 @@ def end(how: str) -> None:
         raise ValueError("before the damage shows")
     elif how == "fork":
         os.fork()
+    elif how == "leave a callback":
+        asyncio.get_running_loop().call_soon(os.abort)
     elif how == "leave a task":
         tasks.append(asyncio.get_running_loop().create_task(stay()))
 
@@ -283,6 +285,22 @@ async def test_one_that_fails_and_ends_its_worker_while_it_waits_for_its_retry_i
         [letter] = await check(client, 200, 1, 4)
         assert "SIGABRT" in letter.error
         await check_evidence(client, 200, 1)
+
+
+async def test_crashes_of_nobodys_doing_are_told_and_waited_after_and_others_are_served(make_bus: MakeBus) -> None:
+    bus = crashing(make_bus, "--workers", "1")
+    async with shardbus.connect(bus.address, close_timeout=0) as poisoned:
+        await poisoned.publish(Step(walk="w", how="leave a callback"))  # its handler ends before the worker does
+        while (await poisoned.status())["workers"][0]["restarts"] < 6:  # noqa: ASYNC110 - the test ends by its time-out
+            await asyncio.sleep(0.02)
+        async with shardbus.connect(bus.address) as client:
+            await client.publish(Step(walk="other"))
+            assert (await client.flush(60)).handled == 1
+        await poisoned.abort()
+    _, errors = bus.end()
+    assert "shard 0 has crashed 5 times in a row while none of its handlers ran: a task, a callback or a thread" in errors
+    assert "shard 0 ended (SIGABRT); starting it again in 0.1 s" in errors
+    assert "is given up" not in errors
 
 
 async def test_a_copy_of_the_worker_that_a_handler_makes_handles_nothing(make_bus: MakeBus) -> None:

@@ -60,6 +60,29 @@ def test_what_was_not_published_is_told_though_nobody_reads_the_counts(bus: Runn
     assert done.stderr.endswith("; 1 event before that had been published\n")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("status",),
+        ("execute", "accounts:GetTotal", '{"account": "unread"}'),
+        ("publish", "accounts:Added", '{"account": "u"}'),
+        ("dead-letters", "list"),
+        ("dead-letters", "purge", "--type", "Nope"),
+    ],
+    ids=" ".join,
+)
+def test_where_nobody_reads_what_a_command_says_its_exit_code_says_how_it_went(
+    bus: RunningBus, unread: IO[str], arguments: tuple[str, ...]
+) -> None:
+    done = run(bus, *arguments, out=unread)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_counts_that_cannot_be_written_are_told_and_take_the_exit_code(bus: RunningBus, full: IO[str]) -> None:
+    done = run(bus, "publish", "accounts:Added", '{"account": "full"}', out=full)
+    assert (done.returncode, done.stderr) == (1, "shardbus: standard output cannot be written: No space left on device\n")
+
+
 def test_a_type_is_named_as_on_the_wire_where_the_application_is_known(bus: RunningBus) -> None:
     done = run(bus, "publish", "--app", "accounts:bus", "Added", '{"account": "wire"}')
     assert json.loads(done.stdout) == report(published=1, handled=1)

@@ -195,6 +195,8 @@ MISTAKES = [
     (("--rate", "5", "--json", "/no/such/directory/report.json"), "cannot be written"),
     (("--rate", "5", "--json", "/"), "'/' is a directory; name a file in it"),
     (("--rate", "5", "--hgrm", "/"), "'/' is a directory"),
+    (("--rate", "5", "--json", "a", "--csv", "b", "--hgrm", "a"), "for --json: 'a' is another report's, too; name a file"),
+    (("--rate", "5", "--json", "-", "--csv", "-"), "for --json: '-' is another report's, too"),
     (("--rate", "-5"), "'-5' is no rate"),
     (("--rate", "inf"), "'inf' is no rate"),
     (("--rate", "5", "--duration", "nan"), "'nan' is no time"),

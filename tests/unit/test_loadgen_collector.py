@@ -50,6 +50,9 @@ async def test_an_interval_has_what_came_since_the_last_one_and_the_whole_is_the
         assert await collector.interval([progress(3, 30, 60)], {}) is None
         silent = await collector.interval([progress(4, 30, 60)], {})
         assert (silent.latency_us, silent.service_p99_us, silent.queue_p99_us) == (None, None, None)
+        # Of commands there is no evidence; their drivers say when they were answered.
+        answered = await collector.interval([replace(progress(at_s, 30, 60), replies_us={at_s: 1}) for at_s in (5, 6)], {})
+        assert (answered.latency_us.p50, answered.latency_us.max) == (5, 6)
 
 
 async def test_what_waits_in_a_store_is_waited_for_until_somebody_has_had_enough():

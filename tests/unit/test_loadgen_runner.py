@@ -191,7 +191,7 @@ async def test_drivers_are_stopped_though_nobody_can_be_told() -> None:
 async def test_what_drivers_say_while_the_bus_is_asked_is_the_next_intervals() -> None:
     class Slow(Blind):
         async def interval(self, drivers: Any, _: Any) -> Interval | None:
-            asked.append([(line.at_s, line.send_lag_us) for line in drivers])
+            asked.append([(line.at_s, line.send_lag_us, line.replies_us) for line in drivers])
             begun.set()
             await go.wait()
             return None
@@ -199,11 +199,11 @@ async def test_what_drivers_say_while_the_bus_is_asked_is_the_next_intervals() -
     asked: list[Any] = []
     begun, go = asyncio.Event(), asyncio.Event()
     run = run_of(LoadSpec(rate=1.0), Slow(cast("shardbus.Client", None), local=False))
-    run._latest = [msgspec.structs.replace(MEASURED, send_lag_us={7: 1})]
+    run._latest = [msgspec.structs.replace(MEASURED, send_lag_us={7: 1}, replies_us={70: 1})]
 
     async def lines() -> AsyncIterator[DriverLine]:
         await begun.wait()
-        yield msgspec.structs.replace(MEASURED, at_s=2.0, send_lag_us={9: 2})
+        yield msgspec.structs.replace(MEASURED, at_s=2.0, send_lag_us={9: 2}, replies_us={70: 3})
 
     observing = asyncio.create_task(run._observe())
     with pytest.raises(LoadError, match="ended without a result"):
@@ -212,7 +212,7 @@ async def test_what_drivers_say_while_the_bus_is_asked_is_the_next_intervals() -
     await asyncio.wait([observing])
     go.set()
     await run._observe()
-    assert asked == [[(1.0, {7: 1})], [(2.0, {7: 1, 9: 2})]]
+    assert asked == [[(1.0, {7: 1}, {70: 1})], [(2.0, {7: 1, 9: 2}, {70: 4})]]
 
 
 async def test_the_bus_is_asked_when_each_driver_has_said_more() -> None:

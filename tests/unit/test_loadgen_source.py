@@ -145,6 +145,16 @@ def test_drivers_of_a_recording_keep_the_schedule_of_the_whole(tmp_path: Path, a
     assert {part.length_ns for part in parts} == {whole.length_ns}
 
 
+@pytest.mark.parametrize(("seconds", "until_s", "takes_s"), [(1000.0, None, 2.0), (1.5, 1.5, 1.5), (1.505, 1.505, 1.505)])
+def test_a_recording_at_a_rate_takes_as_long_as_so_many_events_do_or_as_is_asked(
+    tmp_path: Path, seconds: float, until_s: float | None, takes_s: float
+) -> None:
+    coming = Evenly(0, Profile([Stage(50.0, seconds)]))
+    until_ns = None if until_s is None else int(until_s * 1e9)
+    found = scan(written(tmp_path / "a.jsonl"), coming, until_ns=until_ns)
+    assert found.length_ns == int(takes_s * 1e9)
+
+
 def test_a_recording_goes_at_its_own_times_so_many_times_as_fast(tmp_path: Path) -> None:
     recording = msgspec.structs.replace(written(tmp_path / "a.jsonl"), speed=10.0)
     offsets_ns = scan(recording, None).offsets_ns

@@ -16,8 +16,8 @@ class World:
     def __init__(self) -> None:
         self.now_ns = S
         self.told: list[str] = []
-        log = logging.Logger("throttled")
-        log.handlers = [handler := logging.Handler()]
+        log = logging.getLogger("throttled")
+        log.handlers, log.propagate = [handler := logging.Handler()], False
         handler.emit = lambda record: self.told.append(record.getMessage())  # type: ignore[method-assign]
         self.throttle = LogThrottle(lambda: self.now_ns, log)
 

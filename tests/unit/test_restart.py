@@ -35,6 +35,16 @@ def test_after_a_death(policy: RestartPolicy, fruitless_deaths: int, decision: R
     assert policy.decide(fruitless_deaths) == decision
 
 
+@pytest.mark.parametrize(
+    ("unexplained_deaths", "delay_s"), [(1, 0.0), (4, 0.0), (5, 0.1), (6, 0.2), (8, 0.8), (11, 5.0), (10_000, 5.0)]
+)
+def test_crashes_of_nobodys_doing_are_waited_after_once_they_are_no_chance_and_never_given_up(
+    unexplained_deaths: int, delay_s: float
+):
+    assert DEFAULT.is_unexplained(unexplained_deaths) == (delay_s > 0)
+    assert DEFAULT.decide(0, unexplained_deaths) == RestartIn(delay_s)
+
+
 def test_a_wait_is_finite_however_large_the_number_of_deaths():
     policy = RestartPolicy(deaths_max=10**9)
     assert policy.decide(10_000) == RestartIn(policy.delay_s_max)

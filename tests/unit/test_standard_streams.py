@@ -89,6 +89,13 @@ def test_a_mistake_ends_with_its_exit_code_where_nobody_is_told(
     assert (done.returncode, done.stdout) == (2, b"")
 
 
+@pytest.mark.parametrize("command", [("shardbus", "publish", "shop:Order"), ("loadgen", "--rate", "5", "--type")])
+def test_an_argument_that_is_no_text_is_a_mistake_told_in_a_line(command: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, "-m", *command, b"\xff"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{command[0]}: the argument '\\udcff' is no text in UTF-8\n"
+
+
 @pytest.mark.parametrize(("command", "code"), [("shardbus", 1), ("loadgen", 2)])
 def test_what_cannot_be_printed_is_told_once(command: str, code: int, full: IO[str]) -> None:
     program = [sys.executable, "-m", command, "--help"]
