@@ -531,8 +531,11 @@ async def _check_command(client: shardbus.Client, spec: LoadSpec) -> None:
     except shardbus.CommandFailed as error:
         # A handler's own failure is part of the load.
         if error.error_type in _NOT_TAKEN:
-            told = f"{error.error_type}: {error.error}"
-            raise LoadError(f"the bus at {client.address} does not take the command: {told}") from None
+            name = type(command).__shardbus_name__
+            fields = "; all fields but the key come from --body" if error.error_type == "ValidationError" else ""
+            raise LoadError(
+                f"the bus at {client.address} does not take the command {name!r}: {error.error_type}: {error.error}{fields}"
+            ) from None
     except (TimeoutError, shardbus.CommandLost):
         pass  # a bus in trouble; the run will show it
 

@@ -408,7 +408,8 @@ _FATES: Final = ("dead_lettered", "waiting", "not_delivered")
 
 
 def _means_that_none_is_handled(one: Expectation) -> bool:
-    """Whether an expectation says so, or that something else becomes of events; a bound from above says neither."""
+    """Whether an expectation says that, or that something else becomes of events: `handled<1` does, `handled!=1` and
+    `dead_lettered<5` do not."""
     if one.figure == "handled":
         return one.is_met_by(0) and not (one.is_met_by(1) or one.is_met_by(math.inf))
     return one.figure in _FATES and not one.is_met_by(0)

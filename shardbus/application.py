@@ -63,7 +63,10 @@ def _import(name: str, form: str) -> tuple[ModuleType, str]:
     except ModuleNotFoundError as error:
         missing = error.name
         if isinstance(missing, str) and f"{module_name}.".startswith(f"{missing}."):
-            raise BootError(f"there is no module {module_name!r} here ({os.getcwd()}) or on the Python path") from None
+            told = f"there is no module {module_name!r} here ({os.getcwd()}) or on the Python path"
+            if module_name.endswith(".py"):
+                told += f"; a module is named without that: {module_name[:-3]}:{attribute}"
+            raise BootError(told) from None
         raise _raised(f"{module_name} does not import", error) from None
     except BaseException as error:  # whatever the user's module raises while it is imported
         raise _raised(f"{module_name} does not import", error) from None

@@ -376,8 +376,8 @@ def publish(
     line from standard input, up to the first that is not sound. It is checked before it is sent.
 
     Prints the report as JSON. Exit code 0: all were handled, or wait in the store (for a retry, for their key), and may
-    die later; 1: dead letters, or not finished in time; 2: something was not sound, and neither it nor what follows was
-    published.
+    die later; 1: dead letters, or not finished in time, or the report cannot be written; 2: something was not sound, and
+    neither it nor what follows was published.
     """
     kind = _find_type(type_, application, Event)
     whose = _whose(kind, type_, application)

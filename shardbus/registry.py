@@ -487,7 +487,7 @@ class Registry:
         call = _inspect(function, message_type, takes_batch=options.batching is not None)
         timeout_s = options.timeout_s
         if options.in_thread and (call.is_async or timeout_s is not None):
-            why = "an `async def` needs none" if call.is_async else "it cannot be cancelled there; drop timeout_s"
+            why = "an `async def` needs no thread" if call.is_async else "it cannot be cancelled there; drop timeout_s"
             raise RegistrationError(f"{shown(function)}: in_thread=True is for a plain `def` without a time-out: {why}")
         if timeout_s is not None and not (timeout_s > 0 and call.is_async):
             why = "a time is above 0" if call.is_async else "a plain `def` cannot be cancelled; make it `async def`"

@@ -512,7 +512,7 @@ def test_a_thread_is_for_a_plain_function_without_a_timeout(bus: Bus):
     def answers(command: Ask) -> int:
         return 1
 
-    with pytest.raises(RegistrationError, match=r"waits: in_thread=True.*`async def` needs none"):
+    with pytest.raises(RegistrationError, match=r"waits: in_thread=True.*`async def` needs no thread"):
         bus.on(Step, in_thread=True)(waits)
     with pytest.raises(RegistrationError, match=r"blocks: in_thread=True.*cannot be cancelled there"):
         bus.on(Step, in_thread=True, timeout_s=5)(blocks)
