@@ -209,7 +209,8 @@ class BlockingClient:
         self._has_room = False
         self._interrupted: set[_Call] = set()  # yet to be cancelled: what is published after one of them stays behind it
         self._woken = False
-        # What is handed over or begun, and the closing, come one after another; a signal's handler may come in between.
+        # What is handed over, and the closing, come one after another. A signal's handler may come in between, and wait for
+        # the loop, so that takes no lock.
         self._lock = threading.RLock()
         self._closing = False
         self._ended = False
@@ -498,10 +499,9 @@ class BlockingClient:
         self._check()
         call = _Call(work)
         try:
-            with self._lock:
-                if self._ended:
-                    call.tell(error=_closed_before())
-                self._calls.add(call)
+            self._calls.add(call)
+            if self._ended:  # looked at after it is there, and set before they are looked at
+                raise _closed_before()
             self._tell_loop(self._begin, call)
             result: ResultT = call.result()
             return result
@@ -534,10 +534,8 @@ class BlockingClient:
             run(self._use(block))
         except BaseException as raised:  # it is raised again where somebody opens or closes
             error = raised
-        with self._lock:
-            self._closing = self._ended = True
-            calls = list(self._calls)
-        for call in calls:
+        self._closing = self._ended = True
+        for call in list(self._calls):
             call.tell(error=_closed_before())
         for told in (self._opened, self._closed):
             told.tell(error=error)
@@ -572,8 +570,7 @@ class BlockingClient:
         """Take over what was handed over. First the flag: who hands something over after this wakes the loop again."""
         self._woken = False
         if self._handed:
-            with self._lock:
-                taken = list(self._handed)
+            taken = list(self._handed)  # in one go: nothing in it lets another thread run
             published = iter(taken)
             try:
                 self._client.publish_packed(published)

@@ -55,7 +55,7 @@ BUSES = [
     ("sound:", "'sound:' is not MODULE:BUS"),
     (":bus", "':bus' is not MODULE:BUS"),
     ("nowhere:bus", "there is no module 'nowhere' here ({here}) or on the Python path"),
-    ("nowhere.py:bus", "or on the Python path; a module is named without that: nowhere:bus"),
+    ("no.py:bus", "there is no module 'no.py' here ({here}) or on the Python path; a module is named without that: no:bus"),
     ("nowhere.deeper:bus", "there is no module 'nowhere.deeper' here"),
     ("sound:nothing", "sound has no Bus named 'nothing'; it has bus, other"),
     ("sound:number", "sound has no Bus named 'number'; it has bus, other"),
