@@ -334,11 +334,13 @@ def cli(
     written; 3: this machine could not offer the rate; 4: the bus did not keep up; 130: interrupted. Ctrl-C from the first
     measured second on ends the load, and the report is of what was done until then; once more, and there is none.
     """
-    targets = json_path, csv_path, hgrm_path
-    for option, path in zip(("--json", "--csv", "--hgrm"), targets, strict=True):
+    targets: set[str] = set()
+    for option, path in (("--json", json_path), ("--csv", csv_path), ("--hgrm", hgrm_path)):
         _check_target(option, path)
-        if path is not None and targets.count(path) > 1:
-            raise click.BadParameter(f"{path!r} is another report's, too; name a file for each", param_hint=option)
+        if path is not None:
+            if (target := os.path.realpath(path)) in targets:
+                raise click.BadParameter(f"{path!r} is another report's, too; name a file for each", param_hint=option)
+            targets.add(target)
     _check_name("--type", type_)
     _check_name("--key", key)
     if rate is None and stages is None and speed is None and not _was_given("rate"):

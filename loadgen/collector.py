@@ -175,7 +175,7 @@ class Collector:
             offered_rate=offered,
             achieved_rate=(counts.finished - before.finished) / passed_s,
             counts=counts,
-            latency_us=gained["latency"] or percentiles_us(merged([one.replies_us for one in drivers]).items()),
+            latency_us=percentiles_us(merged([one.replies_us for one in drivers]).items()) or gained["latency"],
             service_p99_us=_p99(gained["service"]),
             queue_p99_us=_p99(gained["queue"]),
             send_lag_p99_us=_p99(lag_us),

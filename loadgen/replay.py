@@ -142,7 +142,8 @@ def scan(
             if paced:
                 offsets_ns.append(at_ns)
     else:
-        beyond_ns = -1 if coming is None else next(coming, -1)
+        if coming is not None:  # the schedule itself may end there
+            beyond_ns = next(coming, -1 if until_ns is None else until_ns)
     if not total:
         raise LoadError(f"{recording.path} has no events to send")
     return Scan(

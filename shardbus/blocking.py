@@ -261,14 +261,13 @@ class BlockingClient:
         if self._forked:
             return  # its events are the parent's to deliver
         _check_no_loop()
-        with self._lock:
-            first = not self._closing
-            self._closing = True  # nothing is handed over any more
-        if first:
-            self._tell_loop(self._leave.set)
         try:
+            with self._lock:
+                first = not self._closing
+                self._closing = True  # nothing is handed over any more
+            self._tell_loop(self._leave.set)
             self._closed.wait()
-        except BaseException:  # whoever waits was interrupted
+        except BaseException:  # it was interrupted
             self._give_up()
             raise
         self._thread.join()
@@ -509,6 +508,7 @@ class BlockingClient:
             if not call.is_told:  # whoever waits was interrupted, and may be once more: this takes no lock
                 self._interrupted.add(call)
                 self._tell_loop(self._cancel, call)
+            del call  # its error holds this frame
 
     def _call_at_end(self, work: Callable[[Client], Coroutine[Any, Any, None]]) -> None:
         """As `_call`, where a block is left: in a client that has ended, or is another process's, nothing is to be done."""

@@ -57,7 +57,7 @@ def run_and_exit(command: click.Command, name: str, *, unwritten: int) -> NoRetu
         unwritten: the exit code of an `OSError`: something cannot be written, to a full disk for instance.
     """
     for argument in sys.argv[1:]:
-        if argument != encodable(argument):  # nowhere could it be sent, stored or written
+        if argument != encodable(argument):  # it could be neither sent nor told
             warn(f"{name}: the argument {argument!r} is no text in UTF-8")
             sys.exit(2)
     try:

@@ -32,9 +32,9 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
     delay_s: float = 0.1
     delay_s_max: float = 5.0
 
-    def is_unexplained(self, unexplained_deaths: int) -> bool:
-        """Whether so many crashes in a row, of nobody's doing and soon after the start, are no chance."""
-        return unexplained_deaths >= self.deaths_max
+    def is_to_be_told(self, unexplained_deaths: int) -> bool:
+        """Whether so many crashes in a row, of nobody's doing and soon after the start, are no chance, and news."""
+        return unexplained_deaths > 0 and unexplained_deaths % self.deaths_max == 0
 
     def decide(self, fruitless_deaths: int, unexplained_deaths: int = 0) -> RestartIn | GiveUp:
         """What to do after a death.

@@ -216,7 +216,8 @@ class Shard:
         self.recorder.flush()
         self._acks.close()
         self._deferred.close()
-        self._throttle.close()
+        if not killed:
+            self._throttle.close()
 
     # -- what the worker says of it
 

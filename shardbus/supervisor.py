@@ -606,9 +606,10 @@ class Supervisor:
         worker.narrowing = 0 if progressed else worker.narrowing + narrows
         narrows = narrows and worker.narrowing <= _NARROWING_MAX
         worker.fruitless = 0 if progressed or narrows else worker.fruitless + 1
-        crashed = took_over and worker.ended.how == "crashed"
-        worker.unexplained = worker.unexplained + 1 if crashed and not named and lived_s < _SETTLED_S else 0
-        if self._policy.is_unexplained(worker.unexplained):
+        if took_over:
+            is_unexplained = worker.ended.how == "crashed" and not named and lived_s < _SETTLED_S
+            worker.unexplained = worker.unexplained + 1 if is_unexplained else 0
+        if took_over and self._policy.is_to_be_told(worker.unexplained):
             log.error(
                 "shard %d has crashed %d times in a row while none of its handlers ran: a task, a callback or a thread that "
                 "a handler left behind may do that; its message is not acknowledged by then, and comes again",

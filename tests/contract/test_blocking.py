@@ -546,6 +546,22 @@ def test_an_interrupt_while_the_block_is_left_ends_the_client_at_once():
         client.publish(Step(key="a"))
 
 
+def test_an_interrupt_before_the_loop_hears_of_the_end_ends_the_client_too(monkeypatch: pytest.MonkeyPatch):
+    client = running(close_timeout_s=600)
+    tell_loop = client._tell_loop
+
+    def interrupted(do: Callable[..., object], *arguments: Any) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client, "_tell_loop", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        client.close()
+    assert client._tell_loop == tell_loop
+    assert not client._thread.is_alive()
+    client.close()
+
+
 def test_an_interrupt_while_it_connects_leaves_no_thread(tmp_path: Any):
     def connecting() -> bool:
         return any(thread.name == "shardbus-client" for thread in threading.enumerate())

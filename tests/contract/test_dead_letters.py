@@ -21,6 +21,7 @@ from shardbus import (
     NotDelivered,
     Retry,
     UsageError,
+    testing,
 )
 from shardbus.config import Limits
 from shardbus.inbound import Inbound
@@ -124,6 +125,34 @@ async def test_the_line_that_tells_of_a_dead_letter_is_one_and_has_its_key(caplo
     assert line.startswith(f"dead letter: Device key={serial!r} (failed in ")
     assert line.endswith("ValueError: first\\nsecond \\x1b[2J")
     assert forged.startswith("dead letter: Odd\\nERROR of somebody else key=None (unknown-type)")
+
+
+async def test_how_many_more_there_were_is_told_a_minute_later_and_at_the_end(caplog: pytest.LogCaptureFixture):
+    class Device(Event, key="serial"):
+        serial: UUID
+
+    bus = Bus("counts")
+
+    @bus.on(Device, retry=Retry(attempts=1))
+    async def handle(event: Device) -> None:
+        raise ValueError("broken")
+
+    def more() -> list[str]:
+        lines = [record.getMessage().partition("ValueError: broken")[2] for record in caplog.records]
+        return [line for line in lines if line]
+
+    told = " (and 2 more of the kind since the last such line)"
+    async with testing.run(bus) as kit:
+        await kit.client.publish_many([Device(serial=UUID(int=n)) for n in range(3)])
+        await kit.advance(59.0)
+        assert more() == []
+        await kit.advance(2.0)
+        assert more() == [told]
+    async with run_local(bus) as client:
+        await client.publish_many([Device(serial=UUID(int=n)) for n in range(3)])
+        await client.flush(10)
+        assert more() == [told]
+    assert more() == [told, told]
 
 
 async def test_dead_letters_of_all_shards_are_found_by_what_they_are(application: Application):

@@ -145,7 +145,9 @@ def test_drivers_of_a_recording_keep_the_schedule_of_the_whole(tmp_path: Path, a
     assert {part.length_ns for part in parts} == {whole.length_ns}
 
 
-@pytest.mark.parametrize(("seconds", "until_s", "takes_s"), [(1000.0, None, 2.0), (1.5, 1.5, 1.5), (1.505, 1.505, 1.505)])
+@pytest.mark.parametrize(
+    ("seconds", "until_s", "takes_s"), [(1e3, None, 2.0), (2.0, 2.0, 2.0), (1.5, 1.5, 1.5), (1.505, 1.505, 1.505)]
+)
 def test_a_recording_at_a_rate_takes_as_long_as_so_many_events_do_or_as_is_asked(
     tmp_path: Path, seconds: float, until_s: float | None, takes_s: float
 ) -> None:

@@ -36,12 +36,12 @@ def test_after_a_death(policy: RestartPolicy, fruitless_deaths: int, decision: R
 
 
 @pytest.mark.parametrize(
-    ("unexplained_deaths", "delay_s"), [(1, 0.0), (4, 0.0), (5, 0.1), (6, 0.2), (8, 0.8), (11, 5.0), (10_000, 5.0)]
+    ("unexplained_deaths", "delay_s"), [(0, 0.0), (4, 0.0), (5, 0.1), (6, 0.2), (8, 0.8), (11, 5.0), (10_000, 5.0)]
 )
 def test_crashes_of_nobodys_doing_are_waited_after_once_they_are_no_chance_and_never_given_up(
     unexplained_deaths: int, delay_s: float
 ):
-    assert DEFAULT.is_unexplained(unexplained_deaths) == (delay_s > 0)
+    assert DEFAULT.is_to_be_told(unexplained_deaths) == (unexplained_deaths in (5, 10_000))
     assert DEFAULT.decide(0, unexplained_deaths) == RestartIn(delay_s)
 
 
