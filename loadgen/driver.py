@@ -25,7 +25,7 @@ from typing import Any, Final
 import msgspec
 
 import shardbus
-from loadgen.meters import LagCounts, LagTotals, WaitMeter
+from loadgen.meters import Lags, WaitMeter
 from loadgen.pacer import Arrivals, Evenly, Poisson, Profile, Recorded, Stage
 from loadgen.replay import Replay, scan
 from loadgen.source import Load, Source, made
@@ -164,8 +164,7 @@ class Driver:
         self._client = client
         self._source = plan.source
         self._wait = WaitMeter()
-        self._lags = LagCounts()
-        self._lags_told = LagTotals()  # those that `progress` has told
+        self._lags = Lags()
         self._commands = Commands(client, spec.timeout_s) if spec.commands else None
         self._send: Send = self._send_many if spec.call == "publish_many" else self._send_each
         if self._commands is not None:
@@ -215,7 +214,6 @@ class Driver:
         final = await self._flush()
         flush_s = (time.monotonic_ns() - after.at_ns) / _NS
         window_s = (after.at_ns - before.at_ns) / _NS
-        self._lags_told.merge(self._lags.counts())
         return DriverResult(
             scheduled=None if self._arrivals is None else self._scheduled_in_window(self._arrivals),
             scheduled_s=max(0, self._end_ns - self._warm_ns) / _NS,
@@ -226,10 +224,10 @@ class Driver:
             final=final,
             flush_s=flush_s,
             waited_s=(after.waited_ns - before.waited_ns) / _NS,
-            send_lag_us=self._lags_told.counts(),
+            send_lag_us=self._lags.counts(),
             cpu_share=(after.cpu_s - before.cpu_s) / window_s if window_s else 0.0,
             rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1),
-            replies_us={} if self._commands is None else self._commands.replies_us(),
+            replies_us={} if self._commands is None else self._commands.replies.counts(),
             interrupted=self._interrupted,
         )
 
@@ -244,8 +242,6 @@ class Driver:
     def progress(self) -> Progress:
         """Where the run stands now; the send lags and the replies are those since the last call."""
         now_ns = time.monotonic_ns()
-        lags_us, self._lags = self._lags.counts(), LagCounts()
-        self._lags_told.merge(lags_us)
         scheduled = None
         if self._arrivals is not None and not isinstance(self._arrivals, Poisson):
             scheduled = self._arrivals.scheduled(min(now_ns, self._end_ns - 1) - self._start_ns)
@@ -255,8 +251,8 @@ class Driver:
             counts=self._counts(),
             scheduled=scheduled,
             over=self._after is not None,
-            send_lag_us=lags_us,
-            replies_us={} if self._commands is None else self._commands.new_replies_us(),
+            send_lag_us=self._lags.take_new(),
+            replies_us={} if self._commands is None else self._commands.replies.take_new(),
         )
 
     def _scheduled_in_window(self, arrivals: Arrivals) -> int:
@@ -384,8 +380,8 @@ class Commands:
         self._timeout_s = timeout_s
         self._running: set[asyncio.Task[None]] = set()
         self._sent = self._replied = self._failed = self._unanswered = 0
-        self._replies = LagCounts()  # when they came, from the intended instant
-        self._replies_told = LagTotals()  # those that `new_replies_us` has told
+        self.replies = Lags()
+        """When replies came, from the intended instant."""
 
     @property
     def under_way(self) -> bool:
@@ -419,18 +415,7 @@ class Commands:
         else:
             self._replied += 1
             if intended_ns:
-                self._replies.add([intended_ns], time.monotonic_ns())
-
-    def new_replies_us(self) -> dict[int, int]:
-        """When replies came since the last call, from the intended instant; as `LagCounts.counts`."""
-        new_us, self._replies = self._replies.counts(), LagCounts()
-        self._replies_told.merge(new_us)
-        return new_us
-
-    def replies_us(self) -> dict[int, int]:
-        """The same of all replies so far; then none of them is new any more."""
-        self.new_replies_us()
-        return self._replies_told.counts()
+                self.replies.add([intended_ns], time.monotonic_ns())
 
     def counts(self) -> Counts:
         """A ledger of commands: `dead` failed; what got no reply in time is `published` and nothing else."""

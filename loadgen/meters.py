@@ -69,6 +69,29 @@ class LagTotals:
         return {bucket_bounds_us(bucket)[1]: count for bucket, count in enumerate(self._counts) if count}
 
 
+class Lags:
+    """What `LagCounts` counts, told bit by bit and as a whole."""
+
+    def __init__(self) -> None:
+        self._new = LagCounts()
+        self._told = LagTotals()
+
+    def add(self, instants_ns: Sequence[int], now_ns: int) -> None:
+        """See `LagCounts.add`."""
+        self._new.add(instants_ns, now_ns)
+
+    def take_new(self) -> dict[int, int]:
+        """What came since the last call; as `LagCounts.counts`."""
+        new = self._new.counts()
+        self._told.merge(new)
+        self._new = LagCounts()
+        return new
+
+    def counts(self) -> dict[int, int]:
+        """All of it; as `LagCounts.counts`."""
+        return merged([self._told.counts(), self._new.counts()])
+
+
 def merged(parts: Sequence[Mapping[int, int]]) -> dict[int, int]:
     """Counts of several drivers as one."""
     total: Counter[int] = Counter()

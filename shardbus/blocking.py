@@ -267,7 +267,7 @@ class BlockingClient:
                 self._closing = True  # nothing is handed over any more
             self._tell_loop(self._leave.set)
             self._closed.wait()
-        except BaseException:  # it was interrupted
+        except BaseException:  # whoever closes was interrupted, before the loop heard of it or while it flushes
             self._give_up()
             raise
         self._thread.join()
@@ -587,7 +587,7 @@ class BlockingClient:
             return
         try:
             self._hand_on()
-        except Exception as error:
+        except Exception as error:  # nobody but its caller would hear of it, and would wait for ever
             self._calls.discard(call)
             call.tell(error=error)
             return

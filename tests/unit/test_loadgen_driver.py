@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import shardbus
 from loadgen.collector import totals_of
 from loadgen.driver import Driver, _check_command, plan_of
-from loadgen.meters import LagCounts, LagTotals, WaitMeter
+from loadgen.meters import LagCounts, Lags, LagTotals, WaitMeter
 from loadgen.pacer import Stage
 from loadgen.report import Totals, totals_of_commands
 from loadgen.spec import DriverResult, LoadError, LoadSpec, Payload
@@ -180,6 +180,17 @@ def test_the_memory_for_send_lags_is_bounded_and_none_is_forgotten():
     assert sum(lags.counts().values()) == 800_000
     assert len(lags._exact) + len(lags._late) <= 65_536 + 27_648
     assert len(lags.counts()) <= 27_648
+
+
+def test_what_is_told_bit_by_bit_is_told_as_a_whole_too_and_that_takes_nothing_away():
+    lags = Lags()
+    lags.add([0], 5_000)
+    assert lags.take_new() == {5: 1}
+    lags.add([0, 0], 7_000)
+    assert lags.counts() == {5: 1, 7: 2}
+    assert lags.take_new() == {7: 2}
+    assert lags.take_new() == {}
+    assert lags.counts() == {5: 1, 7: 2}
 
 
 def test_what_a_long_run_counts_takes_no_more_memory_than_a_short_one():
